@@ -1,0 +1,101 @@
+"""The command ``fastdaa``: one sub-command a module of this package, found by its name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "train": "train a policy on preference pairs",
+    "doctor": "show versions, devices, and how a model would be trained",
+    "demo": "train, align and plot a small policy on the CPU, start to end",
+    "bench": "measure speed and memory against other implementations",
+    "study": "compare objectives in controlled experiments",
+}
+_INTERRUPTED = 130
+_USAGE_ERROR = 2
+# What a user can cause: wrong values, missing files, an unreachable hub, a missing extra.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (by default the process's) and returns its exit code.
+
+    0 for success, 2 for an error that the user can mend, 130 after an interruption, 1 where a
+    command found something wrong. A bare ``--debug`` shows tracebacks.
+    """
+    arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else _USAGE_ERROR
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        from fastdaa import __version__
+
+        print(f"fastdaa {__version__}")
+        return 0
+    if command not in available():
+        return _fail("fastdaa", f"expected a command, got {command!r}{_nearest(command)}")
+    try:
+        return int(importlib.import_module(f"{__name__}.{command}").run(rest))
+    except KeyboardInterrupt:
+        return _fail(f"fastdaa {command}", "interrupted", _INTERRUPTED)
+    except _USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(f"fastdaa {command}", f"error: {one_line(error)}")
+
+
+def available() -> dict[str, str]:
+    """The commands whose module exists, each with one line of help."""
+    return {
+        name: text
+        for name, text in _COMMANDS.items()
+        if importlib.util.find_spec(f"{__name__}.{name}") is not None
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks, for one line of output."""
+    # A KeyError or an assertion may come without words.
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Takes a bare ``--debug`` out; one with a value belongs to ``TrainingArguments``."""
+    kept = []
+    for place, argument in enumerate(arguments):
+        following = arguments[place + 1 : place + 2]
+        bare = argument == "--debug" and (not following or following[0].startswith("-"))
+        # `fastdaa --debug train`: the word behind it is the command.
+        if not bare and not (argument == "--debug" and place == 0):
+            kept.append(argument)
+    return kept, len(kept) < len(arguments)
+
+
+def _help() -> str:
+    lines = ["usage: fastdaa COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<8} {text}" for name, text in available().items()]
+    lines += [
+        "",
+        "options:",
+        "  -h, --help     this text; `fastdaa COMMAND --help` shows a command's options",
+        "  -V, --version  the version of fastdaa",
+        "  --debug        show tracebacks of errors",
+    ]
+    return "\n".join(lines)
+
+
+def _nearest(command: str) -> str:
+    near = difflib.get_close_matches(command, available(), n=1)
+    listed = ", ".join(available())
+    return f" (did you mean {near[0]!r}?)" if near else f"; commands: {listed}"
+
+
+def _fail(who: str, what: str, code: int = _USAGE_ERROR) -> int:
+    print(f"{who}: {what}", file=sys.stderr)
+    return code

@@ -1,0 +1,186 @@
+"""``fastdaa doctor``: versions, devices, and how a model would be trained, with the reasons."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What the rest is for; without them everything else works.
+_OPTIONAL = {
+    "triton": "GPU kernels",
+    "peft": "LoRA",
+    "flash-attn": "attention over packed rows on CUDA",
+    "liger-kernel": "layer kernels, benchmarks",
+    "trl": "comparisons",
+}
+
+
+class Row(NamedTuple):
+    """A line of the report."""
+
+    name: str
+    value: str
+    ok: bool = True
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints the report; 1 if a required package is missing or too old, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="fastdaa doctor", description=__doc__.split(": ", 1)[1], allow_abbrev=False
+    )
+    parser.add_argument("--model", help="a local folder or hub id; only its config is read")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
+    options = parser.parse_args(list(argv))
+    sections = {"versions": version_rows(), "devices": device_rows()}
+    if options.model is not None:
+        model = empty_model(options.model, options.trust_remote_code)
+        sections[f"model {options.model}"] = model_rows(model)
+    for title, rows in sections.items():
+        _print(title, rows)
+    return 0 if all(row.ok for rows in sections.values() for row in rows) else 1
+
+
+def version_rows() -> list[Row]:
+    """fastdaa, Python, and every package that matters, required ones against their floors."""
+    from fastdaa import __version__
+
+    rows = [Row("fastdaa", __version__), Row("python", platform.python_version())]
+    floors = _floors()
+    for package, floor in floors.items():
+        found = _version(package)
+        ok = found is not None and (floor is None or floor.contains(found, prereleases=True))
+        expected = "" if ok else f", expected {package}{floor or ''}"
+        rows.append(Row(package, f"{found or 'not installed'}{expected}", ok))
+    for package, use in _OPTIONAL.items():
+        found = _version(package)
+        rows.append(Row(package, found or f"not installed ({use})"))
+    return rows
+
+
+def device_rows() -> list[Row]:
+    """Processor and memory, and every CUDA device."""
+    import torch
+
+    threads = torch.get_num_threads()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpu = f"{os.cpu_count()} cores, {threads} threads used, {memory:.0f} GiB"
+    rows = [Row("cpu", f"{platform.machine()}, {cpu}")]
+    if not torch.cuda.is_available():
+        return [*rows, Row("cuda", f"no device (torch built for CUDA {torch.version.cuda})")]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(index))
+        text = f"{facts.name}, compute capability {facts.major}.{facts.minor}"
+        rows.append(Row(f"cuda:{index}", f"{text}, {free:.0f} of {total:.0f} GiB free"))
+    return rows
+
+
+def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration on the meta device: no weights are read or allocated."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def model_rows(model: PreTrainedModel) -> list[Row]:
+    """Head, layout, attention and the ways through the head of a model, with the reasons."""
+    import torch
+
+    from fastdaa.train.support import supports_segments
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = f"{model.num_parameters() / 1e6:,.1f} M parameters"
+    rows = [Row("model", f"{type(model).__name__}, {size}"), *_head_rows(model, device)]
+    support = supports_segments(model)
+    layout = "prefix_shared" if support.ok else "padded"
+    rows.append(Row("layout", f"{layout}: {support.reason}"))
+    if support.ok:
+        rows.append(Row("attention", _attention(model, device)))
+    return rows
+
+
+def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:
+    from fastdaa.head import LmHead
+    from fastdaa.planner import plan_head
+
+    try:
+        head = LmHead.from_model(model)
+    except ValueError as error:
+        return [Row("head", str(error), ok=False)]
+    vocab, hidden = head.weight.shape
+    embedding: Any = model.get_input_embeddings()
+    facts = [
+        f"V = {vocab:,}, D = {hidden:,}",
+        "tied to the embedding" if embedding.weight is head.weight else "not tied",
+        "bias" if head.bias is not None else "no bias",
+        f"softcap {head.softcap}" if head.softcap is not None else "no softcap",
+        f"logit scale {head.logit_scale:g}",
+    ]
+    full = plan_head(vocab, device, hidden_grad=True, head_grad=True, loss_inside=True)
+    lora = plan_head(vocab, device, hidden_grad=True, head_grad=False, loss_inside=True)
+    return [
+        Row("head", ", ".join(facts)),
+        Row("head path, full", full.explain()),
+        Row("head path, LoRA", lora.explain()),
+    ]
+
+
+def _attention(model: PreTrainedModel, device: str) -> str:
+    import torch
+
+    from fastdaa.train.segment_backends import choose_backend
+
+    text: Any = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if half else torch.float32
+    choice = choose_backend(
+        device,
+        dtype,
+        head_dim=head_dim,
+        value_dim=getattr(text, "v_head_dim", None),
+        softcap=getattr(text, "attn_logit_softcapping", None),
+    )
+    return f"{choice.name}, in {str(dtype).removeprefix('torch.')} on {device}: {choice.reason}"
+
+
+def _floors() -> dict[str, Any]:
+    """Required packages and their version ranges, from fastdaa's own metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("fastdaa") or []
+    except metadata.PackageNotFoundError:
+        # A checkout that was never installed has no metadata.
+        return dict.fromkeys(("torch", "transformers", "accelerate", "datasets"))
+    needed = [Requirement(line) for line in lines]
+    return {item.name: item.specifier for item in needed if item.marker is None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _print(title: str, rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.value, style=None if row.ok else "bold red")
+    Console().print(table)

@@ -1,0 +1,65 @@
+"""What ``fastdaa train`` prints at its end: the last numbers, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdaa.train.config import PreferenceConfig
+
+_SHOWN = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "margin"),
+    ("kl/token", "KL per token (nats)"),
+    ("displacement/chosen", "chosen log-ratio (nats)"),
+    ("throughput/pairs_per_second", "pairs per second"),
+    ("throughput/tokens_per_second", "tokens per second"),
+    ("memory/peak_gib", "peak memory (GiB)"),
+)
+_FILES = (
+    ("metrics.jsonl", "every logged row"),
+    ("curves.png", "curves"),
+    ("README.md", "model card"),
+)
+
+
+def print_summary(rows: Sequence[Mapping[str, Any]], config: PreferenceConfig) -> None:
+    """Prints the last training and evaluation values of ``rows``, and the files of the run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    train, evaluation = last_values(rows), last_values(rows, "eval_")
+    table = Table()
+    table.add_column("")
+    table.add_column("training", justify="right")
+    if evaluation:
+        table.add_column("evaluation", justify="right")
+    for key, title in _SHOWN:
+        values = [train.get(key)] + ([evaluation.get(key)] if evaluation else [])
+        if any(value is not None for value in values):
+            table.add_row(title, *("" if v is None else f"{v:,.4g}" for v in values))
+    console = Console()
+    console.print(str(config.objective()), highlight=False, soft_wrap=True)
+    console.print(table)
+    runtime = next((row["train_runtime"] for row in reversed(rows) if "train_runtime" in row), None)
+    if runtime is not None:
+        console.print(f"{runtime:,.1f} s of training")
+    folder = Path(str(config.output_dir))
+    console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)
+    for file, what in _FILES:
+        if (folder / file).is_file():
+            console.print(f"{what}: {folder / file}", highlight=False, soft_wrap=True)
+
+
+def last_values(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:
+    """The last logged value of every metric, of training or (``"eval_"``) of evaluation."""
+    values: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            ours = key.startswith("eval_") == bool(prefix)
+            if ours and isinstance(value, int | float):
+                values[key.removeprefix(prefix)] = value
+    return values

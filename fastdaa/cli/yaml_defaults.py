@@ -1,0 +1,85 @@
+"""A YAML file below the command line: its values become the defaults of the options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Makes the values of a YAML file the defaults of ``parser``.
+
+    Raises:
+        ValueError: the file is no mapping, a key is unknown, or a value does not fit its option.
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config: expected a YAML file, there is no {path}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
+    for key, value in content.items():
+        action = parser._option_string_actions.get(f"--{key}")
+        if action is None or key in ("config", "help"):
+            raise ValueError(f"{path}: unknown key {key!r}{nearest_option(parser, str(key))}")
+        try:
+            action.default = _from_yaml(action, value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: {key}: got {value!r}: {error}") from error
+        action.required = False
+
+
+def nearest_option(parser: argparse.ArgumentParser, given: str, prefix: str = "") -> str:
+    """`` (did you mean ...?)`` with the option most like ``given``, or nothing."""
+    names = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    spelled = [name for name in names if "-" not in name]
+    near = difflib.get_close_matches(given.replace("-", "_"), spelled, n=1)
+    return f" (did you mean {prefix + near[0]!r}?)" if near else ""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars: ``no`` is a word (``eval_strategy: no``), ``1e-6`` is a number."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_YamlLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF))$"),
+    list("-+.0123456789"),
+)
+
+
+def _from_yaml(action: argparse.Action, value: Any) -> Any:
+    """A value of the file as its option would have read it."""
+    if isinstance(value, dict):
+        return value
+    if value is None:
+        return _convert(action, "none") if action.default is not None else None
+    if isinstance(value, list):
+        # `report_to` takes a list although its option takes one word.
+        return [_convert(action, item) for item in value]
+    converted = _convert(action, value)
+    return [converted] if action.nargs == "+" else converted
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    convert: Any = action.type or str
+    converted = convert(str(value))
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}")
+    return converted

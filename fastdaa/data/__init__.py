@@ -1,0 +1,28 @@
+"""Preference pairs: reading, checking, tokenising, packing, collating."""
+
+from __future__ import annotations
+
+from fastdaa.data.collate import Layout, PairCollator, dense_mask, selection_from
+from fastdaa.data.packing import pack_by_length, pack_by_width, packing_efficiency
+from fastdaa.data.reports import SkipReport, TokenizeReport
+from fastdaa.data.rows import PairRows
+from fastdaa.data.sources import load_pairs, read_pairs
+from fastdaa.data.tokenise import tokenize_pairs
+from fastdaa.data.validate import DataError
+
+__all__ = [
+    "DataError",
+    "Layout",
+    "PairCollator",
+    "PairRows",
+    "SkipReport",
+    "TokenizeReport",
+    "dense_mask",
+    "load_pairs",
+    "pack_by_length",
+    "pack_by_width",
+    "packing_efficiency",
+    "read_pairs",
+    "selection_from",
+    "tokenize_pairs",
+]

@@ -1,0 +1,74 @@
+"""The tokenised dataset as a ``DataLoader`` wants it: numbered rows, read without lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from fastdaa.data.collate import REF_FIELDS, REF_TOKEN_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class PairRows(TorchDataset[dict[str, Any]]):
+    """Rows of a tokenised dataset for :class:`PairCollator`, each with its ``row_id``.
+
+    Token ids come as 1-D int arrays straight from Arrow, which is several times faster than
+    lists. A batch is read in one go where the loader supports it (``__getitems__``).
+
+    Args:
+        dataset: with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and optionally the skips
+            and reference log-probs that :class:`PairCollator` names; other columns are left out.
+
+    Raises:
+        ValueError: a column of token ids is missing.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        missing = [field for field in TOKEN_FIELDS if field not in dataset.column_names]
+        if missing:
+            raise ValueError(f"dataset: expected the columns {TOKEN_FIELDS}, got no {missing}")
+        scalars = [f for f in (*SKIP_FIELDS, *REF_FIELDS) if f in dataset.column_names]
+        self._scalars = scalars
+        self._lists = [*TOKEN_FIELDS, *(f for f in REF_TOKEN_FIELDS if f in dataset.column_names)]
+        self._dataset = dataset.with_format("arrow", columns=[*self._lists, *scalars])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        table = self._dataset[[int(index) for index in indices]]
+        rows: list[dict[str, Any]] = [{"row_id": int(index)} for index in indices]
+        for field in self._lists:
+            for row, ids in zip(rows, _arrays(table[field]), strict=True):
+                row[field] = ids
+        for field in self._scalars:
+            for row, value in zip(rows, table[field].to_pylist(), strict=True):
+                row[field] = value
+        return rows
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of every row, ``[rows]`` int64, by column; for samplers that look at lengths."""
+        import pyarrow.compute
+
+        table = self._dataset[:]
+        return {
+            field: pyarrow.compute.list_value_length(table[field]).to_numpy().astype(np.int64)
+            for field in TOKEN_FIELDS
+        }
+
+
+def _arrays(column: Any) -> list[np.ndarray]:
+    arrays = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy()
+        ends = np.cumsum(chunk.value_lengths().to_numpy())
+        arrays += np.split(values, ends[:-1]) if len(ends) else []
+    return arrays

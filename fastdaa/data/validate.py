@@ -1,0 +1,246 @@
+"""What a preference pair must look like, and the one form that all pairs are brought into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "model",
+    "tool",
+    "function",
+    "ipython",
+    "environment",
+    "document",
+    "control",
+)
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+_ANSWERING = ("assistant", "model")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: where, which field, what was expected and what came."""
+
+
+class BadRow(DataError):
+    """One row that cannot be used; the reader adds where it is.
+
+    Attributes:
+        reason: a short phrase under which such rows are counted.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def bad_field(reason: str, field: str, expected: str, got: str) -> BadRow:
+    """A :class:`BadRow` in the usual words."""
+    return BadRow(reason, f"field {field!r}: expected {expected}, got {got}")
+
+
+def normalise_pair(record: Any) -> dict[str, Any]:
+    """Checks one record and brings it into the explicit form.
+
+    Args:
+        record: a mapping with ``chosen`` and ``rejected``, and optionally ``prompt``, ``tools``
+            and ``chat_template_kwargs``; other fields are not looked at.
+
+    Returns:
+        ``prompt``, ``chosen``, ``rejected`` (all strings, or all lists of messages), and, for
+        conversations that have them, ``tools`` (a JSON string) and ``chat_template_kwargs`` (a
+        dict).
+
+    Raises:
+        BadRow: says the field, what was expected and what came.
+    """
+    if not isinstance(record, Mapping):
+        raise BadRow("not an object", f"expected an object with fields, got {describe(record)}")
+    for field in ("image", "images"):
+        if record.get(field):
+            raise bad_field("images", field, "text only", "images, which are not supported")
+    for field in ("chosen", "rejected"):
+        if field not in record:
+            fields = ", ".join(map(repr, record)) or "no fields"
+            raise bad_field("missing field", field, "text or a list of messages", f"only {fields}")
+    pair = {field: _read_side(field, record[field]) for field in ("chosen", "rejected")}
+    conversational = isinstance(pair["chosen"], list)
+    if isinstance(pair["rejected"], list) != conversational:
+        kinds = ("a list of messages", "text") if conversational else ("text", "a list of messages")
+        raise bad_field("mixed formats", "rejected", f"{kinds[0]} as in 'chosen'", kinds[1])
+    if pair["chosen"] == pair["rejected"]:
+        got = f"the same: {describe(pair['rejected'])}"
+        raise bad_field("chosen equals rejected", "rejected", "another answer than 'chosen'", got)
+    pair = _with_prompt(pair, record.get("prompt"), conversational)
+    if conversational:
+        pair.update(_template_fields(record))
+    return pair
+
+
+def is_conversational(pair: Mapping[str, Any]) -> bool:
+    """Whether a normalised pair consists of messages and not of plain text."""
+    return isinstance(pair["chosen"], list)
+
+
+def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Splits an implicit prompt off two sequences of turns, or two strings.
+
+    The prompt is the longest common prefix, which leaves at least the last turn (character) of
+    both; for strings, one space before the completions belongs to them and not to the prompt.
+
+    Returns:
+        Prompt, chosen completion, rejected completion.
+    """
+    common = common_prefix(chosen, rejected)
+    split = min(common, len(chosen) - 1, len(rejected) - 1)
+    if split == common > 0 and isinstance(chosen, str) and chosen[split - 1] == " ":
+        split -= 1
+    return chosen[:split], chosen[split:], rejected[split:]
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of leading items that two strings or lists have in common."""
+    known, limit = 0, min(len(first), len(second))
+    # Halving compares slices at the speed of C; long equal prefixes are the usual case.
+    step = limit
+    while known < limit:
+        step = min(step, limit - known)
+        if first[known : known + step] == second[known : known + step]:
+            known += step
+        elif step == 1:
+            break
+        else:
+            step //= 2
+    return known
+
+
+def without_nulls(value: Any) -> Any:
+    """``value`` without the null entries that columnar files add to nested objects."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(entry) for entry in value]
+    return value
+
+
+def describe(value: Any) -> str:
+    """``value`` in a few words, for an error message."""
+    if value is None:
+        return "null"
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > 60:
+        text = text[:57] + "..."
+    return repr(text) if isinstance(value, str) else f"{type(value).__name__} {text}"
+
+
+def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dict[str, Any]:
+    if prompt is None or (conversational and isinstance(prompt, str)):
+        # Some sets repeat the first question as text beside two whole conversations.
+        parts = split_prompt(pair["chosen"], pair["rejected"])
+        if conversational and not parts[0] and prompt is not None:
+            raise bad_field(
+                "mixed formats", "prompt", "a list of messages as in 'chosen'", describe(prompt)
+            )
+        if conversational and not parts[0]:
+            raise bad_field(
+                "missing prompt", "prompt", "it, or a first message common to both sides", "neither"
+            )
+        pair = dict(zip(PAIR_FIELDS, parts, strict=True))
+    else:
+        read = _read_turns("prompt", prompt)
+        if isinstance(read, list) != conversational:
+            expected = "a list of messages" if conversational else "text"
+            raise bad_field(
+                "mixed formats", "prompt", f"{expected} as in 'chosen'", describe(prompt)
+            )
+        if read == []:
+            raise bad_field("missing prompt", "prompt", "at least one message", "an empty list")
+        pair = {"prompt": read, **pair}
+    for field in ("chosen", "rejected"):
+        if conversational and not any(_says_something(turn) for turn in pair[field]):
+            raise bad_field("empty completion", field, "an answer with content", "an empty one")
+    return pair
+
+
+def _read_side(field: str, value: Any) -> str | list[dict[str, Any]]:
+    turns = _read_turns(field, value)
+    if not turns:
+        raise bad_field("empty completion", field, "an answer with content", "an empty one")
+    if isinstance(turns, list) and turns[-1]["role"] not in _ANSWERING:
+        got = f"one from {turns[-1]['role']!r}"
+        raise bad_field("wrong messages", field, "a last message from 'assistant'", got)
+    return turns
+
+
+def _read_turns(field: str, value: Any) -> str | list[dict[str, Any]]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        expected = "text or a list of messages"
+        raise bad_field("neither text nor messages", field, expected, describe(value))
+    return [_read_message(f"{field}[{index}]", message) for index, message in enumerate(value)]
+
+
+def _read_message(field: str, message: Any) -> dict[str, Any]:
+    expected = "a message {'role': ..., 'content': ...}"
+    if not isinstance(message, Mapping):
+        raise bad_field("wrong messages", field, expected, describe(message))
+    message = without_nulls(message)
+    if "role" not in message:
+        raise bad_field("wrong messages", field, expected, f"one with only {sorted(message)}")
+    if message["role"] not in ROLES:
+        raise bad_field(
+            "wrong messages",
+            f"{field}.role",
+            f"one of {', '.join(ROLES)}",
+            describe(message["role"]),
+        )
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return message
+    if isinstance(content, list) and all(_is_text_block(block) for block in content):
+        return message
+    raise bad_field("wrong messages", f"{field}.content", "text", describe(content))
+
+
+def _is_text_block(block: Any) -> bool:
+    return isinstance(block, Mapping) and isinstance(block.get("text"), str)
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(block["text"] for block in content)
+    return bool(content or message.get("tool_calls"))
+
+
+def _template_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    tools = _parse_json("tools", record.get("tools"), list)
+    if tools and not all(isinstance(tool, Mapping) for tool in tools):
+        raise bad_field("wrong tools", "tools", "a list of objects", describe(tools))
+    if tools:
+        given = record["tools"]
+        found["tools"] = given if isinstance(given, str) else json.dumps(without_nulls(tools))
+    options = _parse_json("chat_template_kwargs", record.get("chat_template_kwargs"), dict)
+    if options:
+        found["chat_template_kwargs"] = without_nulls(options)
+    return found
+
+
+def _parse_json(field: str, value: Any, kind: type) -> Any:
+    expected = f"{'a list' if kind is list else 'an object'} or a JSON string of one"
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise bad_field(f"wrong {field}", field, expected, f"broken JSON ({error})") from None
+    if value and not isinstance(value, kind):
+        raise bad_field(f"wrong {field}", field, expected, describe(value))
+    return value or None

@@ -1,0 +1,288 @@
+"""The demo: tokenizer, small Llama, SFT, alignment by several losses, a table and a picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastdaa.demo import report, sft
+from fastdaa.demo.evaluation import evaluate
+from fastdaa.demo.make_pairs import read_pairs
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+MAX_THREADS = 4
+"""More threads than that only wait for each other in so small a model."""
+
+
+class Recipe(NamedTuple):
+    """How a loss is used in the demo."""
+
+    label: str
+    beta: float
+    learning_rate: float = 5e-4
+
+
+RECIPES = {
+    "dpo": Recipe("DPO", beta=0.1),
+    "ipo": Recipe("IPO", beta=0.1),
+    "slic": Recipe("SLiC", beta=0.1),
+}
+
+
+class Size(NamedTuple):
+    """How much of everything: the whole demo, or a glimpse of it."""
+
+    train_pairs: int | None = None
+    prompts: int = 200
+    sft_epochs: int = 4
+    align_epochs: float = 1.0
+    points: int = 5
+    """Evaluations of a policy while it trains, its end included."""
+
+
+FAST = Size(train_pairs=96, prompts=8, sft_epochs=1, align_epochs=1.0, points=2)
+
+
+def main(
+    output_dir: str | Path,
+    losses: Sequence[str] = ("dpo", "ipo", "slic"),
+    seed: int = 0,
+    fast: bool = False,
+) -> dict[str, Any]:
+    """Runs the demo and writes everything below ``output_dir``.
+
+    Args:
+        output_dir: gets ``sft/`` and a folder for every policy (models with their tokenizer),
+            ``results.json``, ``table.txt`` and ``demo.png``.
+        losses: any of ``RECIPES``.
+        seed: of weights, order and sampling.
+        fast: a glimpse in seconds, whose numbers mean nothing.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: a loss that has no recipe.
+        SystemExit: with code 130 after Ctrl-C.
+    """
+    import torch
+    from rich.console import Console
+
+    for loss in losses:
+        if loss not in RECIPES:
+            raise ValueError(f"losses: expected some of {', '.join(RECIPES)}, got {loss!r}")
+    console = Console()
+    output = Path(output_dir)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, MAX_THREADS))
+    try:
+        return _Demo(output, seed, FAST if fast else Size(), console).run(losses)
+    except KeyboardInterrupt:
+        console.print(f"\n[bold]Stopped.[/] Finished models, if any, are in {output}.")
+        raise SystemExit(130) from None
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Demo:
+    """State that the stages share."""
+
+    def __init__(self, output: Path, seed: int, size: Size, console: Console) -> None:
+        import torch
+
+        self.start = time.perf_counter()
+        self.output, self.seed, self.size, self.console = output, seed, size, console
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.policies: list[dict[str, Any]] = []
+        self.trajectories: dict[str, list[dict[str, float]]] = {}
+        self.logs: dict[str, list[dict[str, float]]] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
+
+    def run(self, losses: Sequence[str]) -> dict[str, Any]:
+        """All stages in their order."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.stages = 3 + len(losses)
+        self._read_data()
+        model = self._fine_tune()
+        for number, loss in enumerate(losses, 3):
+            self._align(number, loss, model)
+        return self._finish()
+
+    def _say(self, number: int, text: str) -> None:
+        seconds = time.perf_counter() - self.start
+        self.console.print(f"[bold]\\[{number}/{self.stages}][/] {text} [dim]({seconds:.0f} s)[/]")
+
+    def _read_data(self) -> None:
+        from datasets import Dataset
+
+        from fastdaa.data import tokenize_pairs
+        from fastdaa.demo.tokenizer import train_tokenizer
+
+        splits = read_pairs()
+        rows, held_out = splits["train"][: self.size.train_pairs], splits["held_out"]
+        held_out = held_out[: self.size.prompts]
+        self.tokenizer = train_tokenizer(splits["train"])
+        self._say(
+            1,
+            f"{len(rows):,} pairs to train on, {len(held_out)} held out; "
+            f"a tokenizer of {len(self.tokenizer):,} tokens",
+        )
+        self.prompts = [row["prompt"][0]["content"] for row in held_out]
+        train, _ = tokenize_pairs(Dataset.from_list(_sides(rows)), self.tokenizer)
+        self.train_pairs: Dataset = train
+        self.held_out_pairs, _ = tokenize_pairs(Dataset.from_list(_sides(held_out)), self.tokenizer)
+
+    def _fine_tune(self) -> LlamaForCausalLM:
+        model = sft.build_model(self.tokenizer, self.seed, self.device)
+        size = f"{model.num_parameters() / 1e6:.2f}M parameters"
+        self._say(2, f"a Llama of {size} from scratch, fine-tuned on all answers, good and bad")
+        with _progress(self.console) as progress:
+            bar = progress.add_task("SFT", total=None, note="")
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                progress.update(bar, completed=step, total=steps, note=f"loss {loss:.2f}")
+
+            self.sft_log = sft.fine_tune(
+                model,
+                sft.sft_sequences(self.train_pairs),
+                epochs=self.size.sft_epochs,
+                seed=self.seed,
+                on_step=on_step,
+            )
+        _save(model, self.tokenizer, self.output / "sft")
+        result = self._evaluate(model, None)
+        self.answers["SFT"] = result
+        self._add("SFT", result, seconds=self.sft_log[-1]["seconds"], win_rate=0.5, kl=0.0)
+        return model
+
+    def _evaluate(
+        self, model: LlamaForCausalLM, reference: LlamaForCausalLM | None
+    ) -> dict[str, Any]:
+        # The same prompts, but other random numbers than SFT's: ties would be correlated.
+        sft_answers = self.answers.get("SFT", {})
+        return evaluate(
+            model,
+            self.tokenizer,
+            self.prompts,
+            ref_model=reference,
+            ref_scores=sft_answers.get("scores"),
+            seed=self.seed + (reference is not None),
+        )
+
+    def _align(self, number: int, loss: str, model: LlamaForCausalLM) -> None:
+        """Trains one policy from the SFT model, looking at it now and then."""
+        from fastdaa.demo.align import align
+
+        recipe = RECIPES[loss]
+        name = f"{recipe.label}, beta {recipe.beta:g}"
+        self._say(number, f"{name}: from the SFT model, which is also the reference")
+        policy = copy.deepcopy(model)
+        points: list[dict[str, float]] = []
+        results: list[dict[str, Any]] = []
+
+        def look(weights: dict[str, torch.Tensor], step: int) -> str:
+            # A plain copy generates: the policy itself has the trainer's attention.
+            snapshot = copy.deepcopy(model)
+            snapshot.load_state_dict(weights)
+            results[:] = [self._evaluate(snapshot, model)]
+            points.append({"step": step, "kl": results[0]["kl"], "gold": results[0]["gold"]})
+            return f"gold {results[0]['gold']:.2f}"
+
+        with _progress(self.console) as progress:
+            outcome = align(
+                policy,
+                self.tokenizer,
+                self.train_pairs,
+                self.held_out_pairs,
+                loss=loss,
+                beta=recipe.beta,
+                learning_rate=recipe.learning_rate,
+                epochs=self.size.align_epochs,
+                looks=self.size.points,
+                look=look,
+                seed=self.seed,
+                output_dir=self.output / loss,
+                progress=progress,
+            )
+        policy_weights = copy.deepcopy(model)
+        policy_weights.load_state_dict(policy.state_dict())
+        _save(policy_weights, self.tokenizer, self.output / loss)
+        self.answers[name] = results[0]
+        self.trajectories[name], self.logs[name] = points, outcome["log"]
+        self._add(
+            name,
+            results[0],
+            seconds=outcome["seconds"],
+            reward_accuracy=outcome["reward_accuracy"],
+        )
+
+    def _add(self, name: str, result: dict[str, Any], **more: float) -> None:
+        numbers = {key: value for key, value in result.items() if isinstance(value, float)}
+        self.policies.append({"name": name, **numbers, **more})
+
+    def _finish(self) -> dict[str, Any]:
+        from fastdaa.demo.picture import draw
+
+        self._say(self.stages, "table and picture")
+        environment = report.describe_environment(self.device)
+        table = report.results_table(self.policies, environment)
+        self.console.print(table)
+        aligned = self.policies[1:]
+        if aligned:
+            best = max(aligned, key=lambda policy: policy["gold"])["name"]
+            before, after = self.answers["SFT"], self.answers[best]
+            self.console.print(report.examples(self.prompts, before, after, best))
+        picture = draw(
+            self.output / "demo.png",
+            sft=self.policies[0],
+            sft_log=self.sft_log,
+            trajectories=self.trajectories,
+            logs=self.logs,
+            caption=", ".join(f"{name} {value}" for name, value in environment.items()),
+        )
+        results = {
+            "policies": self.policies,
+            "trajectories": self.trajectories,
+            "logs": self.logs,
+            "sft_log": self.sft_log,
+            "environment": environment,
+            "seconds": time.perf_counter() - self.start,
+        }
+        (self.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        report.write_table(self.output / "table.txt", table)
+        self.console.print(f"picture: {picture}", soft_wrap=True)
+        self.console.print(f"models, results.json, table.txt: {self.output}", soft_wrap=True)
+        self.console.print(f"everything took {results['seconds']:.0f} s")
+        return results
+
+
+def _sides(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

@@ -1,0 +1,75 @@
+"""2U: a head that is not trained. Forward makes the gradient of the hidden states, unscaled.
+
+``d logp_i / d h_i`` does not depend on the loss, so it can be made while the logits are at hand;
+backward multiplies its rows by whatever coefficient the loss turns out to have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdaa.head import LmHead
+from fastdaa.planner import HeadPlan
+from fastdaa.tiles import (
+    FP16_TARGET,
+    Logits,
+    blocks,
+    product,
+    scale_tile,
+    set_target,
+    take_statistics,
+    without_autocast,
+)
+
+
+class Frozen(torch.autograd.Function):
+    """``apply(hidden_states [N, D], head, targets [N], plan)`` to log-probs ``[N]``."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, head: LmHead, targets, plan: HeadPlan):
+        """One pass over the vocabulary; keeps one ``[N, D]`` in the wide dtype."""
+        logps, slopes = logps_and_slopes(hidden_states, head, targets, plan)
+        ctx.save_for_backward(slopes)
+        ctx.dtype = hidden_states.dtype
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, coefficients):
+        """A row scale."""
+        (slopes,) = ctx.saved_tensors
+        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, None
+
+
+def logps_and_slopes(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan
+) -> tuple[Tensor, Tensor]:
+    """Log-probs ``[N]`` and ``d logp / d hidden [N, D]``, both wide, in one pass over the head."""
+    with without_autocast(hidden_states.device):
+        logits = Logits(hidden_states, head)
+        slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
+        logps = slopes.new_empty(slopes.shape[0])
+        for rows in blocks(hidden_states.shape[0], plan.block_rows):
+            logps[rows], slopes[rows] = _rows(logits, targets[rows], rows)
+    return logps, slopes
+
+
+def _rows(logits: Logits, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
+    columns = slice(0, logits.head.vocab_size)
+    hidden, weight = logits.rows(rows), logits.columns(columns)
+    z = logits.tile(hidden, weight, columns)
+    slope = logits.slope(z)
+    state, _ = take_statistics(z, targets)
+    # The sum of exp(z - m) is left out of the tile and divided out of the result: half-precision
+    # factors then keep the entries of likely tokens near 1.
+    own = torch.exp(state.log_s) * -torch.expm1(state.logps)
+    set_target(z.neg_(), targets, own)
+    tile, norm = scale_tile(z, slope), torch.exp(-state.log_s)
+    if logits.operand == torch.float16:
+        # The target's entry may reach V times the slope, which fp16 does not.
+        lift = FP16_TARGET / (own.clamp(min=1.0) * logits.steepest)
+        tile, norm = tile.mul_(lift[:, None]), norm / lift
+    return state.logps, product(tile.to(logits.operand), weight).mul_(norm[:, None])

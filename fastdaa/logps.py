@@ -1,0 +1,133 @@
+"""Token log-probabilities from hidden states and the LM head: the differentiable primitive.
+
+No ``[N, V]`` tensor exists at any time; memory beyond inputs and gradients is a tile of logits and
+a few numbers a token. Log-probabilities and statistics are fp32 (fp64 for fp64 inputs), gradients
+are summed in that dtype and rounded once to the dtype of their tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdaa import reference
+from fastdaa.frozen import Frozen
+from fastdaa.head import LmHead
+from fastdaa.outputs import PairLogps, TokenStats
+from fastdaa.planner import plan_head
+from fastdaa.recompute import Recompute
+from fastdaa.score import score
+from fastdaa.validation import check_head_inputs
+
+
+def token_logps(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    impl: str = "auto",
+    max_bytes: int | None = None,
+) -> Tensor:
+    """Log-probability of every target under the LM head, without the logits.
+
+    Differentiable towards ``hidden_states``, ``weight`` and ``bias``; the result can be used in any
+    expression, and backward can run more than once with ``retain_graph=True``.
+
+    Args:
+        hidden_states: ``[N, D]`` fp16, bf16, fp32 or fp64; the rows that are scored.
+        weight: ``[V, D]`` of the head, in the same or another floating dtype.
+        targets: ``[N]`` int64 token ids in ``[0, V)``.
+        bias: ``[V]``, or None.
+        softcap: final logit soft-capping ``c * tanh(z / c)``, or None.
+        logit_scale: factor on the logits before the cap.
+        temperature: divisor of the logits after the cap.
+        impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
+            ``"recompute"``, or ``"reference"`` (materialised logits, for checks).
+        max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
+
+    Returns:
+        ``[N]`` in nats, fp32 (fp64 if an input is fp64).
+
+    Raises:
+        TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` that
+            cannot serve this call.
+    """
+    check_head_inputs(hidden_states, weight, targets, bias)
+    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+    return head_logps(hidden_states, head, targets, impl=impl, max_bytes=max_bytes)
+
+
+def head_logps(
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    *,
+    impl: str = "auto",
+    max_bytes: int | None = None,
+) -> Tensor:
+    """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`."""
+    grad = torch.is_grad_enabled()
+    plan = plan_head(
+        head.vocab_size,
+        hidden_states.device,
+        hidden_grad=grad and hidden_states.requires_grad,
+        head_grad=grad and head.trained,
+        impl=impl,
+        max_bytes=max_bytes,
+    )
+    if plan.path == "reference":
+        return reference.token_logps(
+            hidden_states, head.weight, targets, bias=head.bias, softcap=head.softcap,
+            logit_scale=head.logit_scale, temperature=head.temperature,
+        )  # fmt: skip
+    if plan.path == "score":
+        return score(hidden_states, head, targets, plan)[0].logps
+    if plan.path == "frozen":
+        return Frozen.apply(hidden_states, head, targets, plan)
+    return Recompute.apply(hidden_states, head.weight, head.bias, targets, head.detach(), plan)
+
+
+@torch.no_grad()
+def token_stats(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, *, max_bytes: int | None = None
+) -> tuple[Tensor, TokenStats]:
+    """Log-probabilities ``[N]`` and statistics of the predicted distributions, no gradient (1U).
+
+    Args:
+        hidden_states: ``[N, D]``. targets: ``[N]`` int64. max_bytes: as in :func:`token_logps`.
+    """
+    check_head_inputs(hidden_states, head.weight, targets, head.bias)
+    plan = plan_head(
+        head.vocab_size, hidden_states.device, hidden_grad=False, head_grad=False,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+    state, stats = score(hidden_states, head, targets, plan, stats=True)
+    assert stats is not None
+    return state.logps, stats
+
+
+def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sum token log-probs to sequence log-probs, in a fixed order and in fp64.
+
+    A sum over hundreds of tokens in fp32 alone would lose a thousandth of a nat.
+
+    Args:
+        token_logps: ``[N]``, sequence by sequence.
+        lengths: ``[S]`` int64 with sum ``N``; a length of 0 gives 0.
+
+    Returns:
+        ``[S]`` in the dtype of ``token_logps``; differentiable.
+    """
+    # unsafe skips a check of the lengths that would wait for the device.
+    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
+    return sums.to(token_logps.dtype)
+
+
+def pair_logps(sequence_logps: Tensor, lengths: Tensor) -> PairLogps:
+    """Pair-major sequence log-probs ``[2B]`` and completion lengths ``[2B]`` side by side."""
+    logps, tokens = sequence_logps.view(-1, 2), lengths.view(-1, 2)
+    return PairLogps(logps[:, 0], logps[:, 1], tokens[:, 0], tokens[:, 1])

@@ -1,0 +1,74 @@
+"""Which values the hyperparameters may take, and which loss takes which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastdaa.losses.margin import MARGIN_FUNCTIONS
+from fastdaa.losses.registry import LOSSES, Loss
+
+_Range = tuple[Callable[[float], bool], str]
+_POSITIVE: _Range = (lambda v: v > 0, "> 0")
+_NOT_NEGATIVE: _Range = (lambda v: v >= 0, ">= 0")
+
+_RANGES: dict[str, _Range] = {
+    "beta": _POSITIVE,
+    "label_smoothing": (lambda v: 0 <= v < 0.5, "in [0, 0.5)"),
+    "exo_pair.label_smoothing": (lambda v: 0 < v < 0.5, "in (0, 0.5)"),
+    "delta": _NOT_NEGATIVE,
+    "regularization": _NOT_NEGATIVE,
+    "gamma": _NOT_NEGATIVE,
+    "nll_weight": _NOT_NEGATIVE,
+    "desirable_weight": _NOT_NEGATIVE,
+    "undesirable_weight": _NOT_NEGATIVE,
+    "discopop_tau": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "lam": _POSITIVE,
+    "max_weight": _POSITIVE,
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "target": ("standard", "unified"),
+    "g": tuple(MARGIN_FUNCTIONS),
+}
+
+
+def check_accepted(losses: Sequence[Loss], given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a given hyperparameter belongs to none of ``losses``.
+
+    Values of None count as not given, but their names still have to exist.
+    """
+    for name, value in given.items():
+        if any(name in loss.hyperparameters for loss in losses):
+            continue
+        takers = [loss.name for loss in LOSSES.values() if name in loss.hyperparameters]
+        if takers and value is None:
+            continue
+        accepted = "; ".join(
+            f"{loss.name} takes {', '.join(loss.hyperparameters) or 'none'}" for loss in losses
+        )
+        whose = f"{name} belongs to {', '.join(takers)}" if takers else f"no loss has {name}"
+        raise ValueError(f"got {name}={value!r}, which no chosen loss uses: {accepted}; {whose}")
+
+
+def check_value(loss: Loss, name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` fits the hyperparameter ``name`` of ``loss``."""
+    default = loss.hyperparameters[name]
+    if isinstance(default, bool):
+        valid, expected = isinstance(value, bool), "True or False"
+    elif isinstance(default, str):
+        choices = _CHOICES[name]
+        valid, expected = value in choices, f"one of {', '.join(choices)}"
+        if name == "g":
+            pair = isinstance(value, tuple) and len(value) == 2 and all(map(callable, value))
+            valid = valid or pair
+            expected += " or a pair (value, derivative) of callables"
+    else:
+        unbounded: _Range = (lambda v: True, "finite")
+        in_range, words = _RANGES.get(f"{loss.name}.{name}") or _RANGES.get(name, unbounded)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        valid = number and math.isfinite(value) and in_range(value)
+        expected = f"a finite number {words}" if words != "finite" else "a finite number"
+    if not valid:
+        raise ValueError(f"expected {name} of {loss.name} to be {expected}, got {value!r}")

@@ -1,0 +1,206 @@
+"""Weighted mixtures of losses, with their hyperparameters checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdaa.losses.hyperparameters import check_accepted, check_value
+from fastdaa.losses.registry import Loss, get_loss
+from fastdaa.outputs import BatchTotals, PairLogps
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a mixture. Raises ``ValueError`` for hyperparameters that it cannot take."""
+
+    loss: Loss
+    weight: float = 1.0
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    """Values that differ from the defaults, or all of them."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(
+                f"expected a finite weight >= 0 for {self.loss.name}, got {self.weight!r}"
+            )
+        check_accepted([self.loss], self.hyperparameters)
+        for name, value in self.hyperparameters.items():
+            check_value(self.loss, name, value)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every hyperparameter with its value, defaults included."""
+        return {**self.loss.hyperparameters, **self.hyperparameters}
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.values.items())
+        weight = "" if self.weight == 1 else f"{self.weight} * "
+        return f"{weight}{self.loss.name}({values})"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses; ``str`` shows it with every value.
+
+    The loss of a batch is the mean of the returned vector over all pairs of the batch. Chunks of
+    the batch may be evaluated one at a time if the objective is not ``coupled``: give ``totals`` of
+    the whole batch, sum what comes back, and divide by the pairs of the whole batch.
+    """
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms or all(term.weight == 0 for term in self.terms):
+            raise ValueError("expected at least one loss with a weight above 0, got none")
+
+    @classmethod
+    def parse(
+        cls,
+        losses: str | Sequence[str],
+        *,
+        weights: Sequence[float] | None = None,
+        **hyperparameters: Any,
+    ) -> Objective:
+        """Build a mixture from names or aliases.
+
+        Each hyperparameter goes to every chosen loss that has it; a value of None means the loss's
+        own default. Weights default to 1. Raises ``ValueError`` for unknown losses, for
+        hyperparameters that no chosen loss uses, and for values out of range.
+        """
+        names = [losses] if isinstance(losses, str) else list(losses)
+        weights = [1.0] * len(names) if weights is None else list(weights)
+        if len(weights) != len(names):
+            raise ValueError(f"expected {len(names)} weights for {names}, got {len(weights)}")
+        chosen = [get_loss(name) for name in names]
+        check_accepted(chosen, hyperparameters)
+        given = {name: value for name, value in hyperparameters.items() if value is not None}
+        terms = (
+            Term(loss, weight, {k: v for k, v in given.items() if k in loss.hyperparameters})
+            for loss, weight in zip(chosen, weights, strict=True)
+        )
+        return cls(tuple(terms))
+
+    @property
+    def pair_terms(self) -> tuple[Term, ...]:
+        """Terms of sequence log-probabilities."""
+        return tuple(term for term in self.terms if term.loss.level == "pair")
+
+    @property
+    def token_terms(self) -> tuple[Term, ...]:
+        """Terms of token log-probabilities."""
+        return tuple(term for term in self.terms if term.loss.level == "token")
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether any term reads a reference."""
+        return any(term.loss.needs_ref for term in self.terms)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether any term couples the pairs of a batch, so that all must be given at once."""
+        return any(term.loss.coupled for term in self.terms)
+
+    @property
+    def has_token_level(self) -> bool:
+        """Whether ``token_losses`` is needed beside the call."""
+        return bool(self.token_terms)
+
+    @property
+    def beta(self) -> float:
+        """Scale of the logged rewards: beta of the first loss that has one, else 1."""
+        betas = (term.values["beta"] for term in self.terms if "beta" in term.values)
+        return next(betas, 1.0)
+
+    def __call__(
+        self,
+        policy: PairLogps,
+        ref: PairLogps | None,
+        totals: BatchTotals | None = None,
+        token_losses: Tensor | None = None,
+    ) -> Tensor:
+        """Losses ``[B]`` of the pairs given, in the dtype of the log-probabilities.
+
+        ``totals`` describes the whole batch when these pairs are a chunk of it. An objective with
+        token-level terms needs the result of ``token_losses`` for the same pairs, which is added.
+        Raises ``ValueError`` if a reference or the token losses are missing or superfluous.
+        """
+        if self.has_token_level != (token_losses is not None):
+            wanted = "token_losses" if self.has_token_level else "no token_losses"
+            raise ValueError(f"expected {wanted} for the objective {self}")
+        parts = [] if token_losses is None else [token_losses]
+        for term in self.pair_terms:
+            _require_ref(term, ref)
+            values = {**term.values, "totals": totals} if term.loss.takes_totals else term.values
+            parts.append(_weighted(term, term.loss.fn(policy, ref, **values)))
+        return reduce(torch.add, parts)
+
+    def token_losses(
+        self,
+        token_logps: Tensor,  # [n]
+        ref_token_logps: Tensor | None,  # [n]
+        lengths: Tensor,  # [s] int64
+        *,
+        advantages: Tensor | None = None,  # [s]
+        pairs: int | None = None,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """Token-level part of the losses ``[s / 2]``, of whole pairs in pair-major order.
+
+        ``lengths`` are the scored tokens of each sequence, chosen and rejected in turn. A pair's
+        entry is the sum over its tokens times ``pairs / tokens``, so that the mean over the pairs
+        of the batch is the mean over its tokens. ``pairs`` and ``tokens`` (scored tokens of both
+        sides) count the whole batch when this is a chunk of it; give both or neither.
+        Raises ``ValueError`` for an objective without token-level terms or a missing reference.
+        """
+        if not self.has_token_level:
+            raise ValueError(f"expected an objective with token-level losses, got {self}")
+        if (pairs is None) != (tokens is None):
+            raise ValueError(f"expected pairs and tokens together, got {pairs=}, {tokens=}")
+        if pairs is None or tokens is None:
+            pairs, tokens = lengths.numel() // 2, token_logps.numel()
+        parts = []
+        for term in self.token_terms:
+            _require_ref(term, ref_token_logps)
+            per_token = term.loss.fn(
+                token_logps, ref_token_logps, lengths, advantages=advantages, **term.values
+            )
+            parts.append(_weighted(term, per_token))
+        pair_lengths = lengths.view(-1, 2).sum(dim=1)
+        # unsafe skips a check of the lengths that would wait for the device.
+        sums = torch.segment_reduce(
+            reduce(torch.add, parts), "sum", lengths=pair_lengths, unsafe=True
+        )
+        return sums * pairs / max(tokens, 1)
+
+    def __str__(self) -> str:
+        return " + ".join(str(term) for term in self.terms)
+
+
+def implicit_rewards(
+    policy: PairLogps, ref: PairLogps | None, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Implicit rewards ``[B]`` of chosen and rejected, detached: ``beta * (policy - ref)``.
+
+    Sums over tokens whatever the loss normalises by, as TRL logs them. Without a reference,
+    ``beta * policy``.
+    """
+    chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
+    if ref is not None:
+        chosen, rejected = chosen - ref.chosen.detach(), rejected - ref.rejected.detach()
+    return beta * chosen, beta * rejected
+
+
+def _weighted(term: Term, losses: Tensor) -> Tensor:
+    return losses if term.weight == 1 else term.weight * losses
+
+
+def _require_ref(term: Term, ref: Any) -> None:
+    if term.loss.needs_ref and ref is None:
+        raise ValueError(f"expected reference log-probabilities for {term.loss.name}, got None")

@@ -1,0 +1,164 @@
+"""``torch.nn`` doors: hidden states, head weight, labels and a reference in; a loss out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdaa.head import LmHead
+from fastdaa.logps import token_logps
+from fastdaa.losses import Objective
+from fastdaa.outputs import PairLossOutput, TokenSelection
+from fastdaa.pair_loss import pair_loss
+from fastdaa.selection import select_pairs
+from fastdaa.validation import check_shape
+
+
+class FusedLinearPairLoss(nn.Module):
+    """A preference loss on the last hidden states, without logits.
+
+    Args:
+        loss: name of a loss or a list of names (a mixture), see ``fastdaa.LOSSES``.
+        weights: weights of a mixture.
+        softcap, logit_scale, temperature: of the head, see :class:`fastdaa.LmHead`.
+        order: order of the rows, ``"chosen_first"`` or ``"interleaved"``.
+        ignore_index: label of positions that are not scored.
+        impl, max_bytes: see :func:`fastdaa.pair_loss`.
+        hyperparameters: of the loss, e.g. ``beta=0.1``.
+
+    Raises:
+        ValueError: an unknown loss or a hyperparameter that it does not have.
+    """
+
+    def __init__(
+        self,
+        loss: str | list[str] = "dpo",
+        *,
+        weights: list[float] | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        order: str = "chosen_first",
+        ignore_index: int = -100,
+        impl: str = "auto",
+        max_bytes: int | None = None,
+        **hyperparameters: Any,
+    ):
+        super().__init__()
+        self.objective = Objective.parse(loss, weights=weights, **hyperparameters)
+        self.head_options: dict[str, Any] = {
+            "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature,
+        }  # fmt: skip
+        self.order, self.ignore_index = order, ignore_index
+        self.impl, self.max_bytes = impl, max_bytes
+
+    def extra_repr(self) -> str:
+        """The objective with every value."""
+        return str(self.objective)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        ref_hidden_states: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        advantages: Tensor | None = None,
+    ) -> PairLossOutput:
+        """The loss of a batch of pairs.
+
+        Args:
+            hidden_states: ``[2B, T, D]`` of the policy. weight: ``[V, D]``. bias: ``[V]``.
+            labels: ``[2B, T]`` int64, at the position of their token, not shifted.
+            ref_logps: ``[2B]`` reference log-probs, rows ordered as ``labels``.
+            ref_hidden_states: ``[2B, T, D']``, instead of ``ref_logps``.
+            ref_weight: ``[V, D']`` of the reference's head; None for the policy's head, detached.
+            ref_bias: ``[V]`` that goes with ``ref_weight``, or None.
+            advantages: ``[2B]``, for token-level objectives, rows ordered as ``labels``.
+
+        Returns:
+            The result; its vectors are in pair order.
+
+        Raises:
+            TypeError, ValueError: inputs that do not fit together, or a missing reference.
+        """
+        selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
+        check_shape("hidden_states", hidden_states, (*labels.shape, hidden_states.shape[-1]))
+        selection = selection.to(hidden_states.device)
+        if ref_logps is not None and ref_hidden_states is not None:
+            raise ValueError("ref_logps: expected None beside ref_hidden_states, got both")
+        if ref_weight is None and ref_bias is not None:
+            raise ValueError("ref_bias: expected None without ref_weight, got a bias")
+        ref_token_logps = None
+        if ref_hidden_states is not None and self.objective.needs_ref:
+            ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+            ref_token_logps = self._score(ref_hidden_states, *ref_head, selection, labels.shape)
+        head = LmHead(weight, bias, **self.head_options)
+        return pair_loss(
+            hidden_states,
+            head,
+            selection,
+            self.objective,
+            ref_logps=self._pair_major(ref_logps),
+            ref_token_logps=ref_token_logps,
+            advantages=self._pair_major(advantages),
+            impl=self.impl,
+            max_bytes=self.max_bytes,
+        )
+
+    @torch.no_grad()
+    def _score(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        selection: TokenSelection,
+        shape: torch.Size,
+    ) -> Tensor:
+        """Reference log-probs ``[N]`` of the selected tokens."""
+        check_shape("ref_hidden_states", hidden_states, (*shape, hidden_states.shape[-1]))
+        rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
+        return token_logps(
+            rows, weight, selection.targets, bias=bias, max_bytes=self.max_bytes,
+            **self.head_options,
+        )  # fmt: skip
+
+    def _pair_major(self, values: Tensor | None) -> Tensor | None:
+        if values is None or self.order == "interleaved" or values.ndim != 1 or len(values) % 2:
+            return values  # pair_loss names what is wrong with the shape
+        return values.view(2, -1).T.reshape(-1)
+
+
+class FusedLinearDPOLoss(FusedLinearPairLoss):
+    """DPO on hidden states. Hyperparameters: ``beta``, ``label_smoothing`` and the others of
+    :func:`fastdaa.losses.dpo`."""
+
+    def __init__(self, **options: Any):
+        super().__init__("dpo", **options)
+
+
+class FusedLinearIPOLoss(FusedLinearPairLoss):
+    """IPO on hidden states. Hyperparameters: those of :func:`fastdaa.losses.ipo`."""
+
+    def __init__(self, **options: Any):
+        super().__init__("ipo", **options)
+
+
+class FusedLinearSLiCLoss(FusedLinearPairLoss):
+    """SLiC on hidden states. Hyperparameters: those of :func:`fastdaa.losses.slic`."""
+
+    def __init__(self, **options: Any):
+        super().__init__("slic", **options)
+
+
+class FusedLinearAPALoss(FusedLinearPairLoss):
+    """APA on hidden states. Hyperparameters: those of :func:`fastdaa.losses.apa_pairs`."""
+
+    def __init__(self, **options: Any):
+        super().__init__("apa", **options)

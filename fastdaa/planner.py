@@ -1,0 +1,157 @@
+"""Which of the four ways through the head is taken, in which tiles, and why.
+
+The unit of cost is ``U = 2 N V D`` FLOP, one matrix product of the head.
+
+| path | cost | when |
+|---|---|---|
+| score | 1U | no gradient is wanted |
+| frozen | 2U | the head is not trained: the unscaled gradient of the hidden states is made in the
+forward pass, and the backward pass is a row scale |
+| single pass | 3U | the loss is known inside a chunk of whole pairs (:func:`fastdaa.pair_loss`) |
+| recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastdaa.validation import check_choice
+
+PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
+_GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference": 3}
+
+# Bytes of fp32 logits held at a time: (statistics and gradient tiles, chunks of the single pass). A
+# CPU tile stays in the last-level cache; the single pass holds whole pairs.
+_CPU_BYTES = (32 << 20, 256 << 20)
+_DEVICE_BYTES = (512 << 20, 1 << 30)
+# A CPU gains nothing from more rows in one product, and its cache does not hold them.
+_CPU_BLOCK_ROWS = 256
+# Columns of the tiles of recompute's backward pass: wide enough for an efficient product, narrow
+# enough for thousands of rows, so that a slice of the weight's gradient is summed in few products.
+_CPU_COLUMNS = 4096
+_DEVICE_COLUMNS = 16384
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """A path, its tiles, and the reason for it."""
+
+    path: str
+    """One of ``PATHS`` but ``"auto"``."""
+    reason: str
+    """One clause, for people."""
+    block_rows: int
+    """Tokens whose statistics are taken at once, from whole rows of logits: so every path gives
+    the same log-probs to the last bit."""
+    tile_rows: int
+    """Tokens of the largest tile of logits: the token budget of a chunk of whole pairs in
+    ``single_pass``, a tile of the backward pass in ``recompute``, else ``block_rows``."""
+    tile_columns: int
+    """Vocabulary entries of that tile."""
+
+    @property
+    def gemms(self) -> int:
+        """Cost in ``U`` of forward and backward together."""
+        return _GEMMS[self.path]
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one fp32 logits tile."""
+        return 4 * self.tile_rows * self.tile_columns
+
+    def explain(self) -> str:
+        """One line: path, cost, tile and reason."""
+        return (
+            f"{self.path} ({self.gemms}U, tiles of {self.tile_rows} tokens x "
+            f"{self.tile_columns} vocabulary entries = {self.tile_bytes / 2**20:.0f} MiB): "
+            f"{self.reason}"
+        )
+
+
+def plan_head(
+    vocab_size: int,
+    device: torch.device | str,
+    *,
+    hidden_grad: bool,
+    head_grad: bool,
+    loss_inside: bool = False,
+    coupled: bool = False,
+    impl: str = "auto",
+    max_bytes: int | None = None,
+) -> HeadPlan:
+    """Choose a path.
+
+    Args:
+        vocab_size: ``V``.
+        device: where the tensors are.
+        hidden_grad: a gradient of the hidden states is wanted.
+        head_grad: a gradient of the weight or the bias is wanted.
+        loss_inside: the caller hands over the loss as well (:func:`fastdaa.pair_loss`).
+        coupled: that loss couples all pairs of the batch, so it is not known inside a chunk.
+        impl: ``"auto"``, or the path to take; one that cannot serve raises.
+        max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
+
+    Raises:
+        ValueError: an unknown ``impl``, one that cannot serve this call, or a budget below one
+            row of logits.
+    """
+    check_choice("impl", impl, PATHS)
+    path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
+    if impl not in ("auto", path):
+        _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
+        path, reason = impl, "asked for"
+    return HeadPlan(path, reason, *_tiles(vocab_size, torch.device(device), path, max_bytes))
+
+
+def _choose(
+    hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
+) -> tuple[str, str]:
+    if not (hidden_grad or head_grad):
+        return "score", "no gradient is wanted"
+    if not head_grad:
+        return "frozen", "the head is not trained"
+    if not loss_inside:
+        return "recompute", "the head is trained and the loss lies outside this call"
+    if coupled:
+        return "recompute", "the loss couples the pairs of the batch"
+    return "single_pass", "the head is trained and the loss is known within a chunk of pairs"
+
+
+def _check_explicit(
+    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
+) -> None:
+    if impl == "score" and (hidden_grad or head_grad):
+        raise ValueError("impl='score' gives no gradient: detach the inputs or use torch.no_grad()")
+    if impl == "frozen" and head_grad:
+        raise ValueError("impl='frozen' gives the head no gradient: expected weight and bias "
+                         "with requires_grad=False")  # fmt: skip
+    if impl == "single_pass" and not loss_inside:
+        raise ValueError("impl='single_pass' needs the loss: call fastdaa.pair_loss")
+    if impl == "single_pass" and coupled:
+        raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
+                         "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip
+
+
+def _tiles(
+    vocab_size: int, device: torch.device, path: str, max_bytes: int | None
+) -> tuple[int, int, int]:
+    on_cpu = device.type == "cpu"
+    budget, held = _CPU_BYTES if on_cpu else _DEVICE_BYTES
+    row = 4 * vocab_size
+    if max_bytes is not None:
+        budget = held = max_bytes
+        if max_bytes < row:
+            raise ValueError(
+                f"max_bytes: expected at least {row} (one fp32 row of {vocab_size} logits), "
+                f"got {max_bytes}"
+            )
+    block = max(budget // row, 1)
+    block = min(block, _CPU_BLOCK_ROWS) if on_cpu else block
+    if path == "single_pass":
+        return block, max(held // row, 1), vocab_size
+    if path != "recompute":
+        return block, block, vocab_size
+    columns = min(vocab_size, _CPU_COLUMNS if on_cpu else _DEVICE_COLUMNS)
+    return block, max(budget // (4 * columns), 1), columns

@@ -1,0 +1,126 @@
+"""4U: any loss on a trained head. Backward computes the logits again, vocabulary-major.
+
+Every slice of the weight's gradient is summed over all tokens at once and written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdaa.head import LmHead
+from fastdaa.planner import HeadPlan
+from fastdaa.score import score
+from fastdaa.tiles import (
+    GradientFactor,
+    Logits,
+    RowState,
+    blocks,
+    logit_gradient,
+    operand_dtype,
+    product,
+    scale_tile,
+    without_autocast,
+)
+
+
+class Recompute(torch.autograd.Function):
+    """``apply(hidden_states, weight, bias, targets, head, plan)`` to log-probs ``[N]``.
+
+    ``head`` carries the options; its tensors are replaced by ``weight`` and ``bias``.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, head: LmHead, plan: HeadPlan):
+        """Statistics only; the inputs and three numbers a token are kept."""
+        state, _ = score(hidden_states, head, targets, plan)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, *state)
+        ctx.plan = plan
+        ctx.options = replace(head, weight=head.weight[:0], bias=None)
+        ctx.operand = operand_dtype(hidden_states, weight)
+        return state.logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, coefficients):
+        """Gradients of the hidden states, the weight and the bias, those that are wanted."""
+        hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
+        head = replace(ctx.options, weight=weight, bias=bias)
+        grads = head_gradients(
+            Logits(hidden_states, head, ctx.operand),
+            targets,
+            coefficients,
+            RowState(*rows),
+            ctx.plan,
+            ctx.needs_input_grad[:3],
+        )
+        return *grads, None, None, None
+
+
+def head_gradients(
+    logits: Logits,
+    targets: Tensor,
+    coefficients: Tensor,
+    rows: RowState,
+    plan: HeadPlan,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias."""
+    head, hidden_states = logits.head, logits.hidden_states
+    grads = HeadGradients(logits, wanted)
+    factor = GradientFactor(logits, coefficients)
+    with without_autocast(hidden_states.device):
+        for columns in blocks(head.vocab_size, plan.tile_columns):
+            weight = logits.columns(columns)
+            for r in blocks(hidden_states.shape[0], plan.tile_rows):
+                hidden = logits.rows(r)
+                z = logits.tile(hidden, weight, columns)
+                slope = logits.slope(z)
+                p = z.sub_(rows.m[r, None]).sub_(rows.log_s[r, None]).exp_()
+                dz = logit_gradient(p, rows.logps[r], targets[r], coefficients[r], columns.start)
+                grads.add(scale_tile(dz, slope), factor, hidden, weight, r, columns)
+    return grads.rounded()
+
+
+class HeadGradients:
+    """Sums of the gradients of hidden states, weight and bias, wide until the end."""
+
+    def __init__(self, logits: Logits, wanted: tuple[bool, bool, bool]):
+        head = logits.head
+        tensors = (logits.hidden_states, head.weight, head.bias)
+        self.dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(t, dtype=logits.wide) if want and t is not None else None
+            for t, want in zip(tensors, wanted, strict=True)
+        )
+
+    def add(
+        self,
+        dz: Tensor,
+        factor: GradientFactor,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: slice | Tensor,
+        columns: slice,
+    ) -> None:
+        """Add what a gradient tile ``dz [r, c]`` contributes."""
+        if self.bias is not None:
+            self.bias[columns] += dz.sum(dim=0)
+        tile = factor.cast(dz)
+        if self.hidden is not None:
+            if isinstance(rows, slice):
+                factor.accumulate(self.hidden[rows], tile, weight)
+            else:
+                self.hidden[rows] = factor.restore(product(tile, weight))
+        if self.weight is not None:
+            factor.accumulate(self.weight[columns], tile.T, hidden)
+
+    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums in the dtypes of their tensors."""
+        sums = (self.hidden, self.weight, self.bias)
+        return tuple(  # type: ignore[return-value]
+            None if t is None else t.to(dtype) for t, dtype in zip(sums, self.dtypes, strict=True)
+        )

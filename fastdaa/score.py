@@ -1,0 +1,37 @@
+"""1U: statistics of every scored token in one pass over the vocabulary, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdaa.head import LmHead
+from fastdaa.outputs import TokenStats
+from fastdaa.planner import HeadPlan
+from fastdaa.tiles import Logits, RowState, blocks, take_statistics, without_autocast
+
+
+@torch.no_grad()
+def score(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, *, stats: bool = False
+) -> tuple[RowState, TokenStats | None]:
+    """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``."""
+    with without_autocast(hidden_states.device):
+        logits = Logits(hidden_states, head)
+        columns = slice(0, head.vocab_size)
+        results = []
+        for rows in blocks(hidden_states.shape[0], plan.block_rows):
+            z = logits.tile(logits.rows(rows), logits.columns(columns), columns)
+            results.append(take_statistics(z, targets[rows], stats))
+            del z  # before the next tile is made
+        empty = hidden_states.new_zeros(0, dtype=logits.wide)
+    states, values = [state for state, _ in results], [value for _, value in results]
+    return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None
+
+
+def join(parts: Sequence[Any], fields: int, empty: Tensor) -> list[Tensor]:
+    """Named tuples of vectors to one vector a field; ``empty`` if there are none."""
+    return [torch.cat([part[field] for part in parts] or [empty]) for field in range(fields)]

@@ -1,0 +1,229 @@
+"""3U: loss and gradients from one computation of the logits, nothing recomputed.
+
+For every sequence-level objective ``dL/dz_i = g_i (onehot_i - p_i)`` with coefficients ``g`` that
+are known as soon as the log-probs of a pair are. A chunk of whole pairs therefore goes from logits
+to statistics to coefficients to gradients while its logits are at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdaa.head import LmHead
+from fastdaa.outputs import TokenStats
+from fastdaa.planner import HeadPlan
+from fastdaa.recompute import HeadGradients
+from fastdaa.score import join
+from fastdaa.tiles import (
+    GradientFactor,
+    Logits,
+    RowState,
+    blocks,
+    logit_gradient,
+    scale_tile,
+    take_statistics,
+    without_autocast,
+)
+
+
+class Chunk(NamedTuple):
+    """Whole pairs whose logits are held together."""
+
+    pairs: slice
+    tokens: slice
+
+
+ChunkObjective = Callable[[Tensor, Chunk], Tensor]
+"""Token log-probs ``[n]`` of a chunk, with gradient, to the losses ``[b]`` of its pairs."""
+
+
+def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:
+    """Consecutive pairs in chunks of at most ``budget`` tokens; a longer pair is one by itself.
+
+    Args:
+        counts: scored tokens of every sequence, pair-major, ``2B`` host integers.
+    """
+    chunks: list[Chunk] = []
+    first_pair, first_token, end = 0, 0, 0
+    for pair in range(len(counts) // 2):
+        size = counts[2 * pair] + counts[2 * pair + 1]
+        if pair > first_pair and end + size - first_token > budget:
+            chunks.append(Chunk(slice(first_pair, pair), slice(first_token, end)))
+            first_pair, first_token = pair, end
+        end += size
+    if len(counts):
+        chunks.append(Chunk(slice(first_pair, len(counts) // 2), slice(first_token, end)))
+    return chunks
+
+
+class SinglePass(torch.autograd.Function):
+    """``apply(hidden_states, weight, bias, targets, head, plan, chunks, objective, pairs, stats)``.
+
+    Returns ``sum(losses) / pairs`` (the only differentiable output), the losses ``[B]``, the token
+    log-probs ``[N]`` and the three token statistics (empty unless ``stats``).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden_states, weight, bias, targets, head: LmHead, plan: HeadPlan,
+        chunks: list[Chunk], objective: ChunkObjective, pairs: int, stats: bool,
+    ):  # fmt: skip
+        """Loss and all gradients."""
+        run = _Run(Logits(hidden_states, head), targets, plan, ctx.needs_input_grad[:3], stats)
+        with without_autocast(hidden_states.device):
+            losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
+        grads = run.grads
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        ctx.dtypes = grads.dtypes
+        empty = hidden_states.new_zeros(0, dtype=run.logits.wide)
+        all_losses, logps = torch.cat(losses or [empty]), torch.cat(run.logps or [empty])
+        rest = (all_losses, logps, *join(run.values, 3, empty))
+        ctx.mark_non_differentiable(*rest)
+        return all_losses.sum() / pairs, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        """A scale; the saved sums stay as they are, so that backward can run again."""
+        grads = tuple(
+            None if t is None else (t * grad_loss).to(dtype)
+            for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None, None, None, None
+
+
+class _Block(NamedTuple):
+    """Rows that go through the elementwise passes together, while they are in the cache."""
+
+    rows: slice
+    tile: Tensor
+    """``[r, V]``: ``exp(z - m)``, later the gradient of the raw logits."""
+    slope: Tensor | float
+    state: RowState
+    values: TokenStats | None
+
+    def gradient(self, targets: Tensor, coefficients: Tensor) -> Tensor:
+        """The gradient of the raw logits ``[r, V]``, in place."""
+        norm = torch.exp(-self.state.log_s)
+        dz = logit_gradient(self.tile, self.state.logps, targets, coefficients, 0, norm)
+        return scale_tile(dz, self.slope)
+
+    def pick(self, active: Tensor) -> _Block:
+        """A copy of the rows ``active [a]`` of this block (``rows`` stays as it is)."""
+        slope = self.slope[active] if isinstance(self.slope, Tensor) else self.slope
+        state = RowState(*(t[active] for t in self.state))
+        return _Block(self.rows, self.tile[active], slope, state, None)
+
+
+class _Run:
+    """One forward: the sums, and the logits buffer that all chunks share."""
+
+    def __init__(
+        self,
+        logits: Logits,
+        targets: Tensor,
+        plan: HeadPlan,
+        wanted: tuple[bool, bool, bool],
+        stats: bool,
+    ):
+        self.logits, self.targets, self.plan, self.stats = logits, targets, plan, stats
+        self.grads = HeadGradients(logits, wanted)
+        self.logps: list[Tensor] = []
+        self.values: list[TokenStats] = []
+        self.columns = slice(0, logits.head.vocab_size)
+        self.weight = logits.columns(self.columns)
+        self.on_cpu = logits.hidden_states.device.type == "cpu"
+        self.buffer: Tensor | None = None
+
+    def chunk(self, chunk: Chunk, objective: ChunkObjective, pairs: int) -> Tensor:
+        """Losses ``[b]`` of one chunk; its gradients are added to the sums."""
+        start, stop = chunk.tokens.start, chunk.tokens.stop
+        if stop - start <= self.plan.tile_rows:
+            parts = [(start, stop)]
+            held = list(self._forward(start, stop))
+            logps = [block.state.logps for block in held]
+            self._record(held)
+        else:
+            # A pair beyond the budget is computed twice, a part at a time.
+            parts = [
+                (start + b.start, start + b.stop) for b in blocks(stop - start, self.plan.tile_rows)
+            ]
+            held, logps = [], []
+            for part in parts:
+                passing = list(self._forward(*part))
+                logps += [block.state.logps for block in passing]
+                self._record(passing)
+        empty = self.weight.new_zeros(0, dtype=self.logits.wide)
+        token_logps = torch.cat(logps or [empty])
+        self.logps.append(token_logps)
+        losses, coefficients = _coefficients(objective, chunk, token_logps, pairs)
+        factor = GradientFactor(self.logits, coefficients)
+        for part in parts:
+            again = held or list(self._forward(*part))
+            self._backward(again, coefficients[part[0] - start : part[1] - start], factor)
+        return losses
+
+    def _forward(self, start: int, stop: int) -> Iterator[_Block]:
+        """Logits of the rows into the buffer, block by block, and their statistics."""
+        logits, space = self.logits, self._space(stop - start)
+        size = self.plan.block_rows if self.on_cpu else max(stop - start, 1)
+        for b in blocks(stop - start, size):
+            rows = slice(start + b.start, start + b.stop)
+            z = logits.tile(logits.rows(rows), self.weight, self.columns, space[b])
+            slope = logits.slope(z)
+            state, values = take_statistics(z, self.targets[rows], self.stats)
+            yield _Block(rows, z, slope, state, values)
+
+    def _space(self, rows: int) -> Tensor:
+        if self.buffer is None or self.buffer.shape[0] < rows:
+            self.buffer = None  # the old one goes before the new one comes
+            shape = (rows, self.columns.stop)
+            self.buffer = self.weight.new_empty(shape, dtype=self.logits.wide)
+        return self.buffer[:rows]
+
+    def _record(self, held: list[_Block]) -> None:
+        self.values += [block.values for block in held if block.values is not None]
+
+    def _backward(self, held: list[_Block], coefficients: Tensor, factor: GradientFactor) -> None:
+        """Gradients of one part. Rows with coefficient 0 stay out of the products on CPU."""
+        if not held:
+            return
+        start = held[0].rows.start
+        parts = [coefficients[b.rows.start - start : b.rows.stop - start] for b in held]
+        if self.on_cpu and not bool((coefficients != 0).all()):
+            for block, g in zip(held, parts, strict=True):
+                self._backward_active(block, g, factor)
+            return
+        for block, g in zip(held, parts, strict=True):
+            block.gradient(self.targets[block.rows], g)
+        # The products take the whole part: each reads and writes the weight's sum once.
+        rows = slice(start, held[-1].rows.stop)
+        # Half-precision products do not use the buffer; there, a part is one block.
+        whole = held[0].tile if len(held) == 1 else self._space(rows.stop - rows.start)
+        self.grads.add(whole, factor, self.logits.rows(rows), self.weight, rows, self.columns)
+
+    def _backward_active(self, block: _Block, g: Tensor, factor: GradientFactor) -> None:
+        active = g.nonzero()[:, 0]
+        if active.numel() == 0:
+            return
+        rows = active + block.rows.start
+        dz = block.pick(active).gradient(self.targets[rows], g[active])
+        self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows, self.columns)
+
+
+def _coefficients(
+    objective: ChunkObjective, chunk: Chunk, logps: Tensor, pairs: int
+) -> tuple[Tensor, Tensor]:
+    """Losses ``[b]`` of the chunk and ``d mean(losses) / d logps [n]``."""
+    with torch.enable_grad():
+        leaf = logps.detach().requires_grad_()
+        losses = objective(leaf, chunk)
+        if not losses.requires_grad:
+            return losses.detach(), torch.zeros_like(logps)
+        (coefficients,) = torch.autograd.grad(losses.sum() / pairs, leaf)
+    return losses.detach(), coefficients

@@ -1,0 +1,1 @@
+"""Training: packed, prefix-shared preference pairs through any causal language model."""

@@ -1,0 +1,167 @@
+"""``README.md`` of a trained model: what it is, how it was made, how it did."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastdaa import __version__
+from fastdaa.losses.objective import Objective
+
+_ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl")
+_SHOWN = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "reward margin"),
+    ("rewards/chosen", "reward of chosen"),
+    ("rewards/rejected", "reward of rejected"),
+    ("kl/token", "KL to the reference per token (nats)"),
+    ("displacement/chosen", "log-ratio of chosen (nats)"),
+    ("displacement/fraction", "share of pairs with a less likely chosen completion"),
+)
+_SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "truncation_mode",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+def write_model_card(output_dir: str | Path, **facts: Any) -> Path:
+    """Writes :func:`model_card` to ``<output_dir>/README.md``, and returns that path."""
+    path = Path(output_dir) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(model_card(**facts), encoding="utf-8")
+    return path
+
+
+def model_card(
+    objective: Objective,
+    *,
+    name: str,
+    rows: Sequence[Mapping[str, Any]] = (),
+    base_model: str | None = None,
+    dataset: str | None = None,
+    layout: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    peft: bool = False,
+) -> str:
+    """The text of a model card, with front matter that the hub understands.
+
+    Args:
+        objective: what was minimised.
+        name: title of the model.
+        rows: logged rows; the last value of each metric is shown.
+        base_model: hub id or path that training started from.
+        dataset: hub id or path of the pairs.
+        layout: the batch layout that was used.
+        settings: fields of the configuration, by name; the usual ones are shown.
+        peft: the model is an adapter.
+    """
+    losses = list(dict.fromkeys(term.loss.name for term in objective.terms))
+    sections = [
+        _front_matter(name, losses, base_model, dataset, peft),
+        f"# {name}\n",
+        _opening(base_model, dataset),
+        f"## Objective\n\n`{objective}`\n\n{_papers(objective)}",
+        _results(rows),
+        _training(layout, settings or {}),
+        _versions(),
+        _citation(),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _front_matter(
+    name: str, losses: list[str], base_model: str | None, dataset: str | None, peft: bool
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    # The hub refuses local paths here.
+    data = ModelCardData(
+        model_name=name,
+        base_model=base_model if _is_hub_id(base_model) else None,
+        datasets=[dataset] if dataset and _is_hub_id(dataset) else None,
+        library_name="peft" if peft else "transformers",
+        pipeline_tag="text-generation",
+        tags=["fastdaa", "preference-optimization", *losses],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _opening(base_model: str | None, dataset: str | None) -> str:
+    base = f" from {_link(base_model)}" if base_model else ""
+    pairs = f" on the preference pairs of {_link(dataset, 'datasets/')}" if dataset else ""
+    return f"Trained with fastdaa {__version__}{base}{pairs}.\n"
+
+
+def _papers(objective: Objective) -> str:
+    lines = []
+    for term in objective.terms:
+        paper = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", term.loss.paper)
+        lines.append(f"- {term.loss.name}: {term.loss.summary}. {paper}")
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _results(rows: Sequence[Mapping[str, Any]]) -> str:
+    last: dict[str, float] = {}
+    for row in rows:
+        last |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    lines = []
+    for key, title in _SHOWN:
+        values = [last.get(key), last.get(f"eval_{key}")]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
+    if not lines:
+        return ""
+    head = "| last value of | training | evaluation |\n|---|---|---|\n"
+    return f"## Results\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def _training(layout: str | None, settings: Mapping[str, Any]) -> str:
+    lines = [f"- layout: {layout}"] if layout else []
+    lines += [f"- {name}: {settings[name]}" for name in _SETTINGS if name in settings]
+    return "## Training\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _versions() -> str:
+    lines = [f"- fastdaa {__version__}", f"- Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"- {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return "## Versions\n\n" + "\n".join(lines) + "\n"
+
+
+def _citation() -> str:
+    return (
+        "## Citation\n\n```bibtex\n@software{fastdaa,\n"
+        "  title = {fastdaa: fused preference training without logits},\n"
+        "  author = {{The fastdaa contributors}},\n"
+        f"  version = {{{__version__}}},\n  license = {{Apache-2.0}}\n}}\n```\n"
+    )
+
+
+def _is_hub_id(source: str | None) -> bool:
+    return bool(source and _HUB_ID.fullmatch(source) and not Path(source).exists())
+
+
+def _link(source: str, room: str = "") -> str:
+    if _is_hub_id(source):
+        return f"[{source}](https://huggingface.co/{room}{source})"
+    # Only the last part: a local path says something about somebody's machine.
+    return f"`{Path(source).name or source}`"

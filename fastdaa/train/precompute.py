@@ -1,0 +1,152 @@
+"""Reference log-probs of whole datasets before training, from the cache on disk where it has them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastdaa.data import PairRows
+from fastdaa.data.collate import REF_FIELDS, REF_TOKEN_FIELDS
+from fastdaa.train.backbone import causal_lm
+from fastdaa.train.reference_cache import ReferenceCache, hash_rows, hash_weights, store_key
+from fastdaa.train.references import REF_ADAPTER, Reference
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fastdaa.train.trainer import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+# What is computed is on disk after at most this long.
+_SECONDS_A_PART = 20.0
+# Fields of a model's configuration that do not change its log-probs.
+_IRRELEVANT = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+
+
+class Precompute:
+    """Adds reference log-probs to tokenised datasets.
+
+    Args:
+        trainer: whose collator, accelerator and settings are used.
+        reference: the model that makes what the cache does not have.
+        model: that model, for the key of the cache.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
+        self.trainer, self.reference = trainer, reference
+        self.tokens = trainer.objective.has_token_level
+        self.cache = ReferenceCache(trainer.args.ref_cache_root(), _model_key(trainer, model))
+
+    def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        """The dataset with the columns of reference log-probs; other columns stay."""
+        if dataset is None:
+            return None
+        keys = hash_rows(dataset)
+        accelerator = self.trainer.accelerator
+        missing = self.cache.missing(keys, tokens=self.tokens)
+        logger.info(
+            "%s: reference log-probs of %d of %d pairs are in %s",
+            name, len(keys) - len(missing), len(keys), self.cache.folder,
+        )  # fmt: skip
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        self._fill(dataset, keys, mine, name)
+        accelerator.wait_for_everyone()
+        self.cache.refresh()
+        return self._with_columns(dataset, keys)
+
+    def _fill(self, dataset: Dataset, keys: list[bytes], places: list[int], name: str) -> None:
+        """Compute and store what is missing; whatever happens, finished batches are kept."""
+        pending: list[tuple[bytes, Tensor, Sequence[Tensor]]] = []
+        since = time.monotonic()
+        args = self.trainer.args
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        try:
+            for batch in self._batches(dataset, places, size, name):
+                pending += [(keys[place], *scores) for place, scores in self._score(batch)]
+                if time.monotonic() - since > _SECONDS_A_PART:
+                    pending, since = self._store(pending), time.monotonic()
+        finally:
+            self._store(pending)
+
+    def _store(self, pending: list[tuple[bytes, Tensor, Sequence[Tensor]]]) -> list[Any]:
+        if pending:
+            keys, sums, sides = zip(*pending, strict=True)
+            tokens = [side for pair in sides for side in pair] if self.tokens else None
+            self.cache.append(list(keys), torch.stack(sums), tokens)
+        return []
+
+    def _batches(
+        self, dataset: Dataset, places: list[int], size: int, name: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """Batches of pairs of similar length, the longest first: the largest need shows at once."""
+        rows = PairRows(dataset)
+        lengths = sum(rows.lengths().values())
+        order = sorted(places, key=lambda place: -int(lengths[place]))  # type: ignore[index]
+        args = self.trainer.args
+        quiet = args.disable_tqdm or not self.trainer.is_world_process_zero()
+        with tqdm(total=len(order), desc=f"reference, {name}", unit="pair", disable=quiet) as bar:
+            for start in range(0, len(order), size):
+                members = order[start : start + size]
+                yield self.trainer.data_collator(rows.__getitems__(members))
+                bar.update(len(members))
+
+    def _score(self, batch: Mapping[str, Any]) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
+        """Row number, sums ``[2]`` and token log-probs of both sides of every pair of a batch."""
+        moved = self.trainer._prepare_inputs(dict(batch))
+        for pack in moved["packs"]:
+            with self.trainer.accelerator.autocast():
+                scores = self.reference.score(pack)
+            sums = scores.sequence_logps.view(-1, 2).cpu()
+            assert scores.token_logps is not None
+            sides = scores.token_logps.cpu().split(pack["counts"])
+            for index, place in enumerate(pack["pair_index"].tolist()):
+                row = int(batch["row_ids"][place])
+                yield row, (sums[index], list(sides[2 * index : 2 * index + 2]))
+
+    def _with_columns(self, dataset: Dataset, keys: list[bytes]) -> Dataset:
+        sums = self.cache.lookup(keys)
+        columns: dict[str, list[Any]] = {
+            field: sums[:, side].tolist() for side, field in enumerate(REF_FIELDS)
+        }
+        if self.tokens:
+            sides = self.cache.lookup_tokens(keys)
+            for side, field in enumerate(REF_TOKEN_FIELDS):
+                columns[field] = [values.tolist() for values in sides[side::2]]
+        dataset = dataset.remove_columns([c for c in columns if c in dataset.column_names])
+        for field, values in columns.items():
+            dataset = dataset.add_column(field, values)
+        return dataset
+
+
+def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
+    """Everything of the reference that log-probs depend on."""
+    core = causal_lm(model)
+    config = {k: v for k, v in core.config.to_dict().items() if k not in _IRRELEVANT}
+    return store_key(
+        hash_weights(_weights(core)),
+        config=json.dumps(config, sort_keys=True, default=str),
+        mixed_precision=str(trainer.accelerator.mixed_precision),
+        reduction="sum",
+    )
+
+
+def _weights(core: nn.Module) -> list[tuple[str, Tensor]]:
+    """Weights in force while the reference scores, under the names of the plain model.
+
+    The adapter that is trained is off then; only a frozen copy of its start would count.
+    """
+    weights = []
+    for name, tensor in core.state_dict().items():
+        adapter = "lora_" in name or "modules_to_save" in name
+        if not adapter or f".{REF_ADAPTER}" in name:
+            weights.append(
+                (name.replace(".base_layer", "").replace(".original_module", ""), tensor)
+            )
+    return weights

@@ -1,0 +1,108 @@
+"""Every check of a public argument. Below the public doors, arguments are trusted.
+
+A message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a real floating-point tensor.
+
+    Raises:
+        TypeError: not a tensor, or not fp16, bf16, fp32 or fp64.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+
+
+def check_indices(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` is int64 of the given shape.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    check_shape(name, tensor, shape)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor.shape == shape``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ``ValueError`` unless ``value`` is None or a finite number above zero."""
+    if value is not None and not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> None:
+    """Check hidden states ``[N, D]`` and a head's weight ``[V, D]`` on the same device.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices that do not fit together.
+    """
+    check_floating(f"{prefix}hidden_states", hidden_states)
+    check_floating(f"{prefix}weight", weight)
+    if hidden_states.ndim != 2:
+        raise ValueError(
+            f"{prefix}hidden_states: expected shape [N, D], got {list(hidden_states.shape)}; "
+            "flatten the batch and select the scored positions first"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"{prefix}weight: expected shape [V, D] with D = {hidden_states.shape[1]} as in "
+            f"{prefix}hidden_states, got {list(weight.shape)}"
+        )
+    if weight.device != hidden_states.device:
+        raise ValueError(
+            f"{prefix}weight: expected device {hidden_states.device} as {prefix}hidden_states, "
+            f"got {weight.device}"
+        )
+
+
+def check_head_inputs(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+) -> None:
+    """Check the tensors of a head call: ``[N, D]``, ``[V, D]``, ``[N]`` and ``[V]``.
+
+    Target ids are not read, so that nothing waits for a device; an id outside ``[0, V)`` is an
+    error on CPU and undefined on CUDA, as in ``torch.gather``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices that do not fit together.
+    """
+    check_product(hidden_states, weight)
+    check_indices("targets", targets, (hidden_states.shape[0],))
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
+    for name, tensor in (("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: expected device {hidden_states.device} as hidden_states, "
+                f"got {tensor.device}"
+            )

@@ -1,0 +1,24 @@
+"""Which folders become which packages. Everything else about the project is in pyproject.toml.
+
+``kernels/`` and ``benchmarks/`` lie at the top of the repository and are installed inside the
+package. In a checkout the symlinks ``fastdaa/kernels`` and ``fastdaa/benchmarks`` show the same
+tree. Neither folder may hold an ``__init__.py``: from the repository root it would hide the
+Hugging Face package ``kernels`` (tests/test_package.py).
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[
+        *find_packages(include=["fastdaa", "fastdaa.*"]),
+        "fastdaa.kernels",
+        "fastdaa.benchmarks",
+    ],
+    package_dir={"fastdaa.kernels": "kernels", "fastdaa.benchmarks": "benchmarks"},
+    package_data={
+        # Data files lie beside the modules that read them.
+        "": ["*.csv", "*.json", "*.jsonl", "*.jsonl.gz", "*.yaml"],
+        "fastdaa": ["py.typed"],
+        "fastdaa.kernels": ["README.md"],
+    },
+)

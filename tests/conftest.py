@@ -1,0 +1,121 @@
+"""What every test stands on: one thread, fixed seeds, no network, no trace outside its folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Hugging Face libraries read these when they are imported, so they are set before that.
+_SCRATCH = tempfile.TemporaryDirectory(prefix="fastdaa-tests-")
+os.environ.update(
+    HF_HOME=_SCRATCH.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    # For the processes that tests start; this one is set below.
+    OMP_NUM_THREADS="1",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_PAIRS = ROOT.parent / "shared" / "data" / "pairs_en_300.jsonl.gz"
+
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    _SCRATCH.cleanup()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """The same random numbers for a test whichever tests ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    try:
+        import numpy
+    except ModuleNotFoundError:
+        return
+    numpy.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings_restored() -> Iterator[None]:
+    """A test that changes a global setting of torch does not change the next test."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that leave this machine fail at once, with the address in the message."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        internet = self.family in (socket.AF_INET, socket.AF_INET6)
+        host = address[0] if internet and isinstance(address, tuple) else "localhost"
+        if host not in ("localhost", "127.0.0.1", "::1", "0.0.0.0"):
+            raise OSError(f"tests use no network: expected a local address, got {address!r}")
+        return connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_pairs_path() -> Path:
+    """300 real preference pairs that lie beside the repository on some machines."""
+    if not SHARED_PAIRS.is_file():
+        pytest.skip(f"no {SHARED_PAIRS.name} in ../shared/data beside the repository")
+    return SHARED_PAIRS
+
+
+@pytest.fixture(scope="session")
+def within_budget() -> Callable[..., None]:
+    """The one tolerance rule: no more than twice the error of plain torch in the same dtypes.
+
+    ``check(name, got, eager, truth, length)`` compares both with the fp64 truth, by their largest
+    and by their mean error. What plain torch computes without any error is allowed a few roundings
+    of a sum of ``length`` terms, in fp32 at best (fp64 for an fp64 result).
+    """
+
+    def check(
+        name: str, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, length: int
+    ) -> None:
+        assert got.dtype == eager.dtype and got.shape == eager.shape, name
+        if not truth.numel():
+            return
+        computed = got.dtype if got.dtype == torch.float64 else torch.float32
+        slack = torch.finfo(computed).eps * length**0.5 * truth.abs().max().item()
+        ours, theirs = (got.double() - truth).abs(), (eager.double() - truth).abs()
+        for size in (torch.max, torch.mean):
+            error, allowed = size(ours).item(), 2 * size(theirs).item() + slack
+            assert error <= allowed, f"{name}: {size.__name__} error {error:.3g} > {allowed:.3g}"
+
+    return check

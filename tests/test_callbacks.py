@@ -1,0 +1,347 @@
+"""Metrics file, interruption, progress, curves, model card: what a run leaves and shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from fastdaa.losses import Objective
+from fastdaa.train.callbacks import Interrupt, MetricsWriter, Progress, default_callbacks
+from fastdaa.train.curves import Curves, draw_curves
+from fastdaa.train.interrupt import SharedFlag, was_interrupted
+from fastdaa.train.metrics_writer import read_metrics
+from fastdaa.train.model_card import model_card, write_model_card
+from fastdaa.train.progress import format_row, use_progress
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+
+
+def state_at(step: int = 0, *, max_steps: int = 10, main: bool = True) -> TrainerState:
+    return TrainerState(
+        global_step=step, max_steps=max_steps, is_world_process_zero=main, logging_steps=1
+    )
+
+
+def log(writer: MetricsWriter, args: TrainingArguments, step: int, **values: Any) -> None:
+    writer.on_log(args, state_at(step), TrainerControl(), logs=values)
+
+
+def metrics_file(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir)) / "metrics.jsonl"
+
+
+def test_rows_are_written_at_once(args: TrainingArguments) -> None:
+    writer = MetricsWriter()
+    writer.on_train_begin(args, state_at(), TrainerControl())
+    log(writer, args, 1, loss=0.5, grad_norm=torch.tensor(2.0), epoch=0.1)
+    row = json.loads(metrics_file(args).read_text())
+    assert row["time"] > 1e9
+    assert (row["step"], row["loss"], row["grad_norm"]) == (1, 0.5, 2.0)
+
+
+def test_rows_are_json_whatever_is_logged(args: TrainingArguments) -> None:
+    log(MetricsWriter(), args, 1, loss=float("nan"), x=float("inf"), y="text", z=None, path=Path())
+    row = json.loads(metrics_file(args).read_text(), parse_constant=pytest.fail)
+    assert (row["loss"], row["x"], row["y"], row["z"], row["path"]) == (
+        None,
+        None,
+        "text",
+        None,
+        ".",
+    )
+
+
+def test_resume_removes_what_comes_again(args: TrainingArguments) -> None:
+    writer = MetricsWriter()
+    for step in (1, 2, 3, 4):
+        log(writer, args, step, loss=float(step))
+        log(writer, args, step, eval_loss=float(step))
+    log(writer, args, 2, train_runtime=1.0)
+    with metrics_file(args).open("a") as file:
+        file.write('{"step": 5, "lo')
+    writer.on_train_begin(args, state_at(2), TrainerControl())
+    log(writer, args, 3, loss=30.0)
+    rows = read_metrics(metrics_file(args))
+    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3]
+    assert rows[-1]["loss"] == 30.0
+
+
+def test_resume_elsewhere_needs_no_file(args: TrainingArguments) -> None:
+    MetricsWriter().on_train_begin(args, state_at(2), TrainerControl())
+    assert read_metrics(metrics_file(args)) == []
+
+
+def test_fresh_run_keeps_the_old_file(args: TrainingArguments) -> None:
+    writer = MetricsWriter()
+    for run in (1.0, 2.0, 3.0):
+        writer.on_train_begin(args, state_at(), TrainerControl())
+        log(writer, args, 1, loss=run)
+    folder = metrics_file(args).parent
+    kept = [read_metrics(folder / f"metrics{n}.jsonl")[0]["loss"] for n in (".1", ".2", "")]
+    assert kept == [1.0, 2.0, 3.0]
+
+
+def test_other_processes_write_nothing(args: TrainingArguments) -> None:
+    writer, state = MetricsWriter(), state_at(1, main=False)
+    writer.on_train_begin(args, state, TrainerControl())
+    writer.on_log(args, state, TrainerControl(), logs={"loss": 1.0})
+    assert not metrics_file(args).exists()
+
+
+@pytest.fixture
+def interrupt(args: TrainingArguments) -> Any:
+    callback = Interrupt()
+    callback.on_train_begin(args, state_at(), TrainerControl())
+    yield callback
+    callback.restore()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_saves_and_stops(
+    interrupt: Interrupt, args: TrainingArguments, number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    control = TrainerControl(should_evaluate=True)
+    interrupt.on_step_end(args, state_at(1), control)
+    assert not control.should_training_stop
+    os.kill(os.getpid(), number)
+    assert "stopping after this step" in capfd.readouterr().err
+    interrupt.on_step_end(args, state_at(2), control)
+    assert control.should_training_stop and control.should_save and control.should_log
+    assert not control.should_evaluate
+    assert interrupt.interrupted
+    control.should_evaluate = True
+    interrupt.on_epoch_end(args, state_at(2), control)
+    assert not control.should_evaluate
+
+
+def test_second_signal_stops_at_once(interrupt: Interrupt) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_handlers_come_back(args: TrainingArguments) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    callback = Interrupt()
+    callback.on_train_begin(args, state_at(), TrainerControl())
+    assert signal.getsignal(signal.SIGINT) != before[0]
+    callback.on_train_end(args, state_at(10), TrainerControl())
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_last_step_is_no_interruption(interrupt: Interrupt, args: TrainingArguments) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    interrupt.on_step_end(args, state_at(10), TrainerControl())
+    assert not interrupt.interrupted
+
+
+def test_in_a_thread_no_handler_is_set(args: TrainingArguments) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    begin = Interrupt().on_train_begin
+    thread = threading.Thread(target=begin, args=(args, state_at(), TrainerControl()))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def _exchange(rank: int, address: str, answers: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    flag = SharedFlag(torch.device("cpu"))
+    answers[rank] = [flag.exchange(asked and rank == 1) for asked in (False, True)]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_signal_stops_all_processes(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        answers = manager.dict()
+        address = f"file://{tmp_path}/rendezvous"
+        workers = [
+            context.Process(target=_exchange, args=(rank, address, answers)) for rank in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        assert dict(answers) == {0: [False, True], 1: [False, True]}
+
+
+ROW = {
+    "loss": 0.6931,
+    "rewards/margins": 0.01,
+    "rewards/accuracies": 0.5,
+    "kl/token": 1e-4,
+    "throughput/tokens_per_second": 12345.6,
+    "epoch": 0.5,
+}
+
+
+def test_lines() -> None:
+    line = format_row(ROW, 5, 10)
+    assert line.startswith("step 5/10  epoch 0.50  loss 0.6931  margin 0.0100  accuracy 0.500")
+    assert "tokens/s 12,346" in line and "{" not in line
+    evaluation = {f"eval_{key}": value for key, value in ROW.items() if key != "epoch"}
+    assert format_row(evaluation, 5, 10).startswith("step 5/10  evaluation  loss 0.6931")
+    assert format_row({"train_runtime": 61.25, "train_loss": 1.0}, 10, 10).endswith("61.2 s")
+    assert format_row({"epoch": 1.0}, 5, 10) == ""
+
+
+def test_progress(args: TrainingArguments, capsys: pytest.CaptureFixture[str]) -> None:
+    args.disable_tqdm = False
+    progress, control = Progress(), TrainerControl()
+    progress.on_train_begin(args, state_at(3), control)
+    progress.on_step_end(args, state_at(5), control)
+    progress.on_log(args, state_at(5), control, logs=ROW)
+    progress.on_prediction_step(args, state_at(5), control, eval_dataloader=[1, 2])
+    progress.on_evaluate(args, state_at(5), control)
+    progress.on_train_end(args, state_at(5), control)
+    captured = capsys.readouterr()
+    assert captured.out == format_row(ROW, 5, 10) + "\n"
+    # No bar in a log file.
+    assert captured.err == ""
+
+
+def test_progress_of_other_processes(
+    args: TrainingArguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress, state = Progress(), state_at(5, main=False)
+    progress.on_train_begin(args, state, TrainerControl())
+    progress.on_step_end(args, state, TrainerControl())
+    progress.on_log(args, state, TrainerControl(), logs=ROW)
+    progress.on_prediction_step(args, state, TrainerControl(), eval_dataloader=[1])
+    progress.on_train_end(args, state, TrainerControl())
+    assert capsys.readouterr().out == ""
+
+
+def small_trainer(args: TrainingArguments, **options: Any) -> Any:
+    from transformers import Trainer
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": ((self.weight - x) ** 2).mean()}
+
+    data = [{"x": torch.tensor([float(n)])} for n in range(8)]
+    return Trainer(Model(), args, train_dataset=data, callbacks=default_callbacks(), **options)
+
+
+def trainer_arguments(folder: Path, **changed: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 1,
+        "logging_steps": 1, "max_steps": 6, "save_steps": 100, "report_to": "none",
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**{**settings, **changed})
+
+
+class Signal(MetricsWriter):
+    """Sends SIGINT in the third step; a subclass of a callback, so nothing else is needed."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+
+def test_interrupted_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = small_trainer(trainer_arguments(tmp_path))
+    use_progress(trainer)
+    trainer.add_callback(Signal)
+    trainer.train()
+    assert was_interrupted(trainer)
+    assert (tmp_path / "checkpoint-3" / "trainer_state.json").is_file()
+    assert (tmp_path / "curves.png").is_file()
+    resumed = small_trainer(trainer_arguments(tmp_path))
+    use_progress(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert not was_interrupted(resumed)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [place for place, row in enumerate(rows) if "train_runtime" in row] == [len(rows) - 1]
+    out = capsys.readouterr().out
+    assert "{'loss'" not in out and "step 4/6" in out
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False], ids=["printer", "bar"])
+def test_use_progress(tmp_path: Path, disable_tqdm: bool) -> None:
+    trainer = small_trainer(trainer_arguments(tmp_path, disable_tqdm=disable_tqdm))
+    use_progress(trainer)
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert names.count("Progress") == 1
+    assert not {"PrinterCallback", "ProgressCallback"} & set(names)
+
+
+def test_curves(tmp_path: Path) -> None:
+    rows = [{"step": step, **ROW, "eval_loss": 0.6} for step in (1, 2, 3)]
+    path = tmp_path / "curves.png"
+    assert draw_curves([*rows, {"step": 3, "loss": None}, {"train_runtime": 1.0}], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_nothing(tmp_path: Path) -> None:
+    assert not draw_curves([{"step": 1, "epoch": 1.0}], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_bad_picture_does_not_stop_a_run(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("fastdaa.train.curves.draw_curves", fail)
+    Curves().on_train_end(args, state_at(1), TrainerControl())
+    assert "no fonts" in caplog.text
+
+
+def test_model_card(tmp_path: Path) -> None:
+    path = write_model_card(
+        tmp_path,
+        objective=Objective.parse(["dpo", "sft"], weights=[1.0, 0.5], beta=0.2),
+        name="my-model",
+        rows=[{"loss": 0.7}, {"loss": 0.25, "eval_loss": 0.5}],
+        base_model="someone/base",
+        dataset=str(tmp_path / "pairs.jsonl"),
+        layout="prefix_shared",
+        settings={"learning_rate": 1e-6, "hub_token": "secret"},
+    )
+    text = path.read_text()
+    front, body = re.match(r"---\n(.*?)\n---\n(.*)", text, re.S).groups()  # type: ignore[union-attr]
+    import yaml
+
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "someone/base"
+    assert matter["tags"] == ["fastdaa", "preference-optimization", "dpo", "sft"]
+    assert "datasets" not in matter
+    for expected in ("beta=0.2", "arxiv.org/abs/2305.18290", "| loss | 0.25 | 0.5 |",
+                     "prefix_shared", "learning_rate: 1e-06", "@software{fastdaa"):  # fmt: skip
+        assert expected in body, expected
+    assert "secret" not in text and str(tmp_path) not in text
+
+
+def test_model_card_of_an_adapter_without_rows() -> None:
+    text = model_card(Objective.parse("ipo"), name="x", peft=True)
+    assert "library_name: peft" in text
+    assert "## Results" not in text

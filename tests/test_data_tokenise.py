@@ -1,0 +1,303 @@
+"""Tokenisation conventions on tokenizers small enough to check by hand."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from fastdaa.data import DataError, PairCollator, PairRows, tokenize_pairs
+from fastdaa.data.encode import split_sequences
+
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def make_tokenizer(*, merges=(), bos=False, eos="<e>", template=CHATML):
+    """One token a character, and one for each of ``merges`` (pairs of characters)."""
+    special = ["<e>", "<b>", "<u>", "<a>", "<s>"]
+    alphabet = "abcdefghijklmnopqrstuvwxyz .?{}\":'[]_0123456789,"
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    for merge in merges:
+        vocabulary[merge] = len(vocabulary)
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(merge) for merge in merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_special_tokens(special)
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<b> $A", special_tokens=[("<b>", vocabulary["<b>"])]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, chat_template=template
+    )
+
+
+def tokenized(tokenizer, rows: list[dict], **options) -> list[tuple[str, str, str]]:
+    """The pairs, decoded token by token, with ``|`` between tokens."""
+    result, _ = tokenize_pairs(datasets.Dataset.from_list(rows), tokenizer, **options)
+    fields = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        tuple("|".join(tokenizer.convert_ids_to_tokens(row[field])) for field in fields)
+        for row in result
+    ]
+
+
+def text(prompt="pq", chosen="ab", rejected="cd", **more) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def chat(prompt="pq", chosen="ab", rejected="cd", **more) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        **more,
+    }
+
+
+def test_text_gets_eos_unless_it_ends_with_it() -> None:
+    rows = [text("p", "a", "b<e>"), text("p", "<e>a", "b")]
+    assert tokenized(make_tokenizer(), rows) == [
+        ("p", "a|<e>", "b|<e>"),
+        ("p", "<e>|a|<e>", "b|<e>"),
+    ]
+
+
+def test_bos_comes_from_the_tokenizer() -> None:
+    assert tokenized(make_tokenizer(bos=True), [text("p", "a", "b"), text("", "a", "b")]) == [
+        ("<b>|p", "a|<e>", "b|<e>"),
+        ("<b>", "a|<e>", "b|<e>"),
+    ]
+
+
+def test_chats_get_the_template_and_nothing_else() -> None:
+    assert tokenized(make_tokenizer(bos=True), [chat("p", "a", "b")]) == [
+        ("<u>|p|<e>|<a>", "a|<e>", "b|<e>")
+    ]
+
+
+def test_tokens_that_merge_across_the_boundary_move_it_for_both_sides() -> None:
+    tokenizer = make_tokenizer(merges=["qa"])
+    rows = [text("pq", "ab", "cd"), text("pq", "cd", "ab"), text("pq", "cc", "cd")]
+    assert tokenized(tokenizer, rows) == [
+        ("p", "qa|b|<e>", "q|c|d|<e>"),
+        ("p", "q|c|d|<e>", "qa|b|<e>"),
+        ("p|q", "c|c|<e>", "c|d|<e>"),
+    ]
+    _, report = tokenize_pairs(datasets.Dataset.from_list(rows), tokenizer)
+    assert report.shortened_prompts == 2
+    assert "2 prompts end where their completions' tokens diverge" in str(report)
+
+
+def test_a_template_that_writes_the_prompt_differently_alone() -> None:
+    template = CHATML.replace("<a>{% endif", "<a>.{% endif")
+    assert tokenized(make_tokenizer(template=template), [chat("p", "a", "b")]) == [
+        ("<u>|p|<e>|<a>", "a|<e>", "b|<e>")
+    ]
+
+
+def test_tools_and_template_options_are_honoured_row_by_row() -> None:
+    template = (
+        "{% if tools %}{% for t in tools %}{{ t['name'] }}{% endfor %}{% endif %}"
+        "{% if shout %}<s>{% endif %}" + CHATML
+    )
+    rows = [
+        chat("p", "a", "b", tools='[{"name": "x"}]', chat_template_kwargs={"shout": True}),
+        chat("p", "a", "b", tools=None, chat_template_kwargs={"shout": False}),
+        chat("p", "a", "b", tools='[{"name": "y"}]', chat_template_kwargs=None),
+    ]
+    assert [row[0] for row in tokenized(make_tokenizer(template=template), rows)] == [
+        "x|<s>|<u>|p|<e>|<a>",
+        "<u>|p|<e>|<a>",
+        "y|<u>|p|<e>|<a>",
+    ]
+
+
+def test_implicit_prompts_and_columns_of_others() -> None:
+    rows = [{"chosen": "pq ab", "rejected": "pq cd", "prompt_ids": [1]}]
+    assert tokenized(make_tokenizer(), rows) == [("p|q", " |a|b|<e>", " |c|d|<e>")]
+
+
+def test_keep_start_cuts_completions_and_drops_long_prompts() -> None:
+    rows = [text("pq", "abc", "d"), text("pqrs", "a", "b"), text("pqr", "abc", "abd")]
+    tokenizer = make_tokenizer()
+    assert tokenized(tokenizer, rows, max_length=4) == [
+        ("p|q", "a|b", "d|<e>"),
+        ("p|q|r", "a", "a"),
+    ]
+    _, report = tokenize_pairs(datasets.Dataset.from_list(rows), tokenizer, max_length=4)
+    assert (report.pairs, report.kept, report.truncated, report.identical) == (3, 2, 3, 1)
+    assert report.dropped == {"prompts of max_length tokens or more": 1}
+    assert report.prompt_tokens == {"p50": 2, "p90": 2, "p99": 2, "max": 3}
+    assert report.completion_tokens == {"p50": 1, "p90": 2, "p99": 2, "max": 2}
+    assert report.total_tokens == 2 + 2 + 2 + 3 + 1 + 1
+    assert str(report).splitlines()[0] == (
+        "2 of 3 pairs kept, 1 left out: 1 prompts of max_length tokens or more; "
+        "3 sequences truncated; 1 pairs identical after truncation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected", "skips"),
+    [
+        (text("pqr", "a", "b"), "q|r", "a|<e>", "b|<e>", (0, 0)),
+        (text("pqr", "a", "bc"), "q|r", "a|<e>", "b|c|<e>", (0, 1)),
+        (text("pq", "abcdef", "b"), "p|q", "d|e|f|<e>", "b|<e>", (2, 0)),
+        (text("pqrs", "abcdef", "bcdefgh"), "", "d|e|f|<e>", "f|g|h|<e>", (0, 0)),
+        (text("p", "a", "b"), "p", "a|<e>", "b|<e>", (0, 0)),
+    ],
+    ids=["same", "longer rejected", "chosen loses the prompt", "both lose it", "fits"],
+)
+def test_keep_end_cuts_every_sequence_by_itself(row, prompt, chosen, rejected, skips) -> None:
+    tokenizer = make_tokenizer()
+    options = {"max_length": 4, "truncation_mode": "keep_end"}
+    assert tokenized(tokenizer, [row], **options) == [(prompt, chosen, rejected)]
+    result, _ = tokenize_pairs(datasets.Dataset.from_list([row]), tokenizer, **options)
+    assert (result[0]["chosen_skip"], result[0]["rejected_skip"]) == skips
+
+
+def test_no_limit() -> None:
+    rows = [text("p" * 2000, "a", "b")]
+    result, report = tokenize_pairs(
+        datasets.Dataset.from_list(rows), make_tokenizer(), max_length=None
+    )
+    assert len(result[0]["prompt_ids"]) == 2000
+    assert report.truncated == 0
+
+
+def test_completions_without_a_token_are_dropped() -> None:
+    template = "{{ messages[0]['content'] }}"
+    rows = [chat("p", "a", "b")]
+    with pytest.raises(
+        DataError, match=r"none .0 of 1 pairs kept, 1 left out: 1 completions without"
+    ):
+        tokenized(make_tokenizer(template=template), rows)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_rows() -> None:
+    rows = [text("p" * (i % 7), "a" * (i % 5 + 1), "b") for i in range(600)]
+    dataset, tokenizer = datasets.Dataset.from_list(rows), make_tokenizer()
+    alone, report = tokenize_pairs(dataset, tokenizer)
+    together, other = tokenize_pairs(dataset, tokenizer, num_proc=2)
+    assert alone.to_list() == together.to_list()
+    assert report == other
+
+
+def test_the_dataset_is_in_memory_and_typed() -> None:
+    result, _ = tokenize_pairs(datasets.Dataset.from_list([text()]), make_tokenizer())
+    assert result.cache_files == []
+    assert result.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert result.features["chosen_ids"] == datasets.List(datasets.Value("int32"))
+
+
+def test_conversations_without_a_template_are_refused_before_any_work() -> None:
+    tokenizer = make_tokenizer(template=None)
+    with pytest.raises(DataError, match=r"tokenizer: expected a chat template, .* got none"):
+        tokenize_pairs(datasets.Dataset.from_list([chat()]), tokenizer)
+
+
+def test_text_without_an_eos_token_is_refused_but_chats_are_not() -> None:
+    tokenizer = make_tokenizer(eos=None)
+    with pytest.raises(DataError, match=r"tokenizer: expected an EOS token, .* got none"):
+        tokenize_pairs(datasets.Dataset.from_list([text()]), tokenizer)
+    assert len(tokenized(tokenizer, [chat()])) == 1
+
+
+def test_an_empty_dataset() -> None:
+    with pytest.raises(DataError, match="dataset: expected at least one pair, got none"):
+        tokenize_pairs(datasets.Dataset.from_list([text()]).select([]), make_tokenizer())
+
+
+def test_bad_rows_of_a_dataset_made_elsewhere() -> None:
+    dataset = datasets.Dataset.from_list([text(), text(chosen="cd"), text()])
+    with pytest.raises(DataError, match=r"^dataset: row 2: field 'rejected': expected another"):
+        tokenize_pairs(dataset, make_tokenizer())
+    result, report = tokenize_pairs(dataset, make_tokenizer(), on_bad_row="skip")
+    assert len(result) == report.kept == 2
+    assert report.dropped == {"chosen equals rejected": 1}
+    assert "(first: dataset: row 2: field 'rejected'" in str(report)
+
+
+def test_a_conversation_that_the_template_refuses_is_found() -> None:
+    template = (
+        "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no!') }}{% endif %}" + CHATML
+    )
+    dataset = datasets.Dataset.from_list([chat("p"), chat("bad"), chat("q")])
+    tokenizer = make_tokenizer(template=template)
+    message = "dataset: row 2: expected a conversation that the chat template accepts, got "
+    with pytest.raises(
+        DataError, match="^" + re.escape(message) + r"TemplateError: no! \(on_bad_row"
+    ):
+        tokenize_pairs(dataset, tokenizer)
+    result, report = tokenize_pairs(dataset, tokenizer, on_bad_row="skip")
+    assert len(result) == 2
+    assert report.dropped == {"chat template failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation_mode": "middle"}, "truncation_mode: expected one of .* got 'middle'"),
+        ({"max_length": 0}, "max_length: expected .* above 0, got 0"),
+        ({"num_proc": 0}, "num_proc: expected .* above 0, got 0"),
+        ({"on_bad_row": "log"}, "on_bad_row: expected one of .* got 'log'"),
+    ],
+    ids=["truncation_mode", "max_length", "num_proc", "on_bad_row"],
+)
+def test_wrong_arguments(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenize_pairs(datasets.Dataset.from_list([text()]), make_tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "split"),
+    [
+        ([1, 2], [1, 2, 3], [1, 2, 4], 2),
+        ([1, 2], [1, 5, 3], [1, 2, 4], 1),
+        ([1, 2], [1], [1, 2, 4], 1),
+        ([1, 2], [7], [1, 2], 0),
+        ([], [1], [2], 0),
+    ],
+)
+def test_split_points(prompt, chosen, rejected, split) -> None:
+    pair = split_sequences(prompt, chosen, rejected)
+    assert pair == (prompt[:split], chosen[split:], rejected[split:], split < len(prompt))
+
+
+def test_rows_for_a_loader() -> None:
+    lists = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "ref_chosen_logps": -1.0,
+         "ref_rejected_logps": -2.0, "other": "x"},
+        {"prompt_ids": [], "chosen_ids": [6], "rejected_ids": [7], "ref_chosen_logps": -3.0,
+         "ref_rejected_logps": -4.0, "other": "y"},
+        {"prompt_ids": [8], "chosen_ids": [9], "rejected_ids": [1], "ref_chosen_logps": -5.0,
+         "ref_rejected_logps": -6.0, "other": "z"},
+    ]  # fmt: skip
+    dataset = datasets.Dataset.from_list(lists)
+    rows = PairRows(dataset)
+    assert len(rows) == 3
+    read = rows.__getitems__([2, 0, 2, 1])
+    assert [row["row_id"] for row in read] == [2, 0, 2, 1]
+    for row in read:
+        for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert isinstance(row[field], np.ndarray)
+            assert row[field].tolist() == lists[row["row_id"]][field]
+        assert row["ref_chosen_logps"] == lists[row["row_id"]]["ref_chosen_logps"]
+        assert "other" not in row
+    assert rows[1]["chosen_ids"].tolist() == [6]
+    assert rows.lengths()["prompt_ids"].tolist() == [2, 0, 1]
+    shuffled = dataset.select([2, 0])
+    assert PairRows(shuffled)[0]["prompt_ids"].tolist() == [8]
+    assert PairRows(shuffled).lengths()["prompt_ids"].tolist() == [1, 2]
+    batch = PairCollator()(read)
+    assert batch["row_ids"].tolist() == [2, 0, 2, 1]
+    with pytest.raises(ValueError, match=r"dataset: expected the columns .*got no .*'chosen_ids'"):
+        PairRows(dataset.remove_columns("chosen_ids"))
