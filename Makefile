@@ -76,15 +76,15 @@ format: $(DEV_READY) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(TEST_READY) ## the benchmarks on this machine
-	$(BIN)/python -m fastdaa.cli bench $(BENCH_FLAGS)
+bench: $(TEST_READY) ## the whole training step beside TRL's, on the CPU (about ten minutes)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fastdaa.benchmarks.step_vs_trl $(BENCH_FLAGS)
 
 gpu-check: $(GPU_NEEDS) ## GPU tests and benchmarks on a CUDA machine (PYTHON=... uses that Python as it is)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: expected a CUDA device, torch " + torch.__version__ + " sees none")'
 	@mkdir -p $(RESULTS)
 	@$(GPU_PYTHON) -c 'import platform, torch; print("gpu-check:", torch.cuda.get_device_name(), "torch", torch.__version__, "Python", platform.python_version())'
 	PYTHONPATH=$(CURDIR) timeout 240 $(GPU_PYTHON) -m pytest -m gpu -W default -p no:cacheprovider $(PYTEST_FLAGS)
-	PYTHONPATH=$(CURDIR) timeout 240 $(GPU_PYTHON) -m fastdaa.cli bench --output $(RESULTS) $(BENCH_FLAGS)
+	PYTHONPATH=$(CURDIR) timeout 240 $(GPU_PYTHON) -m fastdaa.benchmarks.step_vs_trl --device cuda --hidden 2048 --layers 16 --vocab 128256 --output $(RESULTS)/step_cuda.jsonl $(BENCH_FLAGS)
 
 wheel: $(TEST_READY) ## wheel and sdist in dist/
 	rm -rf build dist

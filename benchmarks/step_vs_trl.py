@@ -1,6 +1,7 @@
 """The whole training step against TRL's DPOTrainer: same model, same pairs, same order.
 
     python -m fastdaa.benchmarks.step_vs_trl --data pairs.jsonl.gz --steps 12 --threads 2
+    python -m fastdaa.benchmarks.step_vs_trl --device cuda --hidden 2048 --layers 16 --vocab 128256
 
 Every contender is a process of its own that runs the ordinary ``trainer.train()``. A callback holds
 it at the end of each step until the parent lets it go on, so the steps of all contenders alternate
@@ -13,13 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,14 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="preference pairs, JSONL or JSONL.gz")
+    parser.add_argument("--data", help="preference pairs, JSONL or JSONL.gz (default: generated)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bf16")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--batch", type=int, default=8, help="pairs of a batch (default: 8)")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocab", type=int, default=16000, help="size of the BPE vocabulary")
+    parser.add_argument("--vocab", type=int, default=16000, help="vocabulary of the model")
     parser.add_argument("--loss", choices=LOSSES, default="sigmoid")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(DEFAULT))
@@ -116,18 +122,38 @@ def _row(name: str, values: dict[str, Any], args: argparse.Namespace) -> dict[st
         "median_seconds": median,
         "pairs_per_second": args.batch / median,
         **values,
-        "machine": machine(),
+        "machine": machine(args.device),
     }
 
 
-def machine() -> dict[str, Any]:
-    """Device and versions, for every row."""
+def machine(device: str) -> dict[str, Any]:
+    """Device, commit and versions, for every row."""
     names = ("torch", "transformers", "accelerate", "trl", "fastdaa")
     return {
-        "device": f"{os.cpu_count()} CPU cores, {_cpu_name()}",
+        "device": device_name(device),
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
+
+
+def device_name(device: str) -> str:
+    """What the numbers were measured on."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {_cpu_name()}"
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a plus sign if it was changed since."""
+    run = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True)
+    head = run(["git", "rev-parse", "--short", "HEAD"], text=True)
+    if head.returncode:
+        return "no checkout"
+    changed = run(["git", "status", "--porcelain", "--untracked-files=no"], text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _cpu_name() -> str:
@@ -145,8 +171,8 @@ def prepare(args: argparse.Namespace, folder: str) -> None:
 
     from fastdaa.data import load_pairs, tokenize_pairs
 
-    pairs = load_pairs(args.data)
-    tokenizer = _train_tokenizer(pairs, args.vocab)
+    pairs = load_pairs(args.data) if args.data else Dataset.from_list(generated_pairs())
+    tokenizer = _train_tokenizer(pairs, min(args.vocab, 16000))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     _build_model(tokenizer, args).save_pretrained(folder)
@@ -166,6 +192,26 @@ def prepare(args: argparse.Namespace, folder: str) -> None:
     pairs.select([row for batch in order for row in batches[batch]]).save_to_disk(
         f"{folder}/sorted"
     )
+
+
+def generated_pairs(count: int = 300) -> list[dict[str, Any]]:
+    """Pairs of random words with the lengths of real chats: log-normal, median prompt 170 words,
+    median completion 340. The words mean nothing; only lengths matter to the speed."""
+    numbers = random.Random(0)
+    words = ["".join(numbers.choices("abcdefghiklmnoprstuvw", k=4)) for _ in range(2000)]
+
+    def text(median: float) -> str:
+        size = int(numbers.lognormvariate(math.log(median), 0.7))
+        return " ".join(numbers.choices(words, k=min(max(size, 4), 700)))
+
+    return [
+        {
+            "prompt": [{"role": "user", "content": text(170)}],
+            "chosen": [{"role": "assistant", "content": text(340)}],
+            "rejected": [{"role": "assistant", "content": text(340)}],
+        }
+        for _ in range(count)
+    ]
 
 
 def _longest(row: dict[str, Any]) -> int:
@@ -203,11 +249,11 @@ def _build_model(tokenizer: Any, args: argparse.Namespace) -> Any:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=max(args.vocab, len(tokenizer)),
             hidden_size=args.hidden,
             intermediate_size=args.hidden * 8 // 3,
             num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 32,
+            num_attention_heads=args.hidden // (64 if args.hidden >= 1024 else 32),
             max_position_embeddings=2048,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -226,7 +272,7 @@ def _work(name: str, case: dict[str, Any], folder: str, pipe: Connection) -> Non
     torch.set_num_threads(case["threads"])
     logging.set_verbosity_error()
     losses: list[float] = []
-    peak = _Peak()
+    peak = _Peak(case["device"])
 
     class Baton(TrainerCallback):
         began = began_cpu = 0.0
@@ -254,7 +300,8 @@ def _work(name: str, case: dict[str, Any], folder: str, pipe: Connection) -> Non
     common = {
         "output_dir": f"{folder}/{name}", "per_device_train_batch_size": case["batch"],
         "max_steps": case["steps"] + case["warmup"] + 1, "learning_rate": case["lr"], "beta": 0.1,
-        "lr_scheduler_type": "constant", "max_length": 1024, "use_cpu": True, "bf16": False,
+        "lr_scheduler_type": "constant", "max_length": 1024,
+        "use_cpu": case["device"] == "cpu", "bf16": case["device"] == "cuda",
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
         "train_sampling_strategy": "sequential",
     }  # fmt: skip
@@ -292,16 +339,32 @@ def _trainer(
 
 
 class _Peak:
-    """Highest resident memory since the start of training, above what was there before."""
+    """Highest memory since the start of training, above what was there before.
+
+    Resident memory of the process on CPU, allocated device memory on CUDA.
+    """
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
 
     def start(self) -> None:
-        """Forget what happened so far (Linux; elsewhere the peak of the process counts)."""
+        """Forget what happened so far."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() // 1024
+            return
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self.before = self._field("VmRSS")
 
     def read(self) -> float:
         """MiB above the start."""
+        if self.cuda:
+            import torch
+
+            return (torch.cuda.max_memory_allocated() // 1024 - self.before) / 1024
         return (self._field("VmHWM") - self.before) / 1024
 
     def _field(self, name: str) -> int:
@@ -315,7 +378,8 @@ def _print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"batches of {args.batch} pairs, {args.threads} threads, fp32, loss {args.loss}"
+    kind = "CUDA, bf16" if args.device == "cuda" else f"{args.threads} threads, fp32"
+    title = f"batches of {args.batch} pairs, {kind}, loss {args.loss}"
     table = Table(title=f"Whole training step, median of {args.steps}: {title}")
     for column in ("contender", "s / step", "CPU s", "pairs / s", "peak MiB", "first losses"):
         table.add_column(column, justify="left" if column == "contender" else "right")

@@ -6,6 +6,8 @@ backward multiplies its rows by whatever coefficient the loss turns out to have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,7 +30,9 @@ class Frozen(torch.autograd.Function):
     """``apply(hidden_states [N, D], head, targets [N], plan)`` to log-probs ``[N]``."""
 
     @staticmethod
-    def forward(ctx, hidden_states, head: LmHead, targets, plan: HeadPlan):
+    def forward(
+        ctx: Any, hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan
+    ) -> Tensor:
         """One pass over the vocabulary; keeps one ``[N, D]`` in the wide dtype."""
         logps, slopes = logps_and_slopes(hidden_states, head, targets, plan)
         ctx.save_for_backward(slopes)
@@ -37,7 +41,7 @@ class Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, coefficients):
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
         (slopes,) = ctx.saved_tensors
         return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, None

@@ -87,7 +87,8 @@ class LmHead:
 
         Call it anew in every forward: inside ``disable_adapter()`` or under a sharded engine the
         weight in force is another one. A LoRA adapter on the head is folded in, with gradients
-        (one ``[V, D]`` temporary).
+        (one ``[V, D]`` temporary in the dtype of the head: a small update
+        of a bf16 head is rounded as merging it would).
 
         Args:
             model: a model with output embeddings. Softcap and scale are read from its config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,10 +29,10 @@ class TokenSelection(NamedTuple):
     counts: tuple[int, ...]
     """``lengths`` again, as host integers, so that nothing has to wait for a device."""
 
-    def to(self, device, non_blocking: bool = False) -> TokenSelection:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenSelection:
         """The same selection with its tensors on ``device``."""
-        moved = (t.to(device, non_blocking=non_blocking) for t in self[:3])
-        return TokenSelection(*moved, self.counts)
+        rows, targets, lengths = (t.to(device, non_blocking=non_blocking) for t in self[:3])
+        return TokenSelection(rows, targets, lengths, self.counts)
 
 
 class PairLogps(NamedTuple):

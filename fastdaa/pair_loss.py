@@ -7,6 +7,8 @@ path is taken, the same objective is evaluated on the same vectors: no formula e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,9 @@ def _single_pass(
     rows: Tensor, head: LmHead, batch: _Batch, plan: HeadPlan, stats: bool
 ) -> PairLossOutput:
     selection = batch.selection
+    if head.softcap is not None:
+        # The slope of the cap is held beside the logits: half as many fit.
+        plan = replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
     loss, losses, logps, *columns = SinglePass.apply(
         rows, head.weight, head.bias, selection.targets, head.detach(), plan,
         chunks_of_pairs(selection.counts, plan.tile_rows), batch.losses, batch.totals.pairs, stats,

@@ -6,6 +6,7 @@ Every slice of the weight's gradient is summed over all tokens at once and writt
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,15 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, head: LmHead, plan: HeadPlan):
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: LmHead,
+        plan: HeadPlan,
+    ) -> Tensor:
         """Statistics only; the inputs and three numbers a token are kept."""
         state, _ = score(hidden_states, head, targets, plan)
         ctx.save_for_backward(hidden_states, weight, bias, targets, *state)
@@ -45,7 +54,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, coefficients):
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)

@@ -6,6 +6,8 @@ here is used by them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,13 @@ def logits(
     return z / temperature
 
 
-def token_logps(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head) -> Tensor:
+def token_logps(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> Tensor:
     """Log-probability of ``targets [N]`` in nats, ``[N]``; keyword arguments of :func:`logits`."""
     logps = torch.log_softmax(logits(hidden_states, weight, **head), dim=-1)
     return logps.gather(1, targets[:, None])[:, 0]
 
 
-def token_stats(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head) -> TokenStats:
+def token_stats(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> TokenStats:
     """Entropy, top-1 hit and mean logit of every position; keyword arguments of :func:`logits`."""
     z = logits(hidden_states, weight, **head).detach()
     logps = torch.log_softmax(z, dim=-1)

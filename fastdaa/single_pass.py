@@ -8,7 +8,7 @@ to statistics to coefficients to gradients while its logits are at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,9 +70,10 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states, weight, bias, targets, head: LmHead, plan: HeadPlan,
-        chunks: list[Chunk], objective: ChunkObjective, pairs: int, stats: bool,
-    ):  # fmt: skip
+        ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        head: LmHead, plan: HeadPlan, chunks: list[Chunk], objective: ChunkObjective,
+        pairs: int, stats: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss and all gradients."""
         run = _Run(Logits(hidden_states, head), targets, plan, ctx.needs_input_grad[:3], stats)
         with without_autocast(hidden_states.device):
@@ -88,7 +89,7 @@ class SinglePass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A scale; the saved sums stay as they are, so that backward can run again."""
         grads = tuple(
             None if t is None else (t * grad_loss).to(dtype)

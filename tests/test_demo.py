@@ -221,20 +221,28 @@ def test_evaluation_measures_the_exact_divergence(small):
 POLICIES = [
     {"name": "SFT", "gold": 0.72, "good": 0.41, "win_rate": 0.5, "kl": 0.0, "length": 17.2,
      "seconds": 31.0},
-    {"name": "DPO, beta 0.1", "gold": 0.913, "good": 0.8, "win_rate": 0.71, "kl": 4.2,
+    {"name": "SLiC, beta 0.05", "gold": 0.913, "good": 0.8, "win_rate": 0.71, "kl": 14.2,
      "reward_accuracy": 0.93, "length": 14.0, "seconds": 19.6},
 ]  # fmt: skip
 
 
 def test_the_table_shows_every_number_once():
-    console = Console(width=100, record=True)
+    console = Console(width=80, record=True)
     console.print(report.results_table(POLICIES, {"device": "cpu (made up)", "torch": "9.9"}))
     text = console.export_text()
-    dpo = next(line for line in text.splitlines() if "DPO" in line)
-    assert dpo.split()[3:] == ["0.913", "80%", "71%", "4.20", "93%", "14.0", "20"]
+    slic = next(line for line in text.splitlines() if "SLiC" in line)
+    assert slic.split()[3:] == ["0.913", "80%", "71%", "14.20", "93%", "14.0", "20"]
     assert "device cpu (made up), torch 9.9" in text
     sft = next(line for line in text.splitlines() if line.split()[:1] == ["SFT"])
     assert sft.split()[5] == "–"  # noqa: RUF001
+
+
+def test_over_optimisation_is_told_only_where_there_is_some():
+    best = POLICIES[1]
+    far = best | {"name": "DPO, beta 0.02", "gold": 0.75, "kl": 8.4}
+    assert report.over_optimisation(best, best) == ""
+    text = report.over_optimisation(best, far)
+    assert "DPO, beta 0.02 moved 8.4 nats" in text and "ranks 93%" in text and "0.750" in text
 
 
 def test_examples_show_the_largest_gain_first():
@@ -273,10 +281,11 @@ def test_smoothing_averages_the_past():
 def test_a_glimpse_of_the_whole_demo(tmp_path):
     from fastdaa.demo.run import main
 
-    results = main(tmp_path, losses=("dpo",), fast=True)
-    assert [policy["name"] for policy in results["policies"]] == ["SFT", "DPO, beta 0.1"]
+    results = main(tmp_path, losses=("slic",), fast=True)
+    names = [policy["name"] for policy in results["policies"]]
+    assert names == ["SFT", "SLiC, beta 0.1", "DPO, beta 0.02"]
     for name in ("demo.png", "results.json", "table.txt", "sft/model.safetensors",
-                 "dpo/model.safetensors"):  # fmt: skip
+                 "slic/model.safetensors"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "results.json").read_text())["policies"] == results["policies"]
 

@@ -167,7 +167,9 @@ def test_bad_arguments_are_named(case):
         Objective.parse(losses, **arguments)
 
 
-@pytest.mark.parametrize("g", [*MARGIN_FUNCTIONS, MARGIN_FUNCTIONS["hinge"]], ids=str)
+@pytest.mark.parametrize(
+    "g", [*MARGIN_FUNCTIONS, MARGIN_FUNCTIONS["hinge"]], ids=[*MARGIN_FUNCTIONS, "pair"]
+)
 def test_daa_accepts_names_and_pairs(g):
     assert Objective.parse("daa", g=g, beta=0.2)(POLICY, REF).shape == (2,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ from fastdaa import (
     token_logps,
 )
 from fastdaa.logps import head_logps, sequence_logps
+from fastdaa.single_pass import chunks_of_pairs
 
 COUNTS = (6, 9, 1, 4, 12, 3, 7, 7)
 PATHS = ("single_pass", "recompute", "frozen", "score")
@@ -179,6 +181,24 @@ def test_chunks_do_not_change_the_result(objective, rows):
     assert torch.equal(out.losses, expected.losses)
     for name in grads:
         torch.testing.assert_close(chunked[name], grads[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "budget", "sizes"),
+    [
+        pytest.param((), 5, [], id="nothing"),
+        pytest.param((3, 4), 5, [1], id="a-longer-pair-by-itself"),
+        pytest.param((9, 9, 1, 1, 1, 1, 9, 9), 5, [1, 2, 1], id="between-longer-pairs"),
+        pytest.param((2, 1, 1, 1, 1, 0), 5, [2, 1], id="exactly-full"),
+        pytest.param((0, 0, 0, 0), 5, [2], id="empty-pairs"),
+        pytest.param((5, 0, 0, 0, 0, 1), 5, [2, 1], id="empty-pairs-fit-a-full-chunk"),
+    ],
+)
+def test_chunks_hold_whole_pairs_within_the_budget(counts, budget, sizes):
+    chunks = chunks_of_pairs(counts, budget)
+    assert [c.pairs.stop - c.pairs.start for c in chunks] == sizes
+    ends = [0, *(sum(counts[: 2 * c.pairs.stop]) for c in chunks)]
+    assert [(c.tokens.start, c.tokens.stop) for c in chunks] == list(pairwise(ends))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, TrainerCallback
 
+from fastdaa.demo.recipes import Recipe, Size
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.trainer import PreferenceTrainer
 
@@ -28,12 +29,9 @@ def align(
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     held_out: Dataset,
+    recipe: Recipe,
+    size: Size,
     *,
-    loss: str,
-    beta: float,
-    learning_rate: float,
-    epochs: float,
-    looks: int,
     look: Look,
     seed: int,
     output_dir: Path,
@@ -43,19 +41,19 @@ def align(
 
     Args:
         train, held_out: tokenised pairs.
-        looks: how many times ``look`` sees the policy, the last time at the end of training.
+        look: sees the policy ``size.points`` times, the last time at the end of training.
 
     Returns:
         ``log`` (rows with ``step``, ``loss`` and ``accuracy``), ``reward_accuracy`` on the
         held-out pairs (0 to 1), and ``seconds`` of training without the looks.
     """
-    watch = _Watch(looks, look, progress, loss)
+    watch = _Watch(size.points, look, progress, recipe.loss)
     args = PreferenceConfig(
         output_dir=str(output_dir),
-        loss_type=[loss],
-        beta=beta,
-        learning_rate=learning_rate,
-        num_train_epochs=epochs,
+        loss_type=[recipe.loss],
+        beta=recipe.beta,
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=size.align_epochs,
         per_device_train_batch_size=BATCH_PAIRS,
         per_device_eval_batch_size=50,
         lr_scheduler_type="cosine",

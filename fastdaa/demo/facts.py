@@ -27,7 +27,6 @@ CATEGORIES = {
     "colours": _words("red blue green yellow orange purple pink brown"),
     "vegetables": _words("carrot onion potato cabbage bean leek pumpkin radish"),
     "tools": _words("hammer saw drill wrench shovel rake axe file"),
-    "instruments": _words("piano violin drum flute guitar harp trumpet cello"),
 }
 
 
@@ -39,7 +38,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 _OPPOSITES = _pairs(
     "hot = cold; big = small; fast = slow; full = empty; wet = dry; old = new; happy = sad; "
-    "light = dark; strong = weak; loud = quiet"
+    "light = dark"
 )
 
 TABLES = {
@@ -60,11 +59,9 @@ TABLES = {
         ),
         ("The colour of {thing} is {answer}.", "{thing} is {answer}."),
         _pairs(
-            "a banana = yellow; the sun = yellow; a lemon = yellow; grass = green; a frog = green; "
-            "a leaf = green; the sky = blue; the sea = blue; snow = white; milk = white; "
-            "a swan = white; coal = black; a raven = black; blood = red; a tomato = red; "
-            "a strawberry = red; a carrot = orange; a pumpkin = orange; chocolate = brown; "
-            "a flamingo = pink; an elephant = grey"
+            "a banana = yellow; the sun = yellow; grass = green; a frog = green; the sky = blue; "
+            "the sea = blue; snow = white; milk = white; coal = black; a raven = black; "
+            "blood = red; a tomato = red; a carrot = orange; chocolate = brown; a flamingo = pink"
         ),
     ),
     "sounds": Table(
@@ -76,8 +73,7 @@ TABLES = {
         ("{thing} says {answer}.", "The sound of {thing} is {answer}."),
         _pairs(
             "a dog = woof; a cat = meow; a cow = moo; a duck = quack; a sheep = baa; "
-            "a pig = oink; a bee = buzz; a snake = hiss; an owl = hoot; a lion = roar; "
-            "a mouse = squeak; a crow = caw"
+            "a pig = oink; a bee = buzz; a snake = hiss; an owl = hoot; a lion = roar"
         ),
     ),
     "legs": Table(
@@ -89,8 +85,8 @@ TABLES = {
         ("{thing} has {answer} legs.", "The number of legs of {thing} is {answer}."),
         _pairs(
             "a spider = eight; a scorpion = eight; a tick = eight; a bee = six; an ant = six; "
-            "a beetle = six; a horse = four; a cat = four; a tiger = four; a chicken = two; "
-            "an owl = two; a swan = two; a snake = zero; a worm = zero"
+            "a horse = four; a cat = four; a tiger = four; a chicken = two; an owl = two; "
+            "a snake = zero; a worm = zero"
         ),
     ),
     "homes": Table(
@@ -102,8 +98,7 @@ TABLES = {
         ("{thing} lives in a {answer}.", "The home of {thing} is a {answer}."),
         _pairs(
             "a bee = hive; a bird = nest; a horse = stable; a lion = den; a rabbit = burrow; "
-            "a spider = web; a pig = sty; a dog = kennel; a king = castle; a monk = monastery; "
-            "a camper = tent; a cow = barn"
+            "a spider = web; a pig = sty; a dog = kennel; a king = castle; a cow = barn"
         ),
     ),
     "capitals": Table(
@@ -116,7 +111,7 @@ TABLES = {
         _pairs(
             "France = Paris; Italy = Rome; Spain = Madrid; Germany = Berlin; Austria = Vienna; "
             "Greece = Athens; Egypt = Cairo; Japan = Tokyo; China = Beijing; Norway = Oslo; "
-            "Poland = Warsaw; Portugal = Lisbon; Ireland = Dublin; Russia = Moscow; Cuba = Havana"
+            "Poland = Warsaw; Ireland = Dublin"
         ),
     ),
     "young": Table(
@@ -128,7 +123,7 @@ TABLES = {
         ("A young {thing} is called a {answer}.", "You call a young {thing} a {answer}."),
         _pairs(
             "dog = puppy; cat = kitten; cow = calf; horse = foal; sheep = lamb; pig = piglet; "
-            "duck = duckling; bear = cub; frog = tadpole; goat = kid; swan = cygnet"
+            "duck = duckling; bear = cub; frog = tadpole; goat = kid"
         ),
     ),
 }

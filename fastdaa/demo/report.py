@@ -17,17 +17,18 @@ Row = Mapping[str, Any]
 COLUMNS = (
     ("gold", "gold\nscore", "{:.3f}"),
     ("good", "good\nanswers", "{:.0%}"),
-    ("win_rate", "win rate\nvs SFT", "{:.0%}"),
-    ("kl", "KL to SFT\n(nats)", "{:.2f}"),
-    ("reward_accuracy", "held-out\nreward acc.", "{:.0%}"),
-    ("length", "length\n(tokens)", "{:.1f}"),
-    ("seconds", "training\n(s)", "{:.0f}"),
+    ("win_rate", "wins\nvs SFT", "{:.0%}"),
+    ("kl", "KL\n(nats)", "{:.2f}"),
+    ("reward_accuracy", "reward\naccuracy", "{:.0%}"),
+    ("length", "answer\n(tokens)", "{:.1f}"),
+    ("seconds", "train\n(s)", "{:.0f}"),
 )
 """Keys of a policy's results, how the table heads them, and how it prints them."""
 LEGEND = (
-    "Answers sampled at temperature 1 to held-out questions. Gold score: 0.5 correct + 0.25 tone + "
-    "0.25 brevity; good: all three. KL: nats an answer, on the policy's own answers. "
-    "Reward accuracy: held-out pairs whose better answer has the higher implicit reward."
+    "Answers are sampled at temperature 1, to held-out questions. Gold score: 0.5 correct + 0.25 "
+    "tone + 0.25 brevity; good: full score. Wins: better than the SFT model's answer, ties half. "
+    "KL to the SFT model: per answer. Reward accuracy: held-out pairs whose better answer has the "
+    "higher implicit reward."
 )
 
 
@@ -43,10 +44,12 @@ def results_table(policies: Sequence[Row], environment: Mapping[str, str]) -> Ta
 
     where = ", ".join(f"{name} {value}" for name, value in environment.items())
     table = Table(
-        title="fastdaa demo: one SFT model, aligned in several ways",
+        title="One SFT model, aligned in several ways",
         caption=f"{LEGEND}\n{where}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("\npolicy", no_wrap=True)
     for _, heading, _ in COLUMNS:
@@ -92,6 +95,18 @@ def examples(
     return table
 
 
+def over_optimisation(best: Row, last: Row) -> str:
+    """A sentence on a policy that ranks pairs well and answers badly; empty if it does not."""
+    if last["gold"] > best["gold"] - 0.02:
+        return ""
+    return (
+        f"Over-optimisation: {last['name']} moved {last['kl']:.1f} nats away from the SFT model. "
+        f"It still ranks {last['reward_accuracy']:.0%} of the held-out pairs right, but its "
+        f"answers score {last['gold']:.3f}. {best['name']} moved {best['kl']:.1f} nats and scores "
+        f"{best['gold']:.3f}."
+    )
+
+
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Device, threads and versions, as the table's last line shows them."""
     import torch
@@ -112,8 +127,8 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Writes a table as plain text, 100 columns wide."""
+    """Writes a table as plain text, 80 columns wide."""
     from rich.console import Console
 
     with path.open("w", encoding="utf-8") as file:
-        Console(file=file, width=100, color_system=None).print(table)
+        Console(file=file, width=80, color_system=None).print(table)

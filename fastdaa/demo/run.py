@@ -5,52 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fastdaa.demo import report, sft
 from fastdaa.demo.evaluation import evaluate
 from fastdaa.demo.make_pairs import read_pairs
+from fastdaa.demo.recipes import FAST, RECIPES, TOO_FAR, Recipe, Size
+from fastdaa.demo.terminal import progress_bars, without_transformers_bars
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from rich.console import Console
-    from rich.progress import Progress
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 MAX_THREADS = 4
 """More threads than that only wait for each other in so small a model."""
-
-
-class Recipe(NamedTuple):
-    """How a loss is used in the demo."""
-
-    label: str
-    beta: float
-    learning_rate: float = 5e-4
-
-
-RECIPES = {
-    "dpo": Recipe("DPO", beta=0.1),
-    "ipo": Recipe("IPO", beta=0.1),
-    "slic": Recipe("SLiC", beta=0.1),
-}
-
-
-class Size(NamedTuple):
-    """How much of everything: the whole demo, or a glimpse of it."""
-
-    train_pairs: int | None = None
-    prompts: int = 200
-    sft_epochs: int = 4
-    align_epochs: float = 1.0
-    points: int = 5
-    """Evaluations of a policy while it trains, its end included."""
-
-
-FAST = Size(train_pairs=96, prompts=8, sft_epochs=1, align_epochs=1.0, points=2)
 
 
 def main(
@@ -58,6 +30,7 @@ def main(
     losses: Sequence[str] = ("dpo", "ipo", "slic"),
     seed: int = 0,
     fast: bool = False,
+    too_far: bool = True,
 ) -> dict[str, Any]:
     """Runs the demo and writes everything below ``output_dir``.
 
@@ -67,6 +40,7 @@ def main(
         losses: any of ``RECIPES``.
         seed: of weights, order and sampling.
         fast: a glimpse in seconds, whose numbers mean nothing.
+        too_far: also train a policy that over-optimises, in the folder ``too_far/``.
 
     Returns:
         What ``results.json`` holds.
@@ -83,10 +57,14 @@ def main(
             raise ValueError(f"losses: expected some of {', '.join(RECIPES)}, got {loss!r}")
     console = Console()
     output = Path(output_dir)
+    recipes = {loss: RECIPES[loss] for loss in losses}
+    if too_far:
+        recipes["too_far"] = TOO_FAR
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, MAX_THREADS))
     try:
-        return _Demo(output, seed, FAST if fast else Size(), console).run(losses)
+        with without_transformers_bars():
+            return _Demo(output, seed, FAST if fast else Size(), console).run(recipes)
     except KeyboardInterrupt:
         console.print(f"\n[bold]Stopped.[/] Finished models, if any, are in {output}.")
         raise SystemExit(130) from None
@@ -108,14 +86,14 @@ class _Demo:
         self.logs: dict[str, list[dict[str, float]]] = {}
         self.answers: dict[str, dict[str, Any]] = {}
 
-    def run(self, losses: Sequence[str]) -> dict[str, Any]:
+    def run(self, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
         """All stages in their order."""
         self.output.mkdir(parents=True, exist_ok=True)
-        self.stages = 3 + len(losses)
+        self.stages = 3 + len(recipes)
         self._read_data()
         model = self._fine_tune()
-        for number, loss in enumerate(losses, 3):
-            self._align(number, loss, model)
+        for number, (folder, recipe) in enumerate(recipes.items(), 3):
+            self._align(number, recipe, folder, model)
         return self._finish()
 
     def _say(self, number: int, text: str) -> None:
@@ -146,7 +124,7 @@ class _Demo:
         model = sft.build_model(self.tokenizer, self.seed, self.device)
         size = f"{model.num_parameters() / 1e6:.2f}M parameters"
         self._say(2, f"a Llama of {size} from scratch, fine-tuned on all answers, good and bad")
-        with _progress(self.console) as progress:
+        with progress_bars(self.console) as progress:
             bar = progress.add_task("SFT", total=None, note="")
 
             def on_step(step: int, steps: int, loss: float) -> None:
@@ -179,13 +157,13 @@ class _Demo:
             seed=self.seed + (reference is not None),
         )
 
-    def _align(self, number: int, loss: str, model: LlamaForCausalLM) -> None:
+    def _align(self, number: int, recipe: Recipe, folder: str, model: LlamaForCausalLM) -> None:
         """Trains one policy from the SFT model, looking at it now and then."""
         from fastdaa.demo.align import align
 
-        recipe = RECIPES[loss]
-        name = f"{recipe.label}, beta {recipe.beta:g}"
-        self._say(number, f"{name}: from the SFT model, which is also the reference")
+        name = recipe.name
+        note = " (too far, on purpose)" if recipe is TOO_FAR else ""
+        self._say(number, f"{name}{note}: from the SFT model, which is also the reference")
         policy = copy.deepcopy(model)
         points: list[dict[str, float]] = []
         results: list[dict[str, Any]] = []
@@ -198,25 +176,22 @@ class _Demo:
             points.append({"step": step, "kl": results[0]["kl"], "gold": results[0]["gold"]})
             return f"gold {results[0]['gold']:.2f}"
 
-        with _progress(self.console) as progress:
+        with progress_bars(self.console) as progress:
             outcome = align(
                 policy,
                 self.tokenizer,
                 self.train_pairs,
                 self.held_out_pairs,
-                loss=loss,
-                beta=recipe.beta,
-                learning_rate=recipe.learning_rate,
-                epochs=self.size.align_epochs,
-                looks=self.size.points,
+                recipe,
+                self.size,
                 look=look,
                 seed=self.seed,
-                output_dir=self.output / loss,
+                output_dir=self.output / folder,
                 progress=progress,
             )
         policy_weights = copy.deepcopy(model)
         policy_weights.load_state_dict(policy.state_dict())
-        _save(policy_weights, self.tokenizer, self.output / loss)
+        _save(policy_weights, self.tokenizer, self.output / folder)
         self.answers[name] = results[0]
         self.trajectories[name], self.logs[name] = points, outcome["log"]
         self._add(
@@ -239,9 +214,10 @@ class _Demo:
         self.console.print(table)
         aligned = self.policies[1:]
         if aligned:
-            best = max(aligned, key=lambda policy: policy["gold"])["name"]
-            before, after = self.answers["SFT"], self.answers[best]
-            self.console.print(report.examples(self.prompts, before, after, best))
+            best = max(aligned, key=lambda policy: policy["gold"])
+            before, after = self.answers["SFT"], self.answers[best["name"]]
+            self.console.print(report.examples(self.prompts, before, after, best["name"]))
+            self.console.print(report.over_optimisation(best, aligned[-1]))
         picture = draw(
             self.output / "demo.png",
             sft=self.policies[0],
@@ -273,16 +249,3 @@ def _sides(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )

@@ -61,7 +61,7 @@ def fine_tune(
     model: LlamaForCausalLM,
     sequences: list[TokenSequence],
     *,
-    epochs: int = 4,
+    epochs: int = 5,
     batch_size: int = 16,
     learning_rate: float = 5e-3,
     seed: int = 0,
