@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from fastdaa.demo.recipes import Recipe, Size
+from fastdaa.train.callbacks import Interrupt, Progress
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
     from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ def align(
     look: Look,
     seed: int,
     output_dir: Path,
-    progress: Progress,
+    progress: Bars,
 ) -> dict[str, Any]:
     """Trains ``policy`` in place; its starting point is the reference.
 
@@ -64,7 +65,7 @@ def align(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        use_cpu=policy.device.type == "cpu",
+        use_cpu=True,
         bf16=False,
         seed=seed,
     )
@@ -76,8 +77,9 @@ def align(
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    # It prints every row as a dictionary; the bar shows the same numbers.
-    trainer.remove_callback(PrinterCallback)
+    # The demo has its own bar, and Ctrl-C ends all of it at once: nothing here is to be resumed.
+    for callback in (Progress, Interrupt):
+        trainer.remove_callback(callback)
     trainer.train()
     metrics = trainer.evaluate()
     return {
@@ -90,7 +92,7 @@ def align(
 class _Watch(TrainerCallback):
     """Moves the bar, keeps the logged rows, and looks at the policy at equal distances."""
 
-    def __init__(self, looks: int, look: Look, progress: Progress, name: str) -> None:
+    def __init__(self, looks: int, look: Look, progress: Bars, name: str) -> None:
         self.looks, self.look, self.progress = looks, look, progress
         self.bar = progress.add_task(name, total=None, note="")
         self.rows: list[dict[str, float]] = []

@@ -42,7 +42,6 @@ def evaluate(
         reference in nats an answer; ``win_rate`` (0 to 1, ties count half).
     """
     ids, mask = _encode(tokenizer, prompts)
-    ids, mask = ids.to(model.device), mask.to(model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(  # type: ignore[operator]

@@ -76,7 +76,7 @@ def _draw_gold(
             edgecolor="white", linewidth=1.2, label=name, zorder=4,
         )  # fmt: skip
     ax.scatter([0], [sft["gold"]], color=SFT_COLOUR, marker="*", s=150, label="SFT", zorder=5)
-    ax.set_title("Answers get better, at a distance from the SFT model", loc="left")
+    ax.set_title("Gold score over the distance from the SFT model", loc="left")
     ax.set_xlabel("distance from the SFT model, √KL (√nats, per answer)")
     ax.set_ylabel("gold score of sampled answers (0 to 1)")
     ax.set_xlim(left=-0.08 * max(ax.get_xlim()[1], 0.1))

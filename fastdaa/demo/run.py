@@ -32,7 +32,7 @@ def main(
     fast: bool = False,
     too_far: bool = True,
 ) -> dict[str, Any]:
-    """Runs the demo and writes everything below ``output_dir``.
+    """Runs the demo on the CPU and writes everything below ``output_dir``.
 
     Args:
         output_dir: gets ``sft/`` and a folder for every policy (models with their tokenizer),
@@ -76,11 +76,8 @@ class _Demo:
     """State that the stages share."""
 
     def __init__(self, output: Path, seed: int, size: Size, console: Console) -> None:
-        import torch
-
         self.start = time.perf_counter()
         self.output, self.seed, self.size, self.console = output, seed, size, console
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.policies: list[dict[str, Any]] = []
         self.trajectories: dict[str, list[dict[str, float]]] = {}
         self.logs: dict[str, list[dict[str, float]]] = {}
@@ -121,7 +118,7 @@ class _Demo:
         self.held_out_pairs, _ = tokenize_pairs(Dataset.from_list(_sides(held_out)), self.tokenizer)
 
     def _fine_tune(self) -> LlamaForCausalLM:
-        model = sft.build_model(self.tokenizer, self.seed, self.device)
+        model = sft.build_model(self.tokenizer, self.seed)
         size = f"{model.num_parameters() / 1e6:.2f}M parameters"
         self._say(2, f"a Llama of {size} from scratch, fine-tuned on all answers, good and bad")
         with progress_bars(self.console) as progress:
@@ -209,7 +206,7 @@ class _Demo:
         from fastdaa.demo.picture import draw
 
         self._say(self.stages, "table and picture")
-        environment = report.describe_environment(self.device)
+        environment = report.describe_environment()
         table = report.results_table(self.policies, environment)
         self.console.print(table)
         aligned = self.policies[1:]

@@ -20,11 +20,7 @@ TokenSequence = tuple[list[int], int]
 """Token ids of prompt and answer, and how many of them are the prompt."""
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCausalLM:
     """A Llama of about 0.3 million parameters with random weights, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,8 +40,7 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model: Any = LlamaForCausalLM(config)
-    return model.to(device)
+    return LlamaForCausalLM(config)
 
 
 def sft_sequences(pairs: Dataset) -> list[TokenSequence]:
@@ -85,11 +80,10 @@ def fine_tune(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
-    device = model.device
     model.train()
     log, start = [], time.perf_counter()
     for step, batch in enumerate(batches, 1):
-        ids, positions, targets = (tensor.to(device) for tensor in _collate(batch))
+        ids, positions, targets = _collate(batch)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         # Only positions that predict a token of an answer pass through the head.
         logits = model.lm_head(hidden.flatten(0, 1)[positions])
