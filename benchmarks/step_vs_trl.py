@@ -12,6 +12,7 @@ forward, policy forward and backward, clipping, optimizer, metrics.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import statistics
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             process.start()
             workers[name] = (process, ours)
             _receive(name, process, ours)  # one at a time: building models is noise, too
-        rows = {name: {"seconds": [], "losses": [], "cpu_seconds": []} for name in workers}
+        rows: dict[str, Any] = {
+            name: {"seconds": [], "losses": [], "cpu_seconds": []} for name in workers
+        }
         for step in range(args.warmup + args.steps):
             for name, (process, pipe) in workers.items():
                 pipe.send("go")

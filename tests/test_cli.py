@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
-from fastdaa.train.checkpoints import last_complete
 from fastdaa.cli.summary import last_values
+from fastdaa.train.checkpoints import last_complete
 
 NEEDED = ["--model", "m/m", "--dataset", "d/d", "--use_cpu"]
 WORDS = ["<eos>", "good", "bad", "question", "answer", "why"]

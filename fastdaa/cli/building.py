@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdaa.cli.arguments import TrainArguments
-from fastdaa.train.checkpoints import is_complete, last_complete
 from fastdaa.data import load_pairs
+from fastdaa.train.checkpoints import is_complete, last_complete
 from fastdaa.train.config import PreferenceConfig
 
 if TYPE_CHECKING:

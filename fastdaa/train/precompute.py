@@ -1,4 +1,4 @@
-"""Reference log-probs of whole datasets before training, from the cache on disk where it has them."""
+"""Reference log-probs of whole datasets before training, taken from the cache on disk if there."""
 
 from __future__ import annotations
 
