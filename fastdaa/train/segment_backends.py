@@ -85,7 +85,7 @@ def choose_backend(
             break
         if _DEVICES.get(name, device_type) == device_type:
             passed_over.append(f"{name} {obstacle}")
-    return BackendChoice(name, "; ".join(passed_over) or "the fastest one serves this call")
+    return BackendChoice(name, "; ".join(passed_over) or "it is the fastest one")
 
 
 def varlen_runner(name: str) -> Callable[..., Tensor]:
