@@ -12,6 +12,7 @@ forward, policy forward and backward, clipping, optimizer, metrics.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -26,7 +27,7 @@ from fastdaa.benchmarks.machine import machine
 from fastdaa.benchmarks.step_data import prepare
 from fastdaa.benchmarks.step_worker import CONTENDERS, LOSSES, work
 
-DEFAULT = ("trl", "trl, sorted", "trl, sorted, keep activations", "fastdaa", "fastdaa, sorted")
+DEFAULT = ("trl", "trl, sorted", "fastdaa", "fastdaa, sorted")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,27 +67,36 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         workers: dict[str, tuple[Any, Connection]] = {}
         for name in args.contenders:
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(name, vars(args), folder, theirs))
+            process = context.Process(
+                target=work, args=(name, vars(args), folder, theirs), daemon=True
+            )
             process.start()
             workers[name] = (process, ours)
             _receive(name, process, ours)  # one at a time: building models is noise, too
-        rows: dict[str, Any] = {
-            name: {"seconds": [], "losses": [], "cpu_seconds": []} for name in workers
-        }
-        for step in range(args.warmup + args.steps):
-            for name, (process, pipe) in workers.items():
-                pipe.send("go")
-                report = _receive(name, process, pipe)
-                rows[name]["losses"].append(report["loss"])
-                if step >= args.warmup:
-                    rows[name]["seconds"].append(report["seconds"])
-                    rows[name]["cpu_seconds"].append(report["cpu_seconds"])
-                rows[name]["peak_mib"] = report["peak_mib"]
-            print(f"step {step + 1} of {args.warmup + args.steps}", file=sys.stderr, flush=True)
+        empty = {"seconds": [], "losses": [], "cpu_seconds": []}
+        rows: dict[str, Any] = {name: copy.deepcopy(empty) for name in workers}
+        try:
+            for step in range(args.warmup + args.steps):
+                for name, (process, pipe) in workers.items():
+                    pipe.send("go")
+                    _note(rows[name], _receive(name, process, pipe), timed=step >= args.warmup)
+                print(f"step {step + 1} of {args.warmup + args.steps}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print("interrupted: what is finished is reported", file=sys.stderr)
         for process, pipe in workers.values():
-            pipe.send("stop")
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send("stop")
             process.join()
+    rows = {name: values for name, values in rows.items() if values["seconds"]}
     return [_row(name, values, args) for name, values in rows.items()]
+
+
+def _note(row: dict[str, Any], report: dict[str, float], *, timed: bool) -> None:
+    row["losses"].append(report["loss"])
+    row["peak_mib"] = report["peak_mib"]
+    if timed:
+        row["seconds"].append(report["seconds"])
+        row["cpu_seconds"].append(report["cpu_seconds"])
 
 
 def _receive(name: str, process: Any, pipe: Connection) -> Any:
@@ -115,7 +125,7 @@ def _print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
     kind = "CUDA, bf16" if args.device == "cuda" else f"{args.threads} threads, fp32"
     title = f"batches of {args.batch} pairs, {kind}, loss {args.loss}"
-    table = Table(title=f"Whole training step, median of {args.steps}: {title}")
+    table = Table(title=f"Whole training step, median of up to {args.steps}: {title}")
     columns = ("contender", "s / step", "CPU s", "pairs / s", "peak MiB")
     baselines = [row for row in rows if row["contender"].startswith("trl")]
     for column in (*columns, *(f"x {row['contender']}" for row in baselines)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -34,6 +35,7 @@ def work(name: str, case: dict[str, Any], folder: str, pipe: Connection) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from transformers.utils import logging
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     torch.set_num_threads(case["threads"])
     warnings.simplefilter("ignore")  # TRL 1.16 uses names that transformers 5.23 deprecates
     logging.set_verbosity_error()
