@@ -12,18 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdaa.engines import steepest_slope
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import (
-    FP16_TARGET,
-    Logits,
-    blocks,
-    product,
-    scale_tile,
-    set_target,
-    take_statistics,
-    without_autocast,
-)
+from fastdaa.tiles import FP16_TARGET, Logits, blocks, product, without_autocast
 
 
 class Frozen(torch.autograd.Function):
@@ -52,7 +44,7 @@ def logps_and_slopes(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs ``[N]`` and ``d logp / d hidden [N, D]``, both wide, in one pass over the head."""
     with without_autocast(hidden_states.device):
-        logits = Logits(hidden_states, head)
+        logits = Logits(hidden_states, head, engine=plan.engine)
         slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
         logps = slopes.new_empty(slopes.shape[0])
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
@@ -64,16 +56,15 @@ def _rows(logits: Logits, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
     columns = slice(0, logits.head.vocab_size)
     hidden, weight = logits.rows(rows), logits.columns(columns)
-    z = logits.tile(hidden, weight, columns)
-    slope = logits.slope(z)
-    state, _ = take_statistics(z, targets)
-    # The sum of exp(z - m) is left out of the tile and divided out of the result: half-precision
-    # factors then keep the entries of likely tokens near 1.
-    own = torch.exp(state.log_s) * -torch.expm1(state.logps)
-    set_target(z.neg_(), targets, own)
-    tile, norm = scale_tile(z, slope), torch.exp(-state.log_s)
+    tile = logits.row_tile(hidden, weight, columns)
+    state, _ = tile.statistics(targets, keep=True)
+    # With the sum of exp(z - m) as coefficients, entries are exp(z - m) itself: half-precision
+    # factors keep those of likely tokens near 1, and the sum is divided out of the result.
+    coefficients, norm = torch.exp(state.log_s), torch.exp(-state.log_s)
     if logits.operand == torch.float16:
         # The target's entry may reach V times the slope, which fp16 does not.
-        lift = FP16_TARGET / (own.clamp(min=1.0) * logits.steepest)
-        tile, norm = tile.mul_(lift[:, None]), norm / lift
-    return state.logps, product(tile.to(logits.operand), weight).mul_(norm[:, None])
+        own = coefficients * -torch.expm1(state.logps)
+        lift = FP16_TARGET / (own.clamp(min=1.0) * steepest_slope(logits.head))
+        coefficients, norm = coefficients * lift, norm / lift
+    dz = tile.gradient(state, targets, coefficients).to(logits.operand)
+    return state.logps, product(dz, weight).mul_(norm[:, None])

@@ -30,6 +30,7 @@ def token_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     impl: str = "auto",
+    engine: str = "auto",
     max_bytes: int | None = None,
 ) -> Tensor:
     """Log-probability of every target under the LM head, without the logits.
@@ -47,18 +48,21 @@ def token_logps(
         temperature: divisor of the logits after the cap.
         impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
             ``"recompute"``, or ``"reference"`` (materialised logits, for checks).
+        engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
+            CUDA devices; not yet measured on one), or ``"auto"``, for now torch.
         max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
 
     Returns:
         ``[N]`` in nats, fp32 (fp64 if an input is fp64).
 
     Raises:
-        TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` that
-            cannot serve this call.
+        TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` or
+            ``engine`` that cannot serve this call.
+        ImportError: ``engine="triton"`` without the package triton.
     """
     check_head_inputs(hidden_states, weight, targets, bias)
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
-    return head_logps(hidden_states, head, targets, impl=impl, max_bytes=max_bytes)
+    return head_logps(hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes)
 
 
 def head_logps(
@@ -67,6 +71,7 @@ def head_logps(
     targets: Tensor,
     *,
     impl: str = "auto",
+    engine: str = "auto",
     max_bytes: int | None = None,
 ) -> Tensor:
     """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`."""
@@ -77,6 +82,7 @@ def head_logps(
         hidden_grad=grad and hidden_states.requires_grad,
         head_grad=grad and head.trained,
         impl=impl,
+        engine=engine,
         max_bytes=max_bytes,
     )
     if plan.path == "reference":
@@ -93,17 +99,23 @@ def head_logps(
 
 @torch.no_grad()
 def token_stats(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, *, max_bytes: int | None = None
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    *,
+    engine: str = "auto",
+    max_bytes: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Log-probabilities ``[N]`` and statistics of the predicted distributions, no gradient (1U).
 
     Args:
-        hidden_states: ``[N, D]``. targets: ``[N]`` int64. max_bytes: as in :func:`token_logps`.
+        hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
+            :func:`token_logps`.
     """
     check_head_inputs(hidden_states, head.weight, targets, head.bias)
     plan = plan_head(
         head.vocab_size, hidden_states.device, hidden_grad=False, head_grad=False,
-        max_bytes=max_bytes,
+        engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     state, stats = score(hidden_states, head, targets, plan, stats=True)
     assert stats is not None

@@ -34,6 +34,7 @@ def pair_loss(
     totals: BatchTotals | None = None,
     stats: bool = False,
     impl: str = "auto",
+    engine: str = "auto",
     max_bytes: int | None = None,
 ) -> PairLossOutput:
     """Mean preference loss over ``B`` pairs, differentiable towards hidden states and head.
@@ -55,6 +56,7 @@ def pair_loss(
         stats: also return entropy, top-1 hits and mean logit of every token.
         impl: ``"auto"`` or the path to take, as in :func:`fastdaa.token_logps`, and
             ``"single_pass"``.
+        engine: what works on tiles of logits, as in :func:`fastdaa.token_logps`.
         max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
 
     Returns:
@@ -62,7 +64,8 @@ def pair_loss(
 
     Raises:
         TypeError, ValueError: tensors that do not fit together, a missing reference, or a path
-            that cannot serve the call.
+            or engine that cannot serve the call.
+        ImportError: ``engine="triton"`` without the package triton.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
@@ -75,15 +78,18 @@ def pair_loss(
     plan = plan_head(
         head.vocab_size, rows.device,
         hidden_grad=grad and rows.requires_grad, head_grad=grad and head.trained,
-        loss_inside=True, coupled=objective.coupled, impl=impl, max_bytes=max_bytes,
+        loss_inside=True, coupled=objective.coupled, impl=impl, engine=engine,
+        max_bytes=max_bytes,
     )  # fmt: skip
     if plan.path == "single_pass":
         return _single_pass(rows, head, batch, plan, stats)
-    logps = head_logps(rows, head, selection.targets, impl=plan.path, max_bytes=max_bytes)
+    logps = head_logps(
+        rows, head, selection.targets, impl=plan.path, engine=engine, max_bytes=max_bytes
+    )
     losses = batch.losses(logps, batch.everything)
     values = None
     if stats:
-        _, values = token_stats(rows, head, selection.targets, max_bytes=max_bytes)
+        _, values = token_stats(rows, head, selection.targets, engine=engine, max_bytes=max_bytes)
     loss = losses.sum() / batch.totals.pairs
     return batch.output(loss, losses.detach(), logps.detach(), values)
 
@@ -92,7 +98,7 @@ def _single_pass(
     rows: Tensor, head: LmHead, batch: _Batch, plan: HeadPlan, stats: bool
 ) -> PairLossOutput:
     selection = batch.selection
-    if head.softcap is not None:
+    if head.softcap is not None and plan.engine == "torch":
         # The slope of the cap is held beside the logits: half as many fit.
         plan = replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
     loss, losses, logps, *columns = SinglePass.apply(

@@ -9,10 +9,13 @@ The unit of cost is ``U = 2 N V D`` FLOP, one matrix product of the head.
 forward pass, and the backward pass is a row scale |
 | single pass | 3U | the loss is known inside a chunk of whole pairs (:func:`fastdaa.pair_loss`) |
 | recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major |
+
+Between the products an engine works on tiles of logits, see :mod:`fastdaa.engines`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,7 @@ import torch
 from fastdaa.validation import check_choice
 
 PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
+ENGINES = ("auto", "torch", "triton")
 _GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference": 3}
 
 # Bytes of fp32 logits held at a time: (statistics and gradient tiles, chunks of the single pass). A
@@ -50,6 +54,10 @@ class HeadPlan:
     ``single_pass``, a tile of the backward pass in ``recompute``, else ``block_rows``."""
     tile_columns: int
     """Vocabulary entries of that tile."""
+    engine: str = "torch"
+    """What works on tiles between the products: ``"torch"``, or ``"triton"`` for its kernels."""
+    engine_reason: str = ""
+    """One clause, where there was a choice."""
 
     @property
     def gemms(self) -> int:
@@ -62,12 +70,15 @@ class HeadPlan:
         return 4 * self.tile_rows * self.tile_columns
 
     def explain(self) -> str:
-        """One line: path, cost, tile and reason."""
-        return (
+        """One line: path, cost, tile and reason, and the engine where there was a choice."""
+        line = (
             f"{self.path} ({self.gemms}U, tiles of {self.tile_rows} tokens x "
             f"{self.tile_columns} vocabulary entries = {self.tile_bytes / 2**20:.0f} MiB): "
             f"{self.reason}"
         )
+        if not self.engine_reason:
+            return line
+        return f"{line}; engine {self.engine}: {self.engine_reason}"
 
 
 def plan_head(
@@ -79,9 +90,10 @@ def plan_head(
     loss_inside: bool = False,
     coupled: bool = False,
     impl: str = "auto",
+    engine: str = "auto",
     max_bytes: int | None = None,
 ) -> HeadPlan:
-    """Choose a path.
+    """Choose a path and an engine.
 
     Args:
         vocab_size: ``V``.
@@ -91,18 +103,51 @@ def plan_head(
         loss_inside: the caller hands over the loss as well (:func:`fastdaa.pair_loss`).
         coupled: that loss couples all pairs of the batch, so it is not known inside a chunk.
         impl: ``"auto"``, or the path to take; one that cannot serve raises.
+        engine: ``"torch"``, ``"triton"``, or ``"auto"``: torch, until the Triton kernels have been
+            measured on a GPU.
         max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
 
     Raises:
-        ValueError: an unknown ``impl``, one that cannot serve this call, or a budget below one
-            row of logits.
+        ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, or a budget
+            below one row of logits.
+        ImportError: ``engine="triton"`` without the package triton.
     """
     check_choice("impl", impl, PATHS)
+    check_choice("engine", engine, ENGINES)
+    device = torch.device(device)
     path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
     if impl not in ("auto", path):
         _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
         path, reason = impl, "asked for"
-    return HeadPlan(path, reason, *_tiles(vocab_size, torch.device(device), path, max_bytes))
+    tiles = _tiles(vocab_size, device, path, max_bytes)
+    return HeadPlan(path, reason, *tiles, *_choose_engine(engine, path, device))
+
+
+def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, str]:
+    if engine == "triton":
+        _check_triton(path, device)
+        return "triton", "asked for"
+    if engine == "torch":
+        return "torch", "asked for"
+    if device.type != "cuda":
+        return "torch", ""
+    return "torch", "the Triton kernels are not yet measured on a GPU"
+
+
+def _check_triton(path: str, device: torch.device) -> None:
+    if path == "reference":
+        raise ValueError("engine='triton': expected a path with tiles of logits, got "
+                         "impl='reference'")  # fmt: skip
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("engine='triton' needs the package triton, which is not installed: "
+                          "pip install 'fastdaa[triton]', or engine='torch'")  # fmt: skip
+    if device.type == "cuda":
+        return
+    from fastdaa.kernels.configs import interpreted
+
+    if device.type != "cpu" or not interpreted():
+        raise ValueError(f"engine='triton': expected tensors on a CUDA device, got {device} (CPU "
+                         "tensors need Triton's interpreter: TRITON_INTERPRET=1)")  # fmt: skip
 
 
 def _choose(

@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdaa.engines import RowState
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
 from fastdaa.score import score
 from fastdaa.tiles import (
     GradientFactor,
     Logits,
-    RowState,
     blocks,
-    logit_gradient,
     operand_dtype,
     product,
-    scale_tile,
     without_autocast,
 )
 
@@ -59,7 +57,7 @@ class Recompute(torch.autograd.Function):
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
         grads = head_gradients(
-            Logits(hidden_states, head, ctx.operand),
+            Logits(hidden_states, head, ctx.operand, ctx.plan.engine),
             targets,
             coefficients,
             RowState(*rows),
@@ -81,16 +79,16 @@ def head_gradients(
     head, hidden_states = logits.head, logits.hidden_states
     grads = HeadGradients(logits, wanted)
     factor = GradientFactor(logits, coefficients)
+    scaled = factor.scaled(coefficients)
     with without_autocast(hidden_states.device):
         for columns in blocks(head.vocab_size, plan.tile_columns):
             weight = logits.columns(columns)
             for r in blocks(hidden_states.shape[0], plan.tile_rows):
                 hidden = logits.rows(r)
-                z = logits.tile(hidden, weight, columns)
-                slope = logits.slope(z)
-                p = z.sub_(rows.m[r, None]).sub_(rows.log_s[r, None]).exp_()
-                dz = logit_gradient(p, rows.logps[r], targets[r], coefficients[r], columns.start)
-                grads.add(scale_tile(dz, slope), factor, hidden, weight, r, columns)
+                tile = logits.row_tile(hidden, weight, columns)
+                state = RowState(rows.m[r], rows.log_s[r], rows.logps[r])
+                dz = tile.gradient(state, targets[r], scaled[r])
+                grads.add(dz, factor, hidden, weight, r, columns)
     return grads.rounded()
 
 
@@ -98,7 +96,7 @@ class HeadGradients:
     """Sums of the gradients of hidden states, weight and bias, wide until the end."""
 
     def __init__(self, logits: Logits, wanted: tuple[bool, bool, bool]):
-        head = logits.head
+        head, self.column_sums = logits.head, logits.engine.column_sums
         tensors = (logits.hidden_states, head.weight, head.bias)
         self.dtypes = tuple(None if t is None else t.dtype for t in tensors)
         self.hidden, self.weight, self.bias = (
@@ -115,10 +113,10 @@ class HeadGradients:
         rows: slice | Tensor,
         columns: slice,
     ) -> None:
-        """Add what a gradient tile ``dz [r, c]`` contributes."""
+        """Add what a gradient tile ``dz [r, c]`` made with scaled coefficients contributes."""
         if self.bias is not None:
-            self.bias[columns] += dz.sum(dim=0)
-        tile = factor.cast(dz)
+            self.bias[columns] += factor.restore(self.column_sums(dz))
+        tile = dz.to(factor.operand)
         if self.hidden is not None:
             if isinstance(rows, slice):
                 factor.accumulate(self.hidden[rows], tile, weight)

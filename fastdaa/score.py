@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.engines import RowState
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import Logits, RowState, blocks, take_statistics, without_autocast
+from fastdaa.tiles import Logits, blocks, without_autocast
 
 
 @torch.no_grad()
@@ -20,13 +21,13 @@ def score(
 ) -> tuple[RowState, TokenStats | None]:
     """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``."""
     with without_autocast(hidden_states.device):
-        logits = Logits(hidden_states, head)
+        logits = Logits(hidden_states, head, engine=plan.engine)
         columns = slice(0, head.vocab_size)
         results = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            z = logits.tile(logits.rows(rows), logits.columns(columns), columns)
-            results.append(take_statistics(z, targets[rows], stats))
-            del z  # before the next tile is made
+            tile = logits.row_tile(logits.rows(rows), logits.columns(columns), columns)
+            results.append(tile.statistics(targets[rows], stats))
+            del tile  # before the next one is made
         empty = hidden_states.new_zeros(0, dtype=logits.wide)
     states, values = [state for state, _ in results], [value for _, value in results]
     return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None

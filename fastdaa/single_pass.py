@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdaa.engines import RowState, RowTile
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
 from fastdaa.recompute import HeadGradients
 from fastdaa.score import join
-from fastdaa.tiles import (
-    GradientFactor,
-    Logits,
-    RowState,
-    blocks,
-    logit_gradient,
-    scale_tile,
-    take_statistics,
-    without_autocast,
-)
+from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
 
 
 class Chunk(NamedTuple):
@@ -75,7 +67,8 @@ class SinglePass(torch.autograd.Function):
         pairs: int, stats: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss and all gradients."""
-        run = _Run(Logits(hidden_states, head), targets, plan, ctx.needs_input_grad[:3], stats)
+        logits = Logits(hidden_states, head, engine=plan.engine)
+        run = _Run(logits, targets, plan, ctx.needs_input_grad[:3], stats)
         with without_autocast(hidden_states.device):
             losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
         grads = run.grads
@@ -102,23 +95,9 @@ class _Block(NamedTuple):
     """Rows that go through the elementwise passes together, while they are in the cache."""
 
     rows: slice
-    tile: Tensor
-    """``[r, V]``: ``exp(z - m)``, later the gradient of the raw logits."""
-    slope: Tensor | float
+    tile: RowTile
     state: RowState
     values: TokenStats | None
-
-    def gradient(self, targets: Tensor, coefficients: Tensor) -> Tensor:
-        """The gradient of the raw logits ``[r, V]``, in place."""
-        norm = torch.exp(-self.state.log_s)
-        dz = logit_gradient(self.tile, self.state.logps, targets, coefficients, 0, norm)
-        return scale_tile(dz, self.slope)
-
-    def pick(self, active: Tensor) -> _Block:
-        """A copy of the rows ``active [a]`` of this block (``rows`` stays as it is)."""
-        slope = self.slope[active] if isinstance(self.slope, Tensor) else self.slope
-        state = RowState(*(t[active] for t in self.state))
-        return _Block(self.rows, self.tile[active], slope, state, None)
 
 
 class _Run:
@@ -171,14 +150,16 @@ class _Run:
 
     def _forward(self, start: int, stop: int) -> Iterator[_Block]:
         """Logits of the rows into the buffer, block by block, and their statistics."""
-        logits, space = self.logits, self._space(stop - start)
+        logits = self.logits
+        # Half-precision products bring their own memory.
+        space = self._space(stop - start) if logits.operand == logits.wide else None
         size = self.plan.block_rows if self.on_cpu else max(stop - start, 1)
         for b in blocks(stop - start, size):
             rows = slice(start + b.start, start + b.stop)
-            z = logits.tile(logits.rows(rows), self.weight, self.columns, space[b])
-            slope = logits.slope(z)
-            state, values = take_statistics(z, self.targets[rows], self.stats)
-            yield _Block(rows, z, slope, state, values)
+            out = None if space is None else space[b]
+            tile = logits.row_tile(logits.rows(rows), self.weight, self.columns, out)
+            state, values = tile.statistics(self.targets[rows], self.stats, keep=True)
+            yield _Block(rows, tile, state, values)
 
     def _space(self, rows: int) -> Tensor:
         if self.buffer is None or self.buffer.shape[0] < rows:
@@ -195,17 +176,20 @@ class _Run:
         if not held:
             return
         start = held[0].rows.start
-        parts = [coefficients[b.rows.start - start : b.rows.stop - start] for b in held]
+        scaled = factor.scaled(coefficients)
+        parts = [scaled[b.rows.start - start : b.rows.stop - start] for b in held]
         if self.on_cpu and not bool((coefficients != 0).all()):
             for block, g in zip(held, parts, strict=True):
                 self._backward_active(block, g, factor)
             return
-        for block, g in zip(held, parts, strict=True):
-            block.gradient(self.targets[block.rows], g)
+        made = [
+            block.tile.gradient(block.state, self.targets[block.rows], g)
+            for block, g in zip(held, parts, strict=True)
+        ]
         # The products take the whole part: each reads and writes the weight's sum once.
         rows = slice(start, held[-1].rows.stop)
-        # Half-precision products do not use the buffer; there, a part is one block.
-        whole = held[0].tile if len(held) == 1 else self._space(rows.stop - rows.start)
+        # Without the buffer a part is one block: there are half-precision products on GPUs alone.
+        whole = made[0] if len(made) == 1 else self._space(rows.stop - rows.start)
         self.grads.add(whole, factor, self.logits.rows(rows), self.weight, rows, self.columns)
 
     def _backward_active(self, block: _Block, g: Tensor, factor: GradientFactor) -> None:
@@ -213,7 +197,7 @@ class _Run:
         if active.numel() == 0:
             return
         rows = active + block.rows.start
-        dz = block.pick(active).gradient(self.targets[rows], g[active])
+        dz = block.tile.gradient(block.state, self.targets[block.rows], g, active)
         self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows, self.columns)
 
 

@@ -26,6 +26,10 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    # Read when a kernel is defined: without a GPU, kernels run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "pairs_en_300.jsonl.gz"
 

@@ -239,10 +239,10 @@ def test_the_table_shows_every_number_once():
 
 def test_over_optimisation_is_told_only_where_there_is_some():
     best = POLICIES[1]
-    far = best | {"name": "DPO, beta 0.02", "gold": 0.75, "kl": 8.4}
+    far = best | {"name": "DPO, beta 0.01", "gold": 0.75, "kl": 8.4}
     assert report.over_optimisation(best, best) == ""
     text = report.over_optimisation(best, far)
-    assert "DPO, beta 0.02 moved 8.4 nats" in text and "ranks 93%" in text and "0.750" in text
+    assert "DPO, beta 0.01 moved 8.4 nats" in text and "ranks 93%" in text and "0.750" in text
 
 
 def test_examples_show_the_largest_gain_first():
@@ -283,7 +283,7 @@ def test_a_glimpse_of_the_whole_demo(tmp_path):
 
     results = main(tmp_path, losses=("slic",), fast=True)
     names = [policy["name"] for policy in results["policies"]]
-    assert names == ["SFT", "SLiC, beta 0.1", "DPO, beta 0.02"]
+    assert names == ["SFT", "SLiC, beta 0.2", "DPO, beta 0.01"]
     for name in ("demo.png", "results.json", "table.txt", "sft/model.safetensors",
                  "slic/model.safetensors"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0, name

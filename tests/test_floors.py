@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"selection", "reference", "kernels"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "planner"},
+    {"engines"},
     {"tiles"},
     {"score"},
     {"frozen", "recompute", "divergence"},

@@ -37,6 +37,12 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", help="a local folder or hub id; only its config is read")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed; a minute or "
+        "two the first time) and print what the machine code needs",
+    )
     options = parser.parse_args(list(argv))
     sections = {"versions": version_rows(), "devices": device_rows()}
     if options.model is not None:
@@ -44,6 +50,9 @@ def run(argv: Sequence[str]) -> int:
         sections[f"model {options.model}"] = model_rows(model)
     for title, rows in sections.items():
         _print(title, rows)
+    if options.kernels:
+        sections["kernels"] = kernel_rows()
+        _print("kernels", sections["kernels"])
     return 0 if all(row.ok for rows in sections.values() for row in rows) else 1
 
 
@@ -80,6 +89,28 @@ def device_rows() -> list[Row]:
         text = f"{facts.name}, compute capability {facts.major}.{facts.minor}"
         rows.append(Row(f"cuda:{index}", f"{text}, {free:.0f} of {total:.0f} GiB free"))
     return rows
+
+
+def kernel_rows() -> list[Row]:
+    """Prints registers, spills, shared memory and instructions of every kernel; what is wrong."""
+    try:
+        from fastdaa.kernels.aot import faults, measure, table
+        from fastdaa.kernels.aot_entries import ENTRIES
+    except ModuleNotFoundError as error:
+        return [Row("triton", f"expected Triton, got: {error}", ok=False)]
+    try:
+        measured = [
+            (entry, measure(entry, target)) for entry in ENTRIES for target in entry.targets
+        ]
+    except RuntimeError as error:
+        return [Row("triton", str(error), ok=False)]
+    print(table(numbers for _, numbers in measured))
+    wrong = [
+        Row(f"{numbers.name} on {numbers.target}", fault, ok=False)
+        for entry, numbers in measured
+        for fault in faults(entry, numbers)
+    ]
+    return wrong or [Row("compiled", f"{len(measured)}, none spills or exceeds shared memory")]
 
 
 def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:

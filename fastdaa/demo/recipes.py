@@ -20,11 +20,11 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "dpo": Recipe("DPO", "dpo", beta=0.1),
+    "dpo": Recipe("DPO", "dpo", beta=0.2),
     "ipo": Recipe("IPO", "ipo", beta=0.05),
-    "slic": Recipe("SLiC", "slic", beta=0.1),
+    "slic": Recipe("SLiC", "slic", beta=0.2),
 }
-TOO_FAR = Recipe("DPO", "dpo", beta=0.02, learning_rate=1e-3)
+TOO_FAR = Recipe("DPO", "dpo", beta=0.01, learning_rate=1e-3)
 """Hardly regularised and fast: it shows what over-optimisation looks like."""
 
 

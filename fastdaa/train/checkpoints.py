@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -35,12 +37,20 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 def last_complete(output_dir: str | Path) -> str | None:
     """The complete checkpoint of the highest step in ``output_dir``, or None."""
+    complete = [(step, str(path)) for step, path in _all(output_dir) if is_complete(path)]
+    return max(complete)[1] if complete else None
+
+
+def remove_incomplete(output_dir: str | Path) -> None:
+    """Delete what killed processes have left half-written."""
+    for _, path in _all(output_dir):
+        if not is_complete(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _all(output_dir: str | Path) -> Iterator[tuple[int, Path]]:
     root = Path(output_dir)
-    if not root.is_dir():
-        return None
-    found = []
-    for path in root.iterdir():
+    for path in list(root.iterdir()) if root.is_dir() else []:
         match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            found.append((int(match[1]), str(path)))
-    return max(found)[1] if found else None
+        if match and path.is_dir():
+            yield int(match[1]), path

@@ -10,25 +10,34 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdaa.logps import pair_logps
 from fastdaa.losses import Objective, implicit_rewards
 from fastdaa.outputs import PairLogps, PairLossOutput, TokenStats
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Fraction = tuple[Tensor, Tensor]
-"""A sum and what it has to be divided by, both scalars on the device."""
+    from fastdaa.train.policy import PackResult
+    from fastdaa.train.references import ReferenceScores
 
 
-def pair_metrics(
-    output: PairLossOutput, ref: PairLogps | None, objective: Objective
-) -> dict[str, Fraction]:
+class Sums(NamedTuple):
+    """Several metrics of a pack: what to divide by what."""
+
+    names: tuple[str, ...]
+    totals: Tensor
+    """``[names]`` on the device."""
+    counts: tuple[float, ...]
+    """The divisors, known on the host."""
+
+
+def pair_metrics(output: PairLossOutput, ref: PairLogps | None, objective: Objective) -> Sums:
     """Rewards, log-probs, lengths, log-ratios and displacement of the pairs of a pack."""
     policy = output.policy
     chosen_rewards, rejected_rewards = implicit_rewards(policy, ref, objective.beta)
@@ -49,75 +58,109 @@ def pair_metrics(
         values["displacement/chosen"] = moved
         values["displacement/fraction"] = moved < 0
         values["kl/k1"] = 0.5 * (moved + policy.rejected - ref.rejected)
-    count = policy.chosen.new_tensor(policy.chosen.numel())
-    return {name: (value.to(count.dtype).sum(), count) for name, value in values.items()}
+    dtype = policy.chosen.dtype
+    totals = torch.stack([value.to(dtype) for value in values.values()]).sum(dim=1)
+    return Sums(tuple(values), totals, (float(policy.chosen.numel()),) * len(values))
 
 
-def token_metrics(stats: TokenStats, lengths: Tensor) -> dict[str, Fraction]:
+def token_metrics(stats: TokenStats, lengths: Tensor, counts: Sequence[int]) -> Sums:
     """Entropy, mean logits and top-1 accuracy of the scored tokens of a pack.
 
     Args:
-        stats: ``[N]`` each. lengths: ``[S]`` scored tokens, pair-major.
+        stats: ``[N]`` each.
+        lengths: ``[S]`` scored tokens, pair-major.
+        counts: the same on the host.
     """
-    side = torch.arange(lengths.numel(), device=lengths.device) % 2
-    # With output_size the device need not be waited for.
-    rejected = side.repeat_interleave(lengths, output_size=stats.entropy.numel())
-    rejected = rejected.to(stats.entropy.dtype)
-    chosen = 1.0 - rejected
-    chosen_tokens, rejected_tokens = chosen.sum(), rejected.sum()
-    return {
-        "entropy": (stats.entropy.sum(), chosen_tokens + rejected_tokens),
-        "mean_token_accuracy": ((stats.top1 * chosen).sum(), chosen_tokens),
-        "logits/chosen": ((stats.mean_logit * chosen).sum(), chosen_tokens),
-        "logits/rejected": ((stats.mean_logit * rejected).sum(), rejected_tokens),
-    }
+    chosen, rejected = float(sum(counts[::2])), float(sum(counts[1::2]))
+    # unsafe skips a check of the lengths that would wait for the device.
+    sequences = torch.segment_reduce(torch.stack(stats, dim=1), "sum", lengths=lengths, unsafe=True)
+    (entropy, top1, logit), (rejected_entropy, _, rejected_logit) = sequences.view(-1, 2, 3).sum(0)
+    return Sums(
+        ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"),
+        torch.stack([entropy + rejected_entropy, top1, logit, rejected_logit]),
+        (chosen + rejected, chosen, chosen, rejected),
+    )
 
 
-def kl_metrics(token_kl: Tensor, sequences: int) -> dict[str, Fraction]:
+def kl_metrics(token_kl: Tensor, sequences: int) -> Sums:
     """Exact KL to the reference of a pack, per token and per completion; ``token_kl [N]``."""
-    total = token_kl.sum()
-    tokens, count = total.new_tensor(token_kl.numel()), total.new_tensor(sequences)
-    return {"kl/token": (total, tokens), "kl/sequence": (total, count)}
+    counts = (float(token_kl.numel()), float(sequences))
+    return Sums(("kl/token", "kl/sequence"), token_kl.sum().expand(2), counts)
+
+
+def aux_metrics(aux_loss: Tensor, pairs: int) -> Sums:
+    """Load-balancing loss of a pack, which counts by its pairs where a batch has several."""
+    return Sums(("aux_loss",), (aux_loss * pairs).view(1), (float(pairs),))
+
+
+@torch.no_grad()
+def pack_metrics(
+    pack: Mapping[str, Any], result: PackResult, ref: ReferenceScores | None, objective: Objective
+) -> list[Sums]:
+    """Everything that is known of a pack."""
+    output, pairs = result.output, len(pack["counts"]) // 2
+    logps = None if ref is None else pair_logps(ref.sequence_logps, pack["completion_lengths"])
+    sums = [pair_metrics(output, logps, objective)]
+    if output.stats is not None:
+        sums.append(token_metrics(output.stats, pack["lengths"], pack["counts"]))
+    if result.kl is not None:
+        sums.append(kl_metrics(result.kl, 2 * pairs))
+    if result.aux_loss is not None:
+        sums.append(aux_metrics(result.aux_loss, pairs))
+    return sums
 
 
 class MetricStore:
     """Sums of one phase (training or one evaluation), micro-batch by micro-batch."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[Fraction]] = {}
-        self.batch: dict[str, Fraction] = {}
+        self.rows: list[Sums] = []
+        self.batch: dict[tuple[str, ...], Sums] = {}
         self.throughput = Throughput()
 
-    def add(self, metrics: Mapping[str, Fraction]) -> None:
+    def begin_batch(self) -> None:
+        """Start a micro-batch; what a batch that failed has left is forgotten."""
+        self.batch = {}
+        self.throughput.begin()
+
+    def add(self, sums: Sums) -> None:
         """Add the metrics of a pack to the current micro-batch."""
-        for name, (total, count) in metrics.items():
-            old = self.batch.get(name)
-            self.batch[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+        old = self.batch.get(sums.names)
+        if old is not None:
+            counts = tuple(a + b for a, b in zip(old.counts, sums.counts, strict=True))
+            sums = Sums(sums.names, old.totals + sums.totals, counts)
+        self.batch[sums.names] = sums
 
     def end_batch(self, batch: Mapping[str, Any]) -> None:
         """Close the micro-batch."""
-        for name, fraction in self.batch.items():
-            self.rows.setdefault(name, []).append(fraction)
+        self.rows += self.batch.values()
         self.batch = {}
         self.throughput.add(batch)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The averages of the interval over all ranks; starts a new interval.
 
-        Every rank has to call it. Costs one reduction over the ranks and one device read.
+        Every rank has to call it. Costs one reduction over the ranks and one device read. A
+        micro-batch that has nothing of a kind, such as no scored token, does not count; a value
+        that is not a number does, and shows.
         """
         if not self.rows:
             return {}
-        names = list(self.rows)
-        sizes = [len(self.rows[name]) for name in names]
-        flat = [torch.stack(fraction) for name in names for fraction in self.rows[name]]
-        sums = accelerator.reduce(torch.stack(flat).double(), reduction="sum")
-        means = (sums[:, 0] / sums[:, 1]).split(sizes)
-        values = torch.stack([mean.nanmean() for mean in means]).tolist()
-        result = dict(zip(names, values, strict=True))
-        result.update(self.throughput.read(accelerator))
-        self.rows = {}
-        return result
+        device = accelerator.device
+        # One after the other, all metrics of all micro-batches, and the numbers of the throughput.
+        counts = [count for row in self.rows for count in row.counts]
+        host = torch.tensor([*counts, *self.throughput.counts()], dtype=torch.float64)
+        totals = torch.cat([row.totals for row in self.rows]).double()
+        sums = accelerator.reduce(torch.cat([totals, host.to(device)]), reduction="sum").tolist()
+        names = [name for row in self.rows for name in row.names]
+        means: dict[str, list[float]] = {}
+        for name, total, count in zip(names, sums, sums[len(names) :], strict=False):
+            values = means.setdefault(name, [])
+            if count > 0:
+                values.append(total / count)
+        self.rows = []
+        result = {name: sum(v) / len(v) if v else float("nan") for name, v in means.items()}
+        return result | self.throughput.read(*sums[2 * len(names) :])
 
 
 class Throughput:
@@ -127,7 +170,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Begin an interval now."""
+        """Begin an interval with the next batch."""
         self.pairs = self.tokens = self.positions = self.padded_tokens = 0
         self.since: float | None = None
 
@@ -136,6 +179,11 @@ class Throughput:
         if self.since is None:
             self.since = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Something else took so long, such as an evaluation in the middle of the interval."""
+        if self.since is not None:
+            self.since += seconds
+
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count a batch."""
         self.pairs += len(batch["row_ids"])
@@ -143,12 +191,15 @@ class Throughput:
         self.positions += sum(pack["input_ids"].numel() for pack in batch["packs"])
         self.padded_tokens += sum(pack["padded_tokens"] for pack in batch["packs"])
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Rates over all ranks; starts a new interval."""
+    def counts(self) -> tuple[float, ...]:
+        """The numbers of this rank that :meth:`read` wants summed over all of them."""
+        return float(self.pairs), float(self.tokens), float(self.positions), self.padded_tokens
+
+    def read(
+        self, pairs: float, tokens: float, positions: float, padded: float
+    ) -> dict[str, float]:
+        """Rates of the interval, from the counts of all ranks; starts a new interval."""
         seconds = time.perf_counter() - (self.since or time.perf_counter())
-        counts = [float(n) for n in (self.pairs, self.tokens, self.positions, self.padded_tokens)]
-        local = torch.tensor(counts, device=accelerator.device)
-        pairs, tokens, positions, padded = accelerator.reduce(local, reduction="sum").tolist()
         self.restart()
         values = {
             "packing/efficiency": tokens / max(positions, 1.0),

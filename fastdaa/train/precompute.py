@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from fastdaa.data import PairRows
 from fastdaa.data.collate import REF_FIELDS, REF_TOKEN_FIELDS
+from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.reference_cache import ReferenceCache, hash_rows, hash_weights, store_key
-from fastdaa.train.references import REF_ADAPTER, Reference
+from fastdaa.train.references import Reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 # What is computed is on disk after at most this long.
 _SECONDS_A_PART = 20.0
 # Fields of a model's configuration that do not change its log-probs.
-_IRRELEVANT = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+_IRRELEVANT = {
+    "_name_or_path", "transformers_version", "dtype", "use_cache", "architectures",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 
 
 class Precompute:
@@ -51,18 +55,23 @@ class Precompute:
         keys = hash_rows(dataset)
         accelerator = self.trainer.accelerator
         missing = self.cache.missing(keys, tokens=self.tokens)
-        logger.info(
-            "%s: reference log-probs of %d of %d pairs are in %s",
-            name, len(keys) - len(missing), len(keys), self.cache.folder,
-        )  # fmt: skip
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        self._fill(dataset, keys, mine, name)
+        if accelerator.is_main_process:
+            logger.info(
+                "%s: reference log-probs of %d of %d pairs are in %s",
+                name, len(keys) - len(missing), len(keys), self.cache.folder,
+            )  # fmt: skip
+        # By place, not by rank in the list: another rank may already have stored some of them.
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        self._fill(dataset, keys, [place for place in missing if place % ranks == rank], name)
         accelerator.wait_for_everyone()
-        self.cache.refresh()
+        # Nothing, unless the ranks do not see each other's files.
+        self._fill(dataset, keys, self.cache.missing(keys, tokens=self.tokens), name)
         return self._with_columns(dataset, keys)
 
     def _fill(self, dataset: Dataset, keys: list[bytes], places: list[int], name: str) -> None:
         """Compute and store what is missing; whatever happens, finished batches are kept."""
+        if not places:
+            return
         pending: list[tuple[bytes, Tensor, Sequence[Tensor]]] = []
         since = time.monotonic()
         args = self.trainer.args
@@ -129,9 +138,14 @@ def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
     """Everything of the reference that log-probs depend on."""
     core = causal_lm(model)
     config = {k: v for k, v in core.config.to_dict().items() if k not in _IRRELEVANT}
+    adapter = getattr(model, "peft_config", {}).get(REF_ADAPTER)
     return store_key(
         hash_weights(_weights(core)),
         config=json.dumps(config, sort_keys=True, default=str),
+        # Its scaling is not among the weights.
+        adapter=""
+        if adapter is None
+        else json.dumps(adapter.to_dict(), sort_keys=True, default=str),
         mixed_precision=str(trainer.accelerator.mixed_precision),
         reduction="sum",
     )

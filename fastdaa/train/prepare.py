@@ -1,90 +1,112 @@
-"""What the trainer sets up before the first step: model, layout, datasets, reference model."""
+"""What the trainer checks and sets up before the first step: models, layout and datasets."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastdaa.data import PairRows, tokenize_pairs
 from fastdaa.data.collate import TOKEN_FIELDS
 from fastdaa.head import LmHead
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
-from fastdaa.train.support import Support, supports_segments
+from fastdaa.train.support import supports_segments
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from fastdaa.train.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 5
+_ROWS_AT_ONCE = 4096
 
 
-def load_model(model: str | nn.Module, dtype: str = "float32") -> nn.Module:
-    """A causal LM from a path or hub id (in ``dtype``), or the model as it is.
+def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
+    """A causal LM from a path or hub id (in fp32), or the model as it is.
 
     Raises:
-        TypeError: neither a name nor a module.
+        TypeError: neither a name nor a model of transformers.
     """
     if isinstance(model, nn.Module):
+        try:
+            causal_lm(model)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
         return model
     if not isinstance(model, str):
-        raise TypeError(f"model: expected a path, hub id or torch module, got {type(model)}")
+        raise TypeError(
+            f"{name}: expected a path, hub id or torch module, got {type(model).__name__}"
+        )
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def prepare_model(model: nn.Module, layout: str, *, disable_dropout: bool) -> None:
-    """Teach a policy or reference the head task, the layout's attention, and no dropout."""
+def prepare_model(model: nn.Module, layout: str) -> None:
+    """Teach a policy or reference the head task and the layout's attention."""
     install_head_task(model)
     if layout != "padded":
         enable_segments(causal_lm(model))
-    if disable_dropout:
-        _disable_dropout(model)
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability that a module holds to 0; the configuration stays."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    config: Any = causal_lm(model).config.get_text_config()
-    # Attention reads its dropout from a number, not from a module.
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    for name in ("attention_dropout", "attn_pdrop"):
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
+        names = (
+            ["p"] if isinstance(module, _DropoutNd) else [n for n in vars(module) if "drop" in n]
+        )
+        for name in names:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
 
 
-def choose_layout(model: PreTrainedModel, wanted: str) -> tuple[str, str]:
-    """The layout that is used and the reason for it.
+def dropout_values(config: PretrainedConfig) -> dict[str, float]:
+    """Dropout probabilities of a configuration; some families read them in every forward."""
+    text = config.get_text_config()
+    return {k: v for k, v in vars(text).items() if "drop" in k and isinstance(v, float)}
+
+
+@contextlib.contextmanager
+def config_values(config: PretrainedConfig, values: Mapping[str, Any]) -> Iterator[None]:
+    """The text configuration has other values here."""
+    text = config.get_text_config()
+    before = {name: getattr(text, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(text, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(text, name, value)
+
+
+def choose_layout(models: Sequence[nn.Module], wanted: str) -> tuple[str, str]:
+    """The layout that all ``models`` can take, and the reason for it.
 
     Raises:
-        ValueError: a packed layout was asked for, and the model cannot take it.
+        ValueError: a packed layout was asked for, and a model cannot take it.
     """
     if wanted == "padded":
         return wanted, "asked for"
-    # The probe needs the weights in place; sharded or not yet materialised ones cannot be run.
-    probe = all(p.numel() > 0 and not p.is_meta for p in model.parameters())
-    support: Support = supports_segments(model, probe=probe)
-    if support.ok:
-        reason = support.reason if wanted == "auto" else "asked for"
-        return ("prefix_shared" if wanted == "auto" else wanted), reason
-    if wanted == "auto":
-        logger.warning("layout: padded, because %s: %s", type(model).__name__, support.reason)
-        return "padded", support.reason
-    raise ValueError(
-        f"layout: expected 'padded' or 'auto' for {type(model).__name__}, got {wanted!r}: "
-        f"{support.reason}"
-    )
+    reason = ""
+    for model in map(causal_lm, models):
+        # The probe needs the weights in place; not yet materialised ones cannot be run.
+        support = supports_segments(model, probe=_has_weights(model))
+        if support.ok:
+            reason = reason or support.reason
+            continue
+        reason = f"{type(model).__name__}: {support.reason}"
+        if wanted == "auto":
+            return "padded", reason
+        raise ValueError(f"layout: expected 'padded' or 'auto', got {wanted!r} for {reason}")
+    return ("prefix_shared", reason) if wanted == "auto" else (wanted, "asked for")
 
 
 @torch.no_grad()
@@ -95,21 +117,22 @@ def check_head(model: nn.Module) -> None:
     trained on wrong log-probs.
 
     Raises:
-        ValueError: they differ.
+        ValueError: there is no head, or the logits differ.
     """
     core = causal_lm(model)
-    if any(p.numel() == 0 or p.is_meta for p in core.parameters()):
-        return  # sharded at load time: nothing can be run yet
-    training = core.training
+    if not _has_weights(core):
+        return  # nothing can be run yet
+    vocabulary = LmHead.from_model(core).vocab_size
+    training = [module for module in core.modules() if module.training]
     core.eval()
     try:
-        size = core.get_output_embeddings().weight.shape[0]
-        tokens = torch.arange(1, _PROBE_TOKENS + 1, device=core.device)[None] % size
+        tokens = torch.arange(1, _PROBE_TOKENS + 1, device=core.device)[None] % vocabulary
         expected = core(input_ids=tokens, use_cache=False).logits.float()
         hidden = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state
         got = LmHead.from_model(core).logits(hidden).float()
     finally:
-        core.train(training)
+        for module in training:
+            module.training = True
     scale = expected.abs().amax().clamp(min=1.0)
     error = float((got - expected).abs().amax() / scale)
     tolerance = 1e-4 if core.dtype == torch.float32 else 5e-2
@@ -121,21 +144,33 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def prepare_dataset(
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raise ``TypeError`` for anything but a dataset of the ``datasets`` library with a length."""
+    if not (hasattr(dataset, "column_names") and hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"{name}: expected a datasets.Dataset of pairs with a length, got "
+            f"{type(dataset).__name__}"
+        )
+
+
+def each(dataset: Any, function: Callable[[Any, str], Any], name: str) -> Any:
+    """``function(dataset, name)``, of every part of a dictionary; None stays."""
+    if isinstance(dataset, Mapping):
+        return {key: function(part, f"{name} {key}") for key, part in dataset.items()}
+    return None if dataset is None else function(dataset, name)
+
+
+def tokenize_dataset(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str
 ) -> Any:
     """A tokenised dataset; one with token columns is taken as it is.
 
     Raises:
-        TypeError: a dataset without length, or not from the ``datasets`` library.
-        ValueError: text without a tokenizer.
+        ValueError: text without a tokenizer, or no pair (left).
     """
-    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"{name}: expected a datasets.Dataset of pairs with a length, got "
-            f"{type(dataset).__name__}"
-        )
     if all(field in dataset.column_names for field in TOKEN_FIELDS):
+        if not len(dataset):
+            raise ValueError(f"{name}: expected at least one pair, got none")
         return dataset
     if tokenizer is None:
         raise ValueError(f"{name}: expected processing_class, a tokenizer for its text, got None")
@@ -148,36 +183,29 @@ def prepare_dataset(
     return tokenized
 
 
+def check_tokens(dataset: Any, vocabulary: int, name: str) -> None:
+    """Raise ``ValueError`` for token ids that a model of that vocabulary does not have.
+
+    On a GPU they would end the process in the middle of training, without a word about data.
+    """
+    import pyarrow.compute
+
+    columns = dataset.with_format("arrow", columns=list(TOKEN_FIELDS))
+    for table in columns.iter(_ROWS_AT_ONCE):
+        for field in TOKEN_FIELDS:
+            ends = pyarrow.compute.min_max(pyarrow.compute.list_flatten(table[field])).as_py()
+            for token in ends.values():
+                if token is not None and not 0 <= token < vocabulary:
+                    raise ValueError(
+                        f"{name}: expected token ids below {vocabulary}, the vocabulary of the "
+                        f"model, got {token} in {field}; the tokenizer belongs to another model"
+                    )
+
+
 def rows_of(dataset: Any) -> Any:
     """Datasets as the data loader wants them; a dictionary keeps its names."""
-    if isinstance(dataset, Mapping):
-        return {name: PairRows(part) for name, part in dataset.items()}
-    return None if dataset is None else PairRows(dataset)
+    return each(dataset, lambda part, _: PairRows(part), "")
 
 
-def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Place a frozen model: on the device, or sharded as the policy is."""
-    from accelerate.utils import DistributedType
-
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _deepspeed_inference(model, accelerator)
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 2:
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        return fsdp2_prepare_model(accelerator, model)
-    return accelerator.prepare_model(model, evaluation_mode=True)
-
-
-def _deepspeed_inference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The reference under DeepSpeed: replicated, without optimizer and scheduler."""
-    import copy
-
-    import deepspeed
-
-    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-    for block in ("optimizer", "scheduler"):
-        config.pop(block, None)
-    config["zero_optimization"] = {"stage": 0}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+def _has_weights(model: nn.Module) -> bool:
+    return all(p.numel() > 0 and not p.is_meta for p in model.parameters())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,13 @@ from torch import Tensor, nn
 from fastdaa.data import selection_from
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, sequence_logps
+from fastdaa.train.adapters import is_adapted, keep_starting_adapter, starting_point
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.prepare import prepare_model
+from fastdaa.train.sharding import head_afterwards, head_in_force, prepare_reference
 
-REF_ADAPTER = "ref"
+if TYPE_CHECKING:
+    from fastdaa.train.trainer import PreferenceTrainer
 
 
 class ReferenceScores(NamedTuple):
@@ -65,23 +68,23 @@ class AdapterReference:
     """The policy with its adapter off, or with a frozen copy of the adapter it started from.
 
     The model is in eval mode meanwhile: no dropout, no activation checkpointing.
+
+    Args:
+        policy: gives the model as it is now; sharding may put another in its place.
+        max_bytes: bytes of fp32 logits held at a time.
     """
 
     online = True
 
-    def __init__(self, model: nn.Module, max_bytes: int | None = None):
-        self.model = model
+    def __init__(self, policy: Callable[[], nn.Module], max_bytes: int | None = None):
+        self.policy = policy
         self.max_bytes = max_bytes
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the starting point of the policy."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), reference_adapter(peft_model(self.model)):
-                return score_pack(self.model, pack, keep_rows=keep_rows, max_bytes=self.max_bytes)
-        finally:
-            self.model.train(training)
+        model = self.policy()
+        with torch.no_grad(), starting_point(model):
+            return score_pack(model, pack, keep_rows=keep_rows, max_bytes=self.max_bytes)
 
 
 class CachedReference:
@@ -90,12 +93,35 @@ class CachedReference:
     online = False
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
-        """The cached sums.
-
-        Raises:
-            KeyError: the pack has none.
-        """
+        """The cached sums, and where the dataset has them the log-probs of the tokens."""
         return ReferenceScores(pack["ref_logps"], pack.get("ref_token_logps"))
+
+
+def online_reference(trainer: PreferenceTrainer, given: nn.Module | None) -> Reference:
+    """The reference that scores packs while the policy is trained.
+
+    Args:
+        trainer: with the policy before its training.
+        given: a second model; else it is the starting point of the policy.
+    """
+    budget = trainer.args.head_max_bytes
+    if given is None and is_adapted(trainer.model):
+        keep_starting_adapter(trainer.model)
+        return AdapterReference(lambda: trainer.model, budget)
+    ref = frozen_copy(trainer.model) if given is None else given
+    prepare_model(ref, trainer.layout)
+    return ModelReference(prepare_reference(ref, trainer.accelerator), budget)
+
+
+def reference_for_cache(
+    trainer: PreferenceTrainer, given: nn.Module | None
+) -> tuple[Reference, nn.Module]:
+    """The reference that scores packs before the training, and its model."""
+    if given is not None or is_adapted(trainer.model):
+        return online_reference(trainer, given), trainer.model if given is None else given
+    # The policy itself, before it is trained, spares a copy.
+    model = trainer.model.eval()
+    return ModelReference(model, trainer.args.head_max_bytes), model
 
 
 def score_pack(
@@ -103,76 +129,44 @@ def score_pack(
 ) -> ReferenceScores:
     """Run ``model`` on a pack and score its selection, inside the model's forward."""
     selection = selection_from(pack)
+    core = causal_lm(model)
 
-    def task(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def task(hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = flat.index_select(0, selection.rows)
-        head = LmHead.from_model(causal_lm(model)).detach()
-        return head_logps(rows, head, selection.targets, max_bytes=max_bytes), rows
+        with head_in_force(core) as head:
+            logps = head_logps(rows, head.detach(), selection.targets, max_bytes=max_bytes)
+        return logps, rows if keep_rows else None
 
     token_logps, rows = run_head_task(model, pack, task).result
     sums = sequence_logps(token_logps, selection.lengths)
-    if not keep_rows:
-        return ReferenceScores(sums, token_logps)
-    return ReferenceScores(sums, token_logps, rows, LmHead.from_model(causal_lm(model)).detach())
+    return ReferenceScores(sums, token_logps, rows, head_afterwards(core) if keep_rows else None)
+
+
+def check_reference(ref: nn.Module, policy: nn.Module, *, same_vocabulary: bool) -> None:
+    """Raise ``ValueError`` for a second model that cannot be the reference of the policy.
+
+    Args:
+        ref: the model that was given.
+        policy: the model that is trained.
+        same_vocabulary: also compare the sizes of the vocabularies.
+    """
+    trained = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in trained for parameter in ref.parameters()):
+        raise ValueError(
+            "ref_model: expected a model with weights of its own, got one that shares them with "
+            "the policy (PEFT puts adapters into the model that it is given); leave ref_model out "
+            "to compare with the starting point"
+        )
+    sizes = [LmHead.from_model(causal_lm(model)).vocab_size for model in (policy, ref)]
+    if same_vocabulary and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"ref_model: expected a vocabulary of {sizes[0]} as in the policy, got {sizes[1]}; if "
+            "the tokens mean the same in both, set log_exact_kl=False"
+        )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the model in eval mode that needs no gradient: the reference of full training."""
     ref = copy.deepcopy(model).eval()
     return ref.requires_grad_(False)
-
-
-def peft_model(model: nn.Module) -> Any:
-    """The PEFT model inside wrappers of DDP and the like."""
-    inner: Any = model
-    while not hasattr(inner, "disable_adapter"):
-        inner = inner.module
-    return inner
-
-
-@contextlib.contextmanager
-def reference_adapter(model: Any) -> Iterator[None]:
-    """The PEFT model as it was before training: its frozen copy of the adapter, or none."""
-    if REF_ADAPTER not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    active = model.active_adapter
-    model.set_adapter(REF_ADAPTER)
-    try:
-        yield
-    finally:
-        # set_adapter switches gradients along with the adapter; the copy stays frozen.
-        model.set_adapter(active)
-        freeze_adapter(model, REF_ADAPTER)
-
-
-def keep_starting_adapter(model: Any) -> bool:
-    """Copy a trained adapter, so that the policy can be compared with where it started.
-
-    A fresh LoRA adapter changes nothing (its ``B`` is zero): switching it off is the same and
-    costs no memory.
-
-    Returns:
-        Whether a copy was made.
-    """
-    name = model.active_adapter
-    weights = {k: v for k, v in model.named_parameters() if f".{name}" in k}
-    outputs = [v for k, v in weights.items() if "lora_B" in k or "lora_embedding_B" in k]
-    if outputs and not any(bool(v.detach().any()) for v in outputs):
-        return False
-    model.add_adapter(REF_ADAPTER, model.peft_config[name])
-    parameters = dict(model.named_parameters())
-    for key, value in weights.items():
-        parameters[key.replace(f".{name}", f".{REF_ADAPTER}")].data.copy_(value.data)
-    freeze_adapter(model, REF_ADAPTER)
-    model.set_adapter(name)
-    return True
-
-
-def freeze_adapter(model: Any, name: str) -> None:
-    """No gradient for the parameters of one adapter."""
-    for key, parameter in model.named_parameters():
-        if f".{name}" in key:
-            parameter.requires_grad_(False)

@@ -1,0 +1,264 @@
+"""What happens to a tile of logits between two matrix products, in plain torch or in Triton.
+
+A tile is made from raw products and asked for statistics, for a gradient, or for one after the
+other; it may destroy its memory on the way. ``y = z - m`` is a logit less its row's maximum,
+``log_s`` the log of the sum of ``exp(y)``. The two are kept apart: their sum, the log-sum-exp,
+would swallow ``log_s`` under a large common offset of the logits, and log-probabilities formed
+from it would be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdaa.head import LmHead
+from fastdaa.outputs import TokenStats
+
+# exp(-1e4) is 0 in every dtype; a floor keeps 0 * -inf out of the entropy.
+_FLOOR = -1.0e4
+
+
+class RowState(NamedTuple):
+    """Statistics of rows of logits; all ``[r]`` and wide."""
+
+    m: Tensor
+    """Maximum, or 0 in a row of ``-inf``."""
+    log_s: Tensor
+    """Log of the sum of ``exp(z - m)``."""
+    logps: Tensor
+    """Log-probability of the target."""
+
+    def pick(self, rows: Tensor) -> RowState:
+        """The state of some rows."""
+        return RowState(self.m[rows], self.log_s[rows], self.logps[rows])
+
+
+class RowTile(Protocol):
+    """Raw products ``z [r, c]`` of hidden states with the weight rows ``columns`` of a head."""
+
+    def __init__(self, head: LmHead, z: Tensor, columns: slice, operand: torch.dtype): ...
+
+    def statistics(
+        self, targets: Tensor, stats: bool = False, keep: bool = False
+    ) -> tuple[RowState, TokenStats | None]:
+        """Statistics of whole rows (all columns), and those only metrics need if ``stats``.
+
+        ``keep`` says that :meth:`gradient` follows.
+        """
+
+    def gradient(
+        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
+    ) -> Tensor:
+        """Gradient of ``sum(coefficients * logps)`` by the raw products, wide or in ``operand``.
+
+        Of the rows ``picked [a]`` only if given; all arguments are those of all rows.
+        """
+
+    @staticmethod
+    def column_sums(gradient: Tensor) -> Tensor:
+        """Sums ``[c]`` of the columns of a gradient, wide."""
+
+
+class TorchTile:
+    """The row passes in plain torch, each elementwise step a pass over memory."""
+
+    def __init__(self, head: LmHead, z: Tensor, columns: slice, operand: torch.dtype):
+        self.head, self.columns = head, columns
+        self.z = finish_logits(head, z, columns)
+        self.slope: Tensor | float | None = None
+        """Kept by ``statistics``, whose exponentials then stand in ``z``."""
+
+    def statistics(
+        self, targets: Tensor, stats: bool = False, keep: bool = False
+    ) -> tuple[RowState, TokenStats | None]:
+        """See :class:`RowTile`."""
+        if keep:
+            self.slope = _slope(self.head, self.z)
+        return take_statistics(self.z, targets, stats)
+
+    def gradient(
+        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
+    ) -> Tensor:
+        """See :class:`RowTile`; wide, in the memory of the tile unless rows are picked."""
+        z, slope = self.z, self.slope
+        if picked is not None:
+            z = z[picked]
+            slope = slope[picked] if isinstance(slope, Tensor) else slope
+            state, targets, coefficients = state.pick(picked), targets[picked], coefficients[picked]
+        if slope is None:
+            slope = _slope(self.head, z)
+            p, norm = z.sub_(state.m[:, None]).sub_(state.log_s[:, None]).exp_(), None
+        else:
+            p, norm = z, torch.exp(-state.log_s)
+        dz = logit_gradient(p, state.logps, targets, coefficients, self.columns.start, norm)
+        return scale_tile(dz, slope)
+
+    @staticmethod
+    def column_sums(gradient: Tensor) -> Tensor:
+        """See :class:`RowTile`."""
+        return gradient.sum(dim=0)
+
+
+class TritonTile:
+    """The row passes as one Triton kernel each: one read for statistics, one read and one write
+    for a gradient, which takes the place of the logits in the dtype of the next product."""
+
+    def __init__(self, head: LmHead, z: Tensor, columns: slice, operand: torch.dtype):
+        if z.dtype != torch.float32:
+            raise ValueError(f"engine='triton': expected fp32 logits (fp16, bf16 or fp32 inputs), "
+                             f"got {z.dtype}; engine='torch' takes them")  # fmt: skip
+        self.head, self.z, self.columns, self.operand = head, z, columns, operand
+        bias = None if head.bias is None else head.bias[columns]
+        self.options: dict[str, Any] = {
+            "bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap,
+            "temperature": head.temperature,
+        }  # fmt: skip
+
+    def statistics(
+        self, targets: Tensor, stats: bool = False, keep: bool = False
+    ) -> tuple[RowState, TokenStats | None]:
+        """See :class:`RowTile`; the tile stays as it is."""
+        from fastdaa.kernels.row_statistics import take_row_statistics
+
+        rows = take_row_statistics(self.z, targets, stats=stats, **self.options)
+        state = RowState(rows.m, rows.log_s, rows.logps)
+        if rows.entropy is None or rows.top1 is None or rows.mean_logit is None:
+            return state, None
+        return state, TokenStats(rows.entropy, rows.top1, rows.mean_logit)
+
+    def gradient(
+        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
+    ) -> Tensor:
+        """See :class:`RowTile`; in ``operand``, over the logits unless rows are picked."""
+        from fastdaa.kernels.row_gradient import write_row_gradient
+
+        out = None
+        if picked is not None:
+            shape = (picked.shape[0], self.z.shape[1])
+            out = self.z.new_empty(shape, dtype=self.operand)
+        return write_row_gradient(
+            self.z, targets, *state, coefficients, dtype=self.operand, out=out, rows=picked,
+            first_column=self.columns.start, **self.options,
+        )  # fmt: skip
+
+    @staticmethod
+    def column_sums(gradient: Tensor) -> Tensor:
+        """See :class:`RowTile`."""
+        from fastdaa.kernels.column_sums import sum_columns
+
+        return sum_columns(gradient)
+
+
+ENGINES: dict[str, type[RowTile]] = {"torch": TorchTile, "triton": TritonTile}
+"""Row passes by the name of ``HeadPlan.engine``."""
+
+
+def finish_logits(head: LmHead, z: Tensor, columns: slice) -> Tensor:
+    """Raw products ``[r, c]`` to final logits, in place: bias, scale, cap and temperature."""
+    if head.bias is not None:
+        z += head.bias[columns].to(z.dtype)
+    if head.logit_scale != 1.0:
+        z *= head.logit_scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1.0:
+        z /= head.temperature
+    return z
+
+
+def steepest_slope(head: LmHead) -> float:
+    """The largest size of the derivative of a final logit by its raw product."""
+    return abs(head.logit_scale / head.temperature)
+
+
+def _slope(head: LmHead, z: Tensor) -> Tensor | float:
+    """Derivative of the final logits by the raw products, from the final logits ``z``."""
+    factor = head.logit_scale / head.temperature
+    if head.softcap is None:
+        return factor
+    capped = z * (head.temperature / head.softcap)
+    return capped.square_().neg_().add_(1.0).mul_(factor)
+
+
+def take_statistics(
+    z: Tensor, targets: Tensor, stats: bool = False
+) -> tuple[RowState, TokenStats | None]:
+    """Statistics of whole rows of logits ``z [r, V]``, which become ``exp(z - m)``."""
+    target = z.gather(1, targets[:, None])[:, 0]
+    highest = z.amax(dim=1)
+    # A row of -inf has no maximum to subtract; 0 keeps exp(-inf - m) at 0.
+    m = torch.where(highest == -torch.inf, 0.0, highest)
+    mean_logit = z.mean(dim=1) if stats else None
+    y = z.sub_(m[:, None])
+    if not stats:
+        return _state(y.exp_(), targets, target, m), None
+    weighted = y.clamp(min=_FLOOR)
+    state = _state(y.exp_(), targets, target, m)
+    entropy = state.log_s - weighted.mul_(y).sum(dim=1) * torch.exp(-state.log_s)
+    top1 = (target >= highest).to(z.dtype)
+    return state, TokenStats(entropy, top1, mean_logit)  # type: ignore[arg-type]
+
+
+def _state(e: Tensor, targets: Tensor, target: Tensor, m: Tensor) -> RowState:
+    """From ``e = exp(z - m)`` and the targets' logits.
+
+    The target is left out of the sum: where it is the maximum its 1 would swallow the rest, and a
+    confident token would have a log-prob and a gradient of 0.
+    """
+    own = torch.exp(target - m)
+    set_target(e, targets, 0.0)
+    rest = _row_sums(e)
+    set_target(e, targets, own)
+    log_s = torch.where(own == 1.0, rest.log1p(), (rest + own).log())
+    return RowState(m, log_s, (target - m) - log_s)
+
+
+def _row_sums(tile: Tensor) -> Tensor:
+    """Sums ``[r]`` of the rows of a tile, the same bits whichever rows come with it."""
+    if tile.shape[0] == 1 and tile.device.type == "cpu":
+        # torch splits the sum of a single row over its threads, and so rounds it differently.
+        return tile.expand(2, -1).sum(dim=1)[:1]
+    return tile.sum(dim=1)
+
+
+def _local(targets: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a tile, and where in it (clamped for the others)."""
+    local = targets - first_column
+    return (local >= 0) & (local < width), local.clamp(0, width - 1)
+
+
+def set_target(
+    tile: Tensor, targets: Tensor, values: Tensor | float, first_column: int = 0
+) -> None:
+    """``tile[i, targets[i]] = values[i]`` for the targets inside the tile."""
+    inside, local = _local(targets, first_column, tile.shape[1])
+    column = local[:, None]
+    kept = tile.gather(1, column)[:, 0]
+    tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
+
+
+def logit_gradient(
+    p: Tensor,
+    logps: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    first_column: int,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """In place: probabilities ``p * norm``, ``[r, c]``, to ``coefficients * (onehot - p * norm)``.
+
+    The target's entry is ``-expm1(logp)``: ``1 - p`` would round to 0 for a confident token.
+    """
+    p.mul_(-(coefficients if norm is None else coefficients * norm)[:, None])
+    set_target(p, targets, coefficients * -torch.expm1(logps), first_column)
+    return p
+
+
+def scale_tile(tile: Tensor, slope: Tensor | float) -> Tensor:
+    """``tile * slope`` in place, skipping the pass over memory where the slope is 1."""
+    if isinstance(slope, Tensor) or slope != 1.0:
+        tile *= slope
+    return tile

@@ -1,0 +1,138 @@
+"""PEFT adapters: the policy with its adapter off, or as it was before training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+REF_ADAPTER = "fastdaa_ref"
+"""Name of the frozen copy of an adapter that was trained before."""
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model has adapters."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise ``ValueError`` for adapters whose start cannot be scored, or that shift positions."""
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"model: expected adapters in a peft.PeftModel, got a {type(model).__name__} that "
+            "manages them itself; use peft.PeftModel.from_pretrained, or give a peft_config"
+        )
+    name = getattr(model, "active_adapter", None)
+    if not isinstance(name, str):
+        raise ValueError(f"model: expected one active adapter, got {name}")
+    config: Any = model.peft_config[name]  # type: ignore[index]
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"model: expected an adapter of weights such as LoRA, got {config.peft_type.value}, "
+            "which puts virtual tokens in front of the sequences"
+        )
+
+
+def peft_model(model: nn.Module) -> Any:
+    """The PEFT model inside wrappers of DDP and the like."""
+    inner: Any = model
+    while not hasattr(inner, "disable_adapter"):
+        inner = inner.module
+    return inner
+
+
+@contextlib.contextmanager
+def starting_point(model: nn.Module) -> Iterator[None]:
+    """The PEFT model inside ``model`` as it was before training, in eval mode.
+
+    That is its frozen copy of the adapter, or no adapter. For LoRA only the flags of the layers are
+    switched: PEFT's own ways also walk over all parameters, which takes tens of milliseconds in a
+    large model, twice a step.
+    """
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    peft = peft_model(model)
+    flag, value = "_disable_adapters", True
+    if REF_ADAPTER in peft.peft_config:
+        flag, value = "_active_adapter", [REF_ADAPTER]  # type: ignore[assignment]
+    with contextlib.ExitStack() as stack:
+        if _is_lora(peft):
+            layers = [module for module in modules if hasattr(module, flag)]
+            stack.enter_context(_switched(layers, flag, value))
+        elif flag == "_active_adapter":
+            stack.enter_context(_activated(peft))
+        else:
+            stack.enter_context(peft.disable_adapter())
+        stack.enter_context(_switched(training, "training", False))
+        yield
+
+
+def keep_starting_adapter(model: Any) -> bool:
+    """Copy a trained adapter, so that the policy can be compared with where it started.
+
+    A fresh LoRA adapter changes nothing (its ``B`` is zero): switching it off is the same and
+    costs no memory.
+
+    Returns:
+        Whether a copy was made.
+    """
+    name = model.active_adapter
+    if REF_ADAPTER in model.peft_config:
+        # Left by an earlier trainer of this model, whose starting point was another one.
+        model.delete_adapter(REF_ADAPTER)
+    weights = {key: p for key, p in model.named_parameters() if f".{name}." in f"{key}."}
+    outputs = [p for key, p in weights.items() if "lora_B" in key or "lora_embedding_B" in key]
+    if outputs and not any(bool(p.detach().any()) for p in outputs):
+        return False
+    model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[name]))
+    parameters = dict(model.named_parameters())
+    for key, weight in weights.items():
+        kept = parameters[f"{key}.".replace(f".{name}.", f".{REF_ADAPTER}.")[:-1]]
+        kept.data = weight.detach().clone()
+        kept.requires_grad_(False)
+    model.set_adapter(name)
+    return True
+
+
+@contextlib.contextmanager
+def saving_own_adapters(model: nn.Module) -> Iterator[None]:
+    """``save_pretrained`` of the PEFT model inside ``model`` leaves the frozen copy out."""
+    peft = peft_model(model)
+    names = [name for name in peft.peft_config if name != REF_ADAPTER]
+    peft.save_pretrained = functools.partial(peft.save_pretrained, selected_adapters=names)
+    try:
+        yield
+    finally:
+        del peft.save_pretrained
+
+
+def _is_lora(model: Any) -> bool:
+    return all(config.peft_type.value == "LORA" for config in model.peft_config.values())
+
+
+@contextlib.contextmanager
+def _activated(model: Any) -> Iterator[None]:
+    name = model.active_adapter
+    model.set_adapter(REF_ADAPTER)
+    try:
+        yield
+    finally:
+        # Gradients are switched along with the adapter: the copy is frozen again.
+        model.set_adapter(name)
+
+
+@contextlib.contextmanager
+def _switched(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
+    before = [getattr(module, name) for module in modules]
+    # Past nn.Module.__setattr__, which looks for parameters and buffers first.
+    for module in modules:
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            object.__setattr__(module, name, old)

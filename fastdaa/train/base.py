@@ -1,0 +1,153 @@
+"""The Trainer around batches of packs: loaders, counting, checkpoints that continue to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from fastdaa.data import PairRows
+from fastdaa.train import checkpoints
+from fastdaa.train.adapters import is_adapted, saving_own_adapters
+from fastdaa.train.backbone import causal_lm
+from fastdaa.train.callbacks import restore_signals
+from fastdaa.train.config import PreferenceConfig
+from fastdaa.train.prepare import config_values, dropout_values
+
+logger = logging.getLogger(__name__)
+
+
+class PairTrainer(Trainer):
+    """Loading, counting and saving; what is computed is left to the subclass.
+
+    ``args.disable_dropout`` keeps dropout probabilities that a model reads from its configuration
+    at 0 while it is trained; what is saved holds the original ones.
+    """
+
+    args: PreferenceConfig
+    model: Any
+    processing_class: Any
+
+    def __init__(self, model: nn.Module, **options: Any):
+        config = causal_lm(model).config
+        use_cache = getattr(config, "use_cache", None)
+        self._new_tokens = 0
+        self._parameters: int | None = None
+        super().__init__(model=model, **options)
+        # The Trainer has set it for its own forwards; nothing here asks it, and it would be saved.
+        if use_cache is not None:
+            config.use_cache = use_cache
+        self._dropout = dropout_values(config) if self.args.disable_dropout else {}
+
+    def rows_of(self, dataset: Any, name: str) -> PairRows:
+        """Any dataset of pairs as the loader wants it."""
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The loader of an evaluation set: one of the trainer's by name, or any set of pairs."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | PairRows):
+            eval_dataset = self.rows_of(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The loader of any set of pairs."""
+        if not isinstance(test_dataset, PairRows):
+            test_dataset = self.rows_of(test_dataset, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return self._by_length(rows, size) or super()._get_train_sampler(rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        generator = torch.Generator().manual_seed(seed)
+        by_length = self._by_length(eval_dataset, self.args.eval_batch_size, generator)
+        return by_length or super()._get_eval_sampler(eval_dataset)
+
+    def _by_length(
+        self, rows: PairRows | None, size: int, generator: torch.Generator | None = None
+    ) -> Sampler | None:
+        """The Trainer's sampler for grouping by length, which could not find the lengths itself."""
+        if rows is None or getattr(self.args, "train_sampling_strategy", "") != "group_by_length":
+            return None
+        lengths = np.sum([*rows.lengths().values()], axis=0).tolist()
+        return LengthGroupedSampler(size, lengths=lengths, generator=generator)
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Train; ``True`` continues from the last complete checkpoint of the output folder.
+
+        Raises:
+            ValueError: the checkpoint to continue from was not written to its end.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = checkpoints.last_complete(str(self.args.output_dir))
+            if checkpoint is None:
+                logger.warning("no complete checkpoint yet: training from the beginning")
+        elif checkpoint is not None and not checkpoints.is_complete(checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint: expected a complete checkpoint, {checkpoint} has no "
+                "readable trainer_state.json, which is written last"
+            )
+        self._new_tokens = 0
+        off = dict.fromkeys(self._dropout, 0.0)
+        try:
+            with config_values(causal_lm(self.model).config, off):
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            restore_signals(self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with contextlib.ExitStack() as stack:
+            core = causal_lm(self.model)
+            stack.enter_context(config_values(core.config, self._dropout))
+            if is_adapted(self.model):
+                stack.enter_context(saving_own_adapters(self.model))
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._settle_tokens()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            checkpoints.invalidate(checkpoints.folder(folder, self.state.global_step))
+            if self.args.save_total_limit:
+                # Half of a checkpoint must not count, or it could push out a whole one.
+                checkpoints.remove_incomplete(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Rank 0 now declares the checkpoint complete: every rank has written its part by then.
+        self.accelerator.wait_for_everyone()
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        # Known on the host; summed over the ranks when somebody wants to know.
+        self._new_tokens += _tokens(inputs)
+
+    def _settle_tokens(self) -> None:
+        """Add what all ranks have computed since the last call; every rank has to call it."""
+        new = torch.tensor(self._new_tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(new, reduction="sum"))
+        self._new_tokens = 0
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """``6 x`` parameters without embeddings ``x`` tokens computed, as the Trainer counts."""
+        if self._parameters is None:
+            self._parameters = causal_lm(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * self._parameters * _tokens(inputs)
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    return sum(pack["tokens"] for pack in batch["packs"])

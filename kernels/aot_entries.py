@@ -1,0 +1,113 @@
+"""Every kernel variant that is compiled ahead of time, one line each: see ``aot.Entry``.
+
+A variant belongs here if its options change the machine code: the dtypes, the optional inputs, and
+whether addresses are multiples of 16 (they are where V is; GPT-2's 50257 stands for the others).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdaa.kernels.aot import TARGETS, Entry
+from fastdaa.kernels.column_sums import _sum_columns_kernel
+from fastdaa.kernels.configs import ROW_CONFIGS
+from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
+from fastdaa.kernels.row_statistics import _take_row_statistics_kernel
+
+
+def _each(
+    name: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    configs: dict[int, Any],
+    blocks: tuple[str, ...] = ("BLOCK_V",),
+) -> list[Entry]:
+    """One entry for every distinct configuration, for the targets that use it."""
+    made = []
+    for config in dict.fromkeys(configs.values()):
+        targets = tuple(t for t, a in TARGETS.items() if configs.get(a) == config)
+        sizes = {block: getattr(config, block.lower()) for block in blocks}
+        full_name = f"{name}/{'x'.join(map(str, sizes.values()))}"
+        values = {**constants, **sizes}
+        made.append(Entry(full_name, kernel, arguments, values, config.num_warps, targets=targets))
+    return made
+
+
+def _statistics(
+    name: str, bias: bool = False, cap: bool = False, stats: bool = False, m: str = ":16"
+) -> list[Entry]:
+    pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64:16", "out_ptr": "*fp32:16"}
+    sizes = {"V": f"i32{m}", "stride_zn": f"i32{m}", "stride_ok": "i32:16"}
+    arguments = {**pointers, **sizes, "inner": "fp32", "outer": "fp32"}
+    flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats}
+    absent = {} if bias else {"bias_ptr": None}
+    arguments |= {"bias_ptr": "*bf16:16"} if bias else {}
+    return _each(
+        f"row_statistics/{name}", _take_row_statistics_kernel, arguments, {**flags, **absent},
+        ROW_CONFIGS["row_statistics"],
+    )  # fmt: skip
+
+
+def _gradient(
+    name: str,
+    dtype: str = "bf16",
+    bias: bool = False,
+    cap: bool = False,
+    entropy: bool = False,
+    picked: bool = False,
+    m: str = ":16",
+) -> list[Entry]:
+    vectors = ("m_ptr", "log_s_ptr", "logps_ptr", "coefficients_ptr")
+    optional = {
+        "bias_ptr": "*bf16:16" if bias else None,
+        "entropy_ptr": "*fp32:16" if entropy else None,
+        "entropy_coefficients_ptr": "*fp32:16" if entropy else None,
+        "rows_ptr": "*i64:16" if picked else None,
+    }
+    arguments = {
+        "z_ptr": "*fp32:16", "targets_ptr": "*i64:16", **dict.fromkeys(vectors, "*fp32:16"),
+        "out_ptr": f"*{dtype}:16", "V": f"i32{m}", "first_column": "i32:16",
+        "stride_zn": f"i32{m}", "stride_on": f"i32{m}", "inner": "fp32", "outer": "fp32",
+        **{name: kind for name, kind in optional.items() if kind is not None},
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "HAS_ROWS": picked,
+        "IN_PLACE": not picked, **{name: None for name, kind in optional.items() if kind is None},
+    }  # fmt: skip
+    return _each(
+        f"row_gradient/{name}", _write_row_gradient_kernel, arguments, constants,
+        ROW_CONFIGS["row_gradient"],
+    )  # fmt: skip
+
+
+def _columns(name: str, dtype: str, m: str = ":16") -> list[Entry]:
+    sizes = ("N", "rows_of_a_part", "column_blocks")
+    arguments = {
+        "x_ptr": f"*{dtype}:16", "out_ptr": "*fp32:16", **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(("V", "stride_xn", "stride_on"), f"i32{m}"),
+    }  # fmt: skip
+    return _each(
+        f"column_sums/{name}", _sum_columns_kernel, arguments, {}, ROW_CONFIGS["column_sums"],
+        ("BLOCK_N", "BLOCK_V"),
+    )  # fmt: skip
+
+
+ENTRIES: list[Entry] = [
+    *_statistics("plain"),
+    *_statistics("odd-vocabulary", m=""),
+    *_statistics("bias-softcap", bias=True, cap=True),
+    *_statistics("stats", stats=True),
+    *_statistics("stats-bias-softcap", bias=True, cap=True, stats=True),
+    *_gradient("bf16"),
+    *_gradient("fp16", "fp16"),
+    *_gradient("fp32", "fp32"),
+    *_gradient("odd-vocabulary", m=""),
+    *_gradient("bias-softcap", bias=True, cap=True),
+    *_gradient("entropy-bias-softcap", bias=True, cap=True, entropy=True),
+    *_gradient("picked-rows", picked=True),
+    *_columns("bf16", "bf16"),
+    *_columns("fp32", "fp32"),
+    *_columns("odd-vocabulary", "bf16", m=""),
+]
+"""All of them. A name holds the kernel, the variant and the block sizes."""

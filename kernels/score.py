@@ -1,0 +1,303 @@
+"""Log-probabilities of targets and row statistics from the product's own fp32 accumulator (1U).
+
+No tile of logits reaches memory. A program holds ``[BLOCK_N, BLOCK_V]`` logits in registers, folds
+them into a running state of its rows and goes on to the next columns; each work item (row block,
+vocabulary split) writes its state once, and a second small kernel merges the splits in their order.
+No atomics: results are bitwise repeatable, and since the splits do not depend on N, a row has the
+same bits in every batch. The derivation is in the comments of ``_fold_tile``.
+
+Checked in Triton's interpreter and by compiling ahead of time; it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdaa.kernels.elementary import FLOOR, log1p
+from fastdaa.kernels.logit_tile import (
+    _final_logits,
+    _finite,
+    _product,
+    _shift,
+    _split_columns,
+    _work_item,
+)
+from fastdaa.kernels.operands import (
+    check_operands,
+    on_device,
+    operand,
+    persistent_programs,
+    tile_factors,
+)
+from fastdaa.kernels.score_configs import REGISTERS, SCORE_CONFIGS, TileConfig, tile_config
+
+_FIELDS, _STATS_FIELDS = 3, 6
+_MERGE_BLOCK = 128
+
+
+class TokenScores(NamedTuple):
+    """Everything is ``[N]`` and fp32; the last four are None unless statistics were asked for."""
+
+    m: Tensor
+    """Largest logit of the row, or 0 in a row of ``-inf``."""
+    log_s: Tensor
+    """Log of the sum of ``exp(z - m)``: the log-sum-exp is ``m + log_s``."""
+    target_logit: Tensor
+    logps: Tensor
+    """Log-probability of the target, in nats."""
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    """1 where no other token is more probable than the target, else 0."""
+    mean_logit: Tensor | None = None
+    sum_p2: Tensor | None = None
+    """Sum of the squared probabilities."""
+
+
+@triton.jit
+def _score_tiles_kernel(
+    hidden,  # [N, D] pointer or descriptor
+    weight,  # [V, D] pointer or descriptor
+    bias_ptr,  # [V] or None
+    targets_ptr,  # [N] int64
+    states_ptr,  # [splits, fields, N] fp32
+    N,
+    V,
+    D,
+    stride_hn,
+    stride_wv,
+    inner,
+    outer,
+    SPLIT_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    splits = tl.cdiv(V, SPLIT_V)
+    for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        row_block, split = _work_item(item, row_blocks, splits, GROUP_N)
+        offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = offs_n < N
+        targets = tl.load(targets_ptr + offs_n, mask=inside, other=-1).to(tl.int32)
+        m = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        s = tl.zeros((BLOCK_N,), tl.float32)
+        target_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        weighted = tl.zeros((BLOCK_N,), tl.float32)
+        squares = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        last = tl.minimum((split + 1) * SPLIT_V, V)
+        for column in range(split * SPLIT_V, last, BLOCK_V):
+            acc = _product(
+                hidden, weight, row_block * BLOCK_N, column, N, V, D, stride_hn, stride_wv,
+                BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA,
+            )  # fmt: skip
+            parts = _split_columns(acc, PARTS)
+            for i in tl.static_range(PARTS):
+                first = column + i * (BLOCK_V // PARTS)
+                columns = first + tl.arange(0, BLOCK_V // PARTS)
+                z = _final_logits(parts[i], bias_ptr, columns, V, inner, outer)
+                m, s, target_logit, weighted, squares, total = _fold_tile(
+                    z, columns, targets, first, V,
+                    m, s, target_logit, weighted, squares, total, STATS,
+                )  # fmt: skip
+        fields = 6 if STATS else 3
+        out_ptrs = states_ptr + split.to(tl.int64) * fields * N + offs_n
+        field = tl.cast(N, tl.int64)
+        tl.store(out_ptrs, m, mask=inside)
+        tl.store(out_ptrs + field, s, mask=inside)
+        tl.store(out_ptrs + 2 * field, target_logit, mask=inside)
+        if STATS:
+            tl.store(out_ptrs + 3 * field, weighted, mask=inside)
+            tl.store(out_ptrs + 4 * field, squares, mask=inside)
+            tl.store(out_ptrs + 5 * field, total, mask=inside)
+
+
+@triton.jit
+def _fold_tile(
+    z,  # [BLOCK_N, BLOCK_V]
+    columns,  # [BLOCK_V]
+    targets,  # [BLOCK_N]
+    column,  # the first of columns
+    V,
+    m,
+    s,
+    target_logit,
+    weighted,
+    squares,
+    total,
+    STATS: tl.constexpr,
+):
+    """Fold a tile of logits into the state of its rows, all ``[BLOCK_N]``.
+
+    The target's logit t stays out of the state: where it is the maximum, its 1 would swallow the
+    rest of the sum, and a confident token would have a log-prob and a gradient of 0. With y = z - m
+    over the other columns, the state is
+
+        m = max z,  s = sum e^y,  weighted = sum y e^y,  squares = sum e^2y,  total = sum z (of all)
+
+    and a new maximum, d = old m - new m <= 0, turns y into y + d:
+
+        s -> e^d s,  weighted -> e^d (weighted + d s),  squares -> e^2d squares
+    """
+    is_target = columns[None, :] == targets[:, None]
+    found = tl.sum(tl.where(is_target, z, 0.0), axis=1)
+    # A target outside the vocabulary must not be found among the padded columns.
+    here = (targets >= column) & (targets < tl.minimum(column + z.shape[1], V))
+    target_logit = tl.where(here, found, target_logit)
+    if STATS:
+        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)
+    others = tl.where(is_target, -float("inf"), z)
+    new_m = tl.maximum(m, tl.max(others, axis=1))
+    d = _shift(m, new_m)
+    y = others - _finite(new_m)[:, None]
+    e = tl.exp(y)
+    if STATS:
+        # exp(FLOOR) is 0; it keeps 0 * -inf out of the sum.
+        weighted = tl.exp(d) * (weighted + d * s) + tl.sum(tl.maximum(y, FLOOR) * e, axis=1)
+        squares = tl.exp(2.0 * d) * squares + tl.sum(e * e, axis=1)
+    s = tl.exp(d) * s + tl.sum(e, axis=1)
+    return new_m, s, target_logit, weighted, squares, total
+
+
+@triton.jit
+def _merge_splits_kernel(
+    states_ptr,  # [splits, fields, N] fp32
+    targets_ptr,  # [N] int64
+    m_ptr,  # [N], as all outputs
+    log_s_ptr,
+    target_logit_ptr,
+    logps_ptr,
+    entropy_ptr,
+    top1_ptr,
+    mean_logit_ptr,
+    sum_p2_ptr,
+    N,
+    V,
+    splits,
+    BLOCK: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs_n < N
+    field = tl.cast(N, tl.int64)
+    m = tl.full((BLOCK,), -float("inf"), tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    target = tl.full((BLOCK,), -float("inf"), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    in_ptrs = states_ptr + offs_n
+    for _ in range(splits):
+        split_m = tl.load(in_ptrs, mask=inside, other=0.0)
+        split_s = tl.load(in_ptrs + field, mask=inside, other=1.0)
+        split_target = tl.load(in_ptrs + 2 * field, mask=inside, other=0.0)
+        target = tl.where(split_target == -float("inf"), target, split_target)
+        new_m = tl.maximum(m, split_m)
+        d, split_d = _shift(m, new_m), _shift(split_m, new_m)
+        scale, split_scale = tl.exp(d), tl.exp(split_d)
+        if STATS:
+            split_weighted = tl.load(in_ptrs + 3 * field, mask=inside, other=0.0)
+            split_squares = tl.load(in_ptrs + 4 * field, mask=inside, other=0.0)
+            total += tl.load(in_ptrs + 5 * field, mask=inside, other=0.0)
+            weighted = scale * (weighted + d * s)
+            weighted += split_scale * (split_weighted + split_d * split_s)
+            squares = scale * scale * squares + split_scale * split_scale * split_squares
+        s = scale * s + split_scale * split_s
+        m = new_m
+        in_ptrs += (6 if STATS else 3) * field
+    wanted = tl.load(targets_ptr + offs_n, mask=inside, other=0)
+    target = tl.where((wanted >= 0) & (wanted < V), target, float("nan"))
+    # The target joins the others: they shift by d, and own = exp(y) of the target.
+    top = _finite(tl.maximum(m, target))
+    d = _shift(m, top)
+    y = target - top
+    own = tl.exp(y)
+    rest = tl.exp(d) * s
+    log_s = tl.where(y == 0.0, log1p(rest), tl.log(rest + own))
+    tl.store(m_ptr + offs_n, top, mask=inside)
+    tl.store(log_s_ptr + offs_n, log_s, mask=inside)
+    tl.store(target_logit_ptr + offs_n, target, mask=inside)
+    tl.store(logps_ptr + offs_n, y - log_s, mask=inside)
+    if STATS:
+        norm = tl.exp(-log_s)
+        weighted = tl.exp(d) * (weighted + d * s) + tl.maximum(y, FLOOR) * own
+        squares = tl.exp(2.0 * d) * squares + own * own
+        tl.store(entropy_ptr + offs_n, log_s - weighted * norm, mask=inside)
+        tl.store(top1_ptr + offs_n, (target >= m).to(tl.float32), mask=inside)
+        tl.store(mean_logit_ptr + offs_n, total / V, mask=inside)
+        tl.store(sum_p2_ptr + offs_n, squares * norm * norm, mask=inside)
+
+
+def score_tokens(
+    hidden_states: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    stats: bool = False,
+    config: TileConfig | None = None,
+    programs: int | None = None,
+) -> TokenScores:
+    """Score every target under ``cap(logit_scale * (h @ weight.T + bias)) / temperature``.
+
+    Args:
+        hidden_states, weight: bf16, fp16 or fp32, both the same, with contiguous rows.
+        targets: token ids in ``[0, V)``; another id gives NaN.
+        bias: any floating dtype.
+        stats: also entropy, top-1 hits, mean logit and sum of squared probabilities.
+        config: tile shapes; None for the table's entry of this device.
+        programs: programs of the persistent grid; None for one a multiprocessor.
+
+    Returns:
+        fp32 vectors. Memory beyond them: ``4 * N * fields * ceil(V / split_v)`` bytes with 3
+        fields, 6 with statistics.
+
+    Raises:
+        ValueError: dtypes or layouts other than the above.
+    """
+    check_operands(hidden_states, weight)
+    (N, D), V = hidden_states.shape, weight.shape[0]
+    factors = tile_factors(logit_scale, softcap, temperature)
+    long = stats or bias is not None or factors != (None, None)
+    config = tile_config(SCORE_CONFIGS, long, (hidden_states, weight), config)
+    outputs = [
+        torch.empty(N, dtype=torch.float32, device=hidden_states.device)
+        for _ in range(8 if stats else 4)
+    ]
+    if N == 0:
+        return TokenScores(*outputs)
+    targets = targets.contiguous()
+    splits = triton.cdiv(V, config.split_v)
+    fields = _STATS_FIELDS if stats else _FIELDS
+    states = outputs[0].new_empty(splits, fields, N)
+    items = splits * triton.cdiv(N, config.block_n)
+    programs = programs or persistent_programs(hidden_states.device)
+    with on_device(hidden_states):
+        _score_tiles_kernel[(min(items, programs),)](
+            operand(hidden_states, config.block_n, config.block_d, config.tma),
+            operand(weight, config.block_v, config.block_d, config.tma),
+            bias, targets, states,
+            N, V, D, hidden_states.stride(0), weight.stride(0), *factors,
+            config.split_v, config.block_n, config.block_v, config.block_d, config.group_n,
+            config.parts, stats, D % config.block_d == 0, config.tma,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=REGISTERS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        _merge_splits_kernel[(triton.cdiv(N, _MERGE_BLOCK),)](
+            states, targets, *outputs, *[None] * (8 - len(outputs)), N, V, splits,
+            _MERGE_BLOCK, stats, enable_fp_fusion=True,
+        )  # fmt: skip
+    return TokenScores(*outputs)

@@ -1,0 +1,124 @@
+"""Tile shapes of the kernels that keep logits in registers: frozen tables, no search at run time.
+
+Chosen by counting registers and shared memory, with Triton 3.6 and 3.9: no entry spills. None has
+been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdaa.kernels.configs import architecture
+from fastdaa.kernels.operands import fits_descriptor
+
+
+class TileConfig(NamedTuple):
+    """How a kernel cuts the rows, the vocabulary and the hidden size."""
+
+    block_n: int
+    """Rows of a tile."""
+    block_v: int
+    """Vocabulary entries of a tile."""
+    block_d: int
+    """Hidden entries of one step of the product."""
+    num_warps: int
+    num_stages: int
+    """Steps of the product in flight."""
+    tma: bool = False
+    """Whether tiles are read through tensor descriptors."""
+    parts: int = 1
+    """Parts (1, 2 or 4) in which the columns of a tile are folded: more need fewer registers."""
+    split_v: int = 2048
+    """Vocabulary entries of one work item. Not a function of N: a row has the same bits in every
+    batch."""
+    group_n: int = 16
+    """Row blocks that share the stream of the weight; their hidden states stay in L2."""
+
+
+REGISTERS = 255
+"""``maxnreg`` of these kernels. Without it the assembler spills a few registers to make room for a
+second program on a multiprocessor."""
+
+_Key = tuple[int, bool, bool]
+"""Architecture, whether operands have two bytes, and whether what happens to a logit is long:
+statistics, or anything done to the product on its way to the logits."""
+
+_POINTERS = TileConfig(128, 128, 64, 8, 3, parts=2)
+_FP32 = TileConfig(64, 64, 16, 8, 3)
+_WIDE = TileConfig(128, 256, 64, 8, 4, tma=True, parts=2)
+_SQUARE = TileConfig(128, 128, 64, 8, 4, tma=True)
+
+# On one architecture, the columns of a part are as many with and without statistics: sums are then
+# formed in the same order.
+SCORE_CONFIGS: dict[_Key, TileConfig] = {
+    (80, True, False): _POINTERS,
+    (80, True, True): _POINTERS,
+    (80, False, False): _FP32,
+    (80, False, True): _FP32,
+    (90, True, False): _WIDE,
+    (90, True, True): _SQUARE,
+    (90, False, False): _FP32,
+    (90, False, True): _FP32,
+    (100, True, False): _WIDE,
+    (100, True, True): _SQUARE,
+    (100, False, False): _FP32,
+    (100, False, True): _FP32,
+}
+"""For ``score_tokens``."""
+
+_TWO_POINTERS = TileConfig(64, 128, 64, 8, 3, parts=2, group_n=8)
+_TWO_FP32 = TileConfig(32, 64, 16, 4, 3, group_n=8)
+_TWO = TileConfig(128, 128, 64, 8, 4, tma=True, parts=2, group_n=8)
+
+DIVERGENCE_CONFIGS: dict[_Key, TileConfig] = {
+    (80, True, False): _TWO_POINTERS,
+    (80, True, True): _TWO_POINTERS,
+    (80, False, False): _TWO_FP32,
+    (80, False, True): _TWO_FP32,
+    (90, True, False): _TWO,
+    (90, True, True): _TWO,
+    (90, False, False): _TWO_FP32,
+    (90, False, True): _TWO_FP32,
+    (100, True, False): _TWO,
+    (100, True, True): _TWO,
+    (100, False, False): _TWO_FP32,
+    (100, False, True): _TWO_FP32,
+}
+"""For ``token_divergences``, with two accumulators a tile."""
+
+ODD_ROWS = TileConfig(64, 64, 32, 8, 2)
+"""For operands whose rows are read element by element, since they are no multiple of 16 long or
+apart. No model that we know has such a hidden size."""
+
+
+def tile_config(
+    table: dict[_Key, TileConfig],
+    long: bool,
+    operands: tuple[Tensor, ...],
+    config: TileConfig | None = None,
+) -> TileConfig:
+    """The entry for the operands' device and dtype, or ``config`` if given.
+
+    Where the copy engine cannot read the operands (bases or rows that are not 16-byte aligned), an
+    entry that reads through pointers; a given ``config`` then only loses its ``tma``.
+    """
+    half = operands[0].element_size() == 2
+    aligned = all(fits_descriptor(tensor) for tensor in operands)
+    if config is not None:
+        return config._replace(tma=config.tma and aligned)
+    config = table[_architecture(operands[0].device), half, long]
+    if config.tma and aligned:
+        return config
+    if any(tensor.shape[1] % 16 or tensor.stride(0) % 16 for tensor in operands):
+        return ODD_ROWS
+    return table[80, half, long]
+
+
+def _architecture(device: torch.device) -> int:
+    """Compute capability 12 has neither ``tcgen05`` nor the shared memory of 10: it takes 80."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 10:
+        return 80
+    return architecture(device)

@@ -1,0 +1,173 @@
+"""One training run in a process of its own, which may end in the middle.
+
+Run by the fixture ``start_run`` with the global ``OPTIONS``: ``settings`` of the config, ``model``
+(configuration of a tiny Llama), ``pairs``, ``adapter`` (folder of one to continue), ``resume``,
+``end`` (where and how the process ends) and ``env``. Writes the final weights to
+``final.safetensors`` in the output folder. With ``argv`` it is the command line that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+OPTIONS: dict[str, Any] = globals().get("OPTIONS", {})
+os.environ.update(OPTIONS.get("env", {}))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import TrainerCallback, TrainerState  # noqa: E402
+
+from fastdaa.train import PreferenceConfig, PreferenceTrainer  # noqa: E402
+from fastdaa.train.callbacks import Curves, was_interrupted  # noqa: E402
+
+
+class End(TrainerCallback):
+    """Kills the process after a step, or sends it another signal during that step."""
+
+    def __init__(self, step: int, number: int, rank: int | None = None):
+        self.step, self.number, self.rank = step, number, rank
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number != signal.SIGKILL:
+            self.send(state.global_step + 1, args.process_index)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.number == signal.SIGKILL:
+            self.send(state.global_step, args.process_index)
+
+    def send(self, step: int, rank: int) -> None:
+        if step == self.step and self.rank in (None, rank):
+            os.kill(os.getpid(), self.number)
+
+
+def kill(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_while_saving(step: int, place: str) -> None:
+    """Have the process killed while the checkpoint of a step is written."""
+
+    def before(owner: Any, name: str, replaced: Any) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            state = self if isinstance(self, TrainerState) else self.state
+            if state.global_step == step:
+                replaced(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
+
+        setattr(owner, name, run)
+
+    def half_a_state(state: TrainerState, path: str) -> None:
+        text = json.dumps(dict(vars(state), stateful_callbacks={}), default=str)
+        Path(path).write_text(text[: len(text) // 2])
+        kill()
+
+    if place == "before":
+        before(PreferenceTrainer, "_save_checkpoint", kill)
+    elif place == "model":
+        before(PreferenceTrainer, "_save_optimizer_and_scheduler", kill)
+    elif place == "optimizer":
+        before(PreferenceTrainer, "_save_rng_state", kill)
+    elif place == "state":
+        before(TrainerState, "save_to_json", half_a_state)
+    elif place == "rotation":
+        # After the state of the new checkpoint is written, while the old ones are deleted.
+        transformers.trainer.rotate_checkpoints = kill
+    else:
+        raise ValueError(place)
+
+
+def allow_fsdp_on_cpu(args: PreferenceConfig) -> None:
+    """accelerate would quietly take DDP on CPU; FSDP2 itself runs there as it does on GPUs."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    assert args.distributed_state is not None
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def build_model(config: dict[str, Any], adapter: str | None) -> Any:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def main(options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # the imports are no garbage, and the Trainer would look through all of them
+    end = dict(options.get("end") or {})
+    callbacks = []
+    if "place" in end:
+        killed_while_saving(end["step"], end["place"])
+    elif end:
+        callbacks.append(End(**end))
+    data = Dataset.from_list(options["pairs"])
+    torch.manual_seed(0)
+    lora = options.get("lora")
+    if lora is not None:
+        from peft import LoraConfig
+
+        lora = LoraConfig(task_type="CAUSAL_LM", **lora)
+    args = PreferenceConfig(**options["settings"])
+    if args.fsdp:
+        allow_fsdp_on_cpu(args)
+    trainer = PreferenceTrainer(
+        build_model(options["model"], options.get("adapter")),
+        args=args,
+        train_dataset=data,
+        eval_dataset=Dataset.from_list(options["eval"]) if "eval" in options else None,
+        peft_config=lora,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(Curves)
+    if options.get("reshard"):
+        trainer.reference.model.set_reshard_after_forward(True)
+    trainer.train(resume_from_checkpoint=options.get("resume", False))
+    if was_interrupted(trainer):
+        sys.exit(130)
+    folder = Path(str(trainer.args.output_dir))
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        weights = {name: tensor.clone() for name, tensor in state.items()}
+        save_file(weights, folder / "final.safetensors")
+
+
+def command(options: dict[str, Any]) -> None:
+    """``fastdaa`` with the arguments ``argv``; what it prints goes to the file ``log``."""
+    from fastdaa.cli import main as fastdaa
+    from fastdaa.cli import train
+
+    torch.set_num_threads(1)
+    gc.freeze()
+
+    class Trainer(PreferenceTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.remove_callback(Curves)
+            if options.get("end"):
+                self.add_callback(End(**options["end"]))
+
+    train._trainer_class = lambda: Trainer
+    with open(options["log"], "w") as log, contextlib.redirect_stdout(log):
+        code = fastdaa(options["argv"])
+    sys.exit(code)
+
+
+if OPTIONS:
+    (command if "argv" in OPTIONS else main)(OPTIONS)

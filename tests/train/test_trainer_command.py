@@ -1,0 +1,107 @@
+"""``fastdaa train`` from files: stopped, continued as it says, and used afterwards."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+WORDS = ["what", "is", "the", "sum", "of", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "it", "and", "not"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_model):
+    """A folder with a model and its tokenizer, and a file of pairs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("files")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+    model = tiny_model(attention_dropout=0.1)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+
+    def text():
+        picked = torch.randint(len(WORDS), (6,), generator=generator).tolist()
+        return " ".join(WORDS[i] for i in picked)
+
+    rows = [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(8)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def fastdaa(start_run, files, tmp_path):
+    """Run the command; its exit code and what it printed."""
+
+    def command(argv, **options):
+        log = tmp_path / "log.txt"
+        process = start_run(argv=argv, log=str(log), **options)
+        process.join(60)
+        return process.exitcode, log.read_text()
+
+    return command
+
+
+def arguments(files, folder):
+    return [
+        *("train", "--model", f"{files}/model", "--dataset", f"{files}/pairs.jsonl"),
+        *("--output_dir", str(folder), "--per_device_train_batch_size", "2", "--max_steps", "4"),
+        *("--learning_rate", "0.01", "--logging_steps", "1", "--use_cpu"),
+    ]
+
+
+def test_interrupted_and_continued_as_the_command_says(fastdaa, files, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    code, printed = fastdaa(arguments(files, whole))
+    assert code == 0 and "step 4/4" in printed
+    code, printed = fastdaa(arguments(files, folder), end={"step": 2, "number": signal.SIGINT})
+    assert code == 130
+    assert f"Interrupted at step 2; saved: {folder}/checkpoint-2" in printed
+    program, *argv = shlex.split(printed.strip().splitlines()[-1])
+    assert program == "fastdaa" and argv[-1] == "--resume_from_checkpoint"
+    assert not (folder / "model.safetensors").exists()
+    code, _ = fastdaa(argv)
+    assert code == 0
+    got, expected = (load_file(f / "model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_what_is_saved_is_an_ordinary_model(make_trainer, pairs, files, tmp_path):
+    original = json.loads((files / "model" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    trainer = make_trainer(
+        model=model, max_steps=2, save_strategy="steps", save_steps=1,
+        processing_class=AutoTokenizer.from_pretrained(files / "model"),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    for folder in ("out", "out/checkpoint-1"):
+        saved = json.loads((tmp_path / folder / "config.json").read_text())
+        assert saved == original
+    # Neither what the user saves by hand.
+    trainer.model.save_pretrained(tmp_path / "by hand")
+    assert json.loads((tmp_path / "by hand" / "config.json").read_text()) == original
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = torch.tensor([[1, 4, 5, 6, 7]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    written = trainer.model.eval().generate(prompt, **options)
+    assert torch.equal(written, reloaded.generate(prompt, **options))
+    assert written.shape[1] > prompt.shape[1]
+    batch = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]])
+    mask = (batch != 0).long()
+    assert torch.equal(
+        trainer.model.generate(batch, attention_mask=mask, **options),
+        reloaded.generate(batch, attention_mask=mask, **options),
+    )

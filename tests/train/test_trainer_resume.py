@@ -1,0 +1,180 @@
+"""Runs that end in the middle, and continue to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdaa.train import checkpoints
+from fastdaa.train.callbacks import read_metrics
+from fastdaa.train.checkpoints import is_complete, last_complete
+
+STEPS = 6
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def whole(run, whole_folder):
+    """``whole(name, **options)``: weights and losses of a run that nothing stops."""
+
+    def build(name="plain", **options):
+        folder = whole_folder / name
+        if not (folder / "final.safetensors").exists():
+            assert run(folder, **{**options, "save_steps": 100}) == 0
+        return load_file(folder / "final.safetensors"), losses(folder)
+
+    return build
+
+
+def losses(folder):
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return [(row["step"], row["loss"], row["num_tokens"]) for row in rows]
+
+
+def assert_equal(folder, expected):
+    weights, rows = expected
+    got = load_file(folder / "final.safetensors")
+    assert got.keys() == weights.keys()
+    assert all(torch.equal(got[name], weights[name]) for name in got)
+    assert losses(folder) == rows
+    assert [step for step, *_ in rows] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_killed_after_any_step(run, whole, tmp_path, step):
+    assert run(tmp_path, end={"step": step, "number": signal.SIGKILL}) == KILLED
+    assert (last_complete(tmp_path) is None) == (step <= 2)
+    assert run(tmp_path, resume=True) == 0
+    assert_equal(tmp_path, whole())
+
+
+@pytest.mark.parametrize("place", ["before", "model", "optimizer", "state", "rotation"])
+def test_killed_while_a_checkpoint_is_written(run, whole, tmp_path, place):
+    options = {"save_total_limit": 1}
+    assert run(tmp_path, end={"step": 4, "place": place}, **options) == KILLED
+    kept = last_complete(tmp_path)
+    if place == "rotation":
+        assert run(tmp_path, end={"step": 2, "place": place}, **options) == KILLED
+        kept = last_complete(tmp_path)
+    assert kept is not None
+    half = tmp_path / "checkpoint-4"
+    assert half.exists() == (place in ("model", "optimizer", "state"))
+    assert run(tmp_path, resume=True, **options) == 0
+    assert_equal(tmp_path, whole())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+OPTIONS = {
+    "dropout": {"model": {"attention_dropout": 0.3}, "disable_dropout": False},
+    "packs and accumulation": {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tokens_per_pack": 20,
+    },
+    "new adapter": {"lora": {"r": 2, "lora_dropout": 0.2}, "disable_dropout": False},
+    "cached reference": {"precompute_ref_log_probs": True},
+    "bf16": {"bf16": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_carry_state(run, whole, tmp_path, name):
+    options = {**OPTIONS[name], "ref_cache_dir": str(tmp_path / "cache")}
+    folder = tmp_path / "out"
+    assert run(folder, end={"step": 5, "number": signal.SIGKILL}, **options) == KILLED
+    assert run(folder, resume=True, **options) == 0
+    expected = whole(name, **options)
+    assert_equal(folder, expected)
+    if name == "dropout":
+        assert expected[1][0][1] != whole()[1][0][1]
+
+
+def test_an_adapter_that_was_trained_before(run, whole, tmp_path):
+    pytest.importorskip("peft")
+    assert run(tmp_path / "first", lora={"r": 2}, max_steps=3) == 0
+    adapter = {"adapter": str(tmp_path / "first" / "checkpoint-3")}
+    folder = tmp_path / "out"
+    assert run(folder, end={"step": 3, "number": signal.SIGKILL}, **adapter) == KILLED
+    assert run(folder, resume=True, **adapter) == 0
+    assert_equal(folder, whole("trained adapter", **adapter))
+    assert sorted(p.name for p in (folder / "checkpoint-6").iterdir() if p.is_dir()) == []
+    # Compared with the adapter as it was, not with the base model and not with the checkpoint.
+    assert losses(folder)[0][1] == pytest.approx(0.6931472)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_saves_a_checkpoint(run, whole, tmp_path, number):
+    assert run(tmp_path, end={"step": 3, "number": number}) == 130
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert run(tmp_path, resume=True) == 0
+    assert_equal(tmp_path, whole())
+
+
+def test_a_half_checkpoint_pushes_out_no_whole_one(run, tmp_path):
+    """Not even where modification times say nothing, and the larger number counts as newer."""
+    assert run(tmp_path, max_steps=2, save_total_limit=1) == 0
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert run(tmp_path, resume=True, max_steps=3, save_steps=3, save_total_limit=1) == 0
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert left == ["checkpoint-3", "checkpoint-notes"]
+    assert is_complete(tmp_path / "checkpoint-3")
+
+
+def test_half_checkpoints_stay_where_nobody_asked_for_a_limit(run, tmp_path):
+    (tmp_path / "checkpoint-9").mkdir(parents=True)
+    assert run(tmp_path, max_steps=2) == 0
+    assert (tmp_path / "checkpoint-9").is_dir()
+
+
+def test_continuing_needs_a_whole_checkpoint(make_trainer, tmp_path, caplog):
+    half = tmp_path / "out" / "checkpoint-1"
+    half.mkdir(parents=True)
+    for text in (None, "", '{"global_step"', "[]"):
+        if text is not None:
+            (half / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match="expected a complete checkpoint"):
+            make_trainer().train(resume_from_checkpoint=str(half))
+    trainer = make_trainer()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+    messages = [record.message for record in caplog.records if "checkpoint" in record.message]
+    assert messages == ["no complete checkpoint yet: training from the beginning"]
+
+
+def test_a_checkpoint_that_is_written_again_is_incomplete_meanwhile(
+    make_trainer, tmp_path, monkeypatch
+):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    assert is_complete(folder)
+    trainer, seen = make_trainer(save_strategy="steps", save_steps=1), []
+    save_model = trainer.save_model
+
+    def watching(*args, **kwargs):
+        seen.append(is_complete(folder))
+        return save_model(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "save_model", watching)
+    trainer.train()
+    assert seen == [False] and is_complete(folder)
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    assert last_complete(tmp_path / "none") is None
+    for step in (9, 10, 200):
+        checkpoints.folder(tmp_path, step).mkdir()
+    for step in (9, 10):
+        (checkpoints.folder(tmp_path, step) / "trainer_state.json").write_text(
+            json.dumps({"global_step": step})
+        )
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
