@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             process.start()
             workers[name] = (process, ours)
             _receive(name, process, ours)  # one at a time: building models is noise, too
-        empty = {"seconds": [], "losses": [], "cpu_seconds": []}
+        empty: dict[str, list[float]] = {"seconds": [], "losses": [], "cpu_seconds": []}
         rows: dict[str, Any] = {name: copy.deepcopy(empty) for name in workers}
         try:
             for step in range(args.warmup + args.steps):

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "planner"},
     {"engines"},
-    {"tiles"},
+    {"tiles", "objective_kernel"},
     {"score"},
     {"frozen", "recompute", "divergence"},
     {"single_pass"},

@@ -25,10 +25,7 @@ from fastdaa.kernels.score_configs import (  # noqa: E402
 )
 
 # The interpreter computes masked entries too, and numpy says so.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POINTERS = TileConfig(16, 32, 16, 4, 2, split_v=64, group_n=2)
@@ -108,7 +105,7 @@ def test_as_accurate_as_plain_torch(within_budget, config, head):
         pytest.param(17, 20, 65, id="one-more"),
         pytest.param(3, 4, 1, id="one-column"),
         pytest.param(3, 4, 2, id="two-columns"),
-        pytest.param(35, 8, 1021, id="many-splits"),
+        pytest.param(35, 8, 523, id="many-splits"),
         pytest.param(5, 37, 97, id="odd-hidden-size"),
         pytest.param(2, 1, 33, id="smallest-hidden-size"),
     ],

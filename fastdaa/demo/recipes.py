@@ -35,7 +35,7 @@ class Size(NamedTuple):
     prompts: int = 200
     sft_epochs: int = 5
     align_epochs: float = 1.0
-    points: int = 8
+    points: int = 6
     """Evaluations of a policy while it trains, its end included."""
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+
 def main(
     output_dir: str | Path,
     losses: Sequence[str] = ("dpo", "ipo", "slic"),

@@ -146,7 +146,8 @@ def check_head(model: nn.Module) -> None:
 
 def check_dataset(dataset: Any, name: str) -> None:
     """Raise ``TypeError`` for anything but a dataset of the ``datasets`` library with a length."""
-    if not (hasattr(dataset, "column_names") and hasattr(dataset, "__len__")):
+    whole = hasattr(dataset, "column_names") and hasattr(dataset, "__len__")
+    if isinstance(dataset, Mapping) or not whole:
         raise TypeError(
             f"{name}: expected a datasets.Dataset of pairs with a length, got "
             f"{type(dataset).__name__}"

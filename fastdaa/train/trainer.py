@@ -98,7 +98,8 @@ class PreferenceTrainer(PairTrainer):
         args = PreferenceConfig(output_dir="trainer_output") if args is None else args
         self.objective: Objective = args.objective()
         check_one_device(args)
-        each(train_dataset, check_dataset, "train_dataset")
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train_dataset")
         each(eval_dataset, check_dataset, "eval_dataset")
         policy = load_model(model)
         if peft_config is not None:

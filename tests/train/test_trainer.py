@@ -197,7 +197,9 @@ def test_mixture_of_experts_is_balanced(one_step, tiny_model, naive, pairs, toke
     balance = []
     groups = [[row] for row in data] if tokens_per_pack else [list(data)]
     for group in groups:
-        sequences = [row["prompt_ids"] + row[f] for row in group for f in ("chosen_ids", "rejected_ids")]
+        sequences = [
+            row["prompt_ids"] + row[f] for row in group for f in ("chosen_ids", "rejected_ids")
+        ]
         width = max(map(len, sequences))
         ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])

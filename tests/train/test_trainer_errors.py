@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from fastdaa.train import PreferenceConfig, PreferenceTrainer
@@ -34,6 +34,11 @@ DATASETS = {
         lambda: Dataset.from_list([TEXT]).to_iterable_dataset(),
         TypeError,
         "train_dataset: expected .* with a length, got IterableDataset",
+    ),
+    "splits": (
+        lambda: DatasetDict(train=Dataset.from_list([TEXT])),
+        TypeError,
+        "train_dataset: expected a datasets.Dataset .* got DatasetDict",
     ),
     "torch": (
         lambda: torch.utils.data.TensorDataset(torch.arange(3)),
@@ -71,7 +76,9 @@ def test_datasets(make_trainer, case):
 
 
 def test_evaluation_sets_are_named(make_trainer, pairs):
-    with pytest.raises(TypeError, match="eval_dataset b: expected a datasets.Dataset .* got list"):
+    with pytest.raises(
+        TypeError, match=r"eval_dataset b: expected a datasets\.Dataset .* got list"
+    ):
         make_trainer(eval_dataset={"a": pairs(2), "b": []})
     with pytest.raises(ValueError, match="eval_dataset a: expected processing_class"):
         make_trainer(eval_dataset={"a": Dataset.from_list([TEXT])})
@@ -89,7 +96,11 @@ class Headless(transformers.LlamaForCausalLM):
 
 
 MODELS = {
-    "number": (lambda model: 3, TypeError, "model: expected a path, hub id or torch module, got int"),
+    "number": (
+        lambda model: 3,
+        TypeError,
+        "model: expected a path, hub id or torch module, got int",
+    ),
     "module": (
         lambda model: torch.nn.Linear(2, 2),
         TypeError,
@@ -135,7 +146,7 @@ def test_models(make_trainer, tiny_model, case):
 def test_references(make_trainer, tiny_model):
     with pytest.raises(TypeError, match="ref_model: expected a path, hub id"):
         make_trainer(ref_model=3)
-    with pytest.raises(ValueError, match="ref_model: expected a vocabulary of 61 .* got 64"):
+    with pytest.raises(ValueError, match=r"ref_model: expected a vocabulary of 61 .* got 64"):
         make_trainer(ref_model=tiny_model(vocab_size=64))
     trainer = make_trainer(ref_model=tiny_model(vocab_size=64), log_exact_kl=False)
     trainer.train()
@@ -165,7 +176,7 @@ def test_adapters(make_trainer, tiny_model):
 
 
 def test_several_devices_in_one_process():
-    with pytest.raises(ValueError, match="expected one process a GPU, got .*DataParallel over 2"):
+    with pytest.raises(ValueError, match=r"expected one process a GPU, got .*DataParallel over 2"):
         check_one_device(SimpleNamespace(n_gpu=2))
     check_one_device(SimpleNamespace(n_gpu=1))
 
@@ -202,7 +213,9 @@ def test_parallelism(options, message):
         check_parallelism(parallel(**options))
 
 
-@pytest.mark.parametrize("options", [{}, {"zero": 2}, {"fsdp": 2}, {"dp_replicate_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"zero": 2}, {"fsdp": 2}, {"dp_replicate_size": 2}], ids=str
+)
 def test_parallelism_that_works(options):
     check_parallelism(parallel(**options))
 
@@ -229,7 +242,7 @@ def test_models_that_cannot_take_packed_rows(
     torch.manual_seed(0)
     data, model = pairs(4), UNSUPPORTED[family]().eval()
     start = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=f"layout: expected 'padded' or 'auto', got 'packed' for "):
+    with pytest.raises(ValueError, match="layout: expected 'padded' or 'auto', got 'packed' for "):
         make_trainer(model=copy.deepcopy(model), layout="packed")
     with caplog.at_level(logging.INFO, logger="fastdaa"):
         trainer = make_trainer(model=model, data=data, max_steps=2)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["what", "is", "the", "sum", "of", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "it", "and", "not"]
+WORDS = [f"w{i}" for i in range(20)]
 STEPS = 5
 # TRL's name of a loss, ours.
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo_norm", "hinge": "hinge"}
@@ -71,13 +71,12 @@ def logged(trainer):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "accumulation"), [("sigmoid", 1), ("ipo", 1), ("hinge", 1), ("sigmoid", 2)]
+)
 def test_five_steps_agree_with_trl(
     trl, make_trainer, tiny_model, tokenizer, texts, tmp_path, loss, accumulation
 ):
-    if accumulation > 1 and loss != "sigmoid":
-        pytest.skip("accumulation does not depend on the loss")
     common = {
         "per_device_train_batch_size": 4 // accumulation,
         "gradient_accumulation_steps": accumulation,
