@@ -13,6 +13,7 @@ from fastdaa.kernels.column_sums import _sum_columns_kernel
 from fastdaa.kernels.configs import ROW_CONFIGS
 from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
 from fastdaa.kernels.row_statistics import _take_row_statistics_kernel
+from fastdaa.kernels.tile_entries import TILE_ENTRIES
 
 
 def _each(
@@ -109,5 +110,6 @@ ENTRIES: list[Entry] = [
     *_columns("bf16", "bf16"),
     *_columns("fp32", "fp32"),
     *_columns("odd-vocabulary", "bf16", m=""),
+    *TILE_ENTRIES,
 ]
 """All of them. A name holds the kernel, the variant and the block sizes."""

@@ -28,13 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdaa.kernels.elementary import log1p
+from fastdaa.kernels.jensen_shannon import sum_js
 from fastdaa.kernels.logit_tile import (
+    _both_products,
     _final_logits,
     _finite,
-    _product,
     _shift,
-    _split_columns,
     _work_item,
 )
 from fastdaa.kernels.operands import (
@@ -46,14 +45,12 @@ from fastdaa.kernels.operands import (
 )
 from fastdaa.kernels.score_configs import (
     DIVERGENCE_CONFIGS,
-    REGISTERS,
     TileConfig,
     tile_config,
 )
 
 _FIELDS = 6
 _MERGE_BLOCK = 128
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 class HeadOptions(NamedTuple):
@@ -74,23 +71,6 @@ class TokenDivergences(NamedTuple):
     """``KL(ref || policy)``."""
     js: Tensor | None
     """Jensen-Shannon divergence, at most ln 2; None unless asked for."""
-
-
-@triton.jit
-def _both_products(
-    hidden, weight, ref_hidden, ref_weight, row, column, N, V, D, ref_D,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-    EVEN_D: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """Products of the policy and of the reference, each in ``PARTS`` groups of columns."""
-    acc = _product(
-        hidden, weight, row, column, N, V, D, D, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA
-    )
-    ref_acc = _product(
-        ref_hidden, ref_weight, row, column, N, V, ref_D, ref_D, ref_D, BLOCK_N, BLOCK_V, BLOCK_D,
-        EVEN_D, USE_TMA,
-    )  # fmt: skip
-    return _split_columns(acc, PARTS), _split_columns(ref_acc, PARTS)
 
 
 @triton.jit
@@ -227,95 +207,6 @@ def _merge_gaps_kernel(
     tl.store(rows_ptr + 3 * field + offs_n, ref_log_s, mask=inside)
 
 
-@triton.jit
-def _sum_js_kernel(
-    hidden,  # [N, D] pointer or descriptor
-    weight,  # [V, D] pointer or descriptor
-    bias_ptr,  # [V] or None
-    ref_hidden,  # [N, ref_D] pointer or descriptor
-    ref_weight,  # [V, ref_D] pointer or descriptor
-    ref_bias_ptr,  # [V] or None
-    rows_ptr,  # [4, N]
-    sums_ptr,  # [splits, N] fp32
-    N,
-    V,
-    D,
-    ref_D,
-    inner,
-    outer,
-    ref_inner,
-    ref_outer,
-    SPLIT_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    splits = tl.cdiv(V, SPLIT_V)
-    for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        row_block, split = _work_item(item, row_blocks, splits, GROUP_N)
-        offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = offs_n < N
-        field = tl.cast(N, tl.int64)
-        m = tl.load(rows_ptr + offs_n, mask=inside, other=0.0)
-        log_s = tl.load(rows_ptr + field + offs_n, mask=inside, other=0.0)
-        ref_m = tl.load(rows_ptr + 2 * field + offs_n, mask=inside, other=0.0)
-        ref_log_s = tl.load(rows_ptr + 3 * field + offs_n, mask=inside, other=0.0)
-        js = tl.zeros((BLOCK_N,), tl.float32)
-        last = tl.minimum((split + 1) * SPLIT_V, V)
-        for column in range(split * SPLIT_V, last, BLOCK_V):
-            parts, ref_parts = _both_products(
-                hidden, weight, ref_hidden, ref_weight, row_block * BLOCK_N, column, N, V, D, ref_D,
-                BLOCK_N, BLOCK_V, BLOCK_D, PARTS, EVEN_D, USE_TMA,
-            )  # fmt: skip
-            for i in tl.static_range(PARTS):
-                columns = column + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
-                z = _final_logits(parts[i], bias_ptr, columns, V, inner, outer)
-                ref_z = _final_logits(ref_parts[i], ref_bias_ptr, columns, V, ref_inner, ref_outer)
-                js += _js_terms(
-                    (z - m[:, None]) - log_s[:, None], (ref_z - ref_m[:, None]) - ref_log_s[:, None]
-                )
-        tl.store(sums_ptr + split.to(tl.int64) * N + offs_n, js, mask=inside)
-
-
-@triton.jit
-def _js_terms(logp, ref_logp):
-    """Row sums of ``(p log(p / r) + q log(q / r)) / 2`` with ``r = (p + q) / 2``.
-
-    With x half the difference of the logs, the term is ``((q - p) x - (p + q) log cosh x) / 2``,
-    which does not cancel where p and q are close. Beyond |x| = 20 the smaller one is nothing.
-    """
-    p, q = tl.exp(logp), tl.exp(ref_logp)
-    x = tl.minimum(tl.maximum(0.5 * (ref_logp - logp), -20.0), 20.0)
-    square, size = x * x, tl.abs(x)
-    near = square * (
-        0.5 + square * (-1.0 / 12 + square * (1.0 / 45 + square * (-17.0 / 2520)))
-    )
-    log_cosh = tl.where(size < 0.25, near, size + log1p(tl.exp(-2.0 * size)) - _LN2)
-    terms = 0.5 * ((q - p) * x - (p + q) * log_cosh)
-    return tl.sum(tl.where(p + q > 0, terms, 0.0), axis=1)
-
-
-@triton.jit
-def _sum_splits_kernel(
-    sums_ptr,  # [splits, N]
-    out_ptr,  # [N]
-    N,
-    splits,
-    BLOCK: tl.constexpr,
-):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs_n < N
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(sums_ptr + tl.cast(split, tl.int64) * N + offs_n, mask=inside, other=0.0)
-    tl.store(out_ptr + offs_n, total, mask=inside)
-
-
 def token_divergences(
     hidden_states: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -347,27 +238,28 @@ def token_divergences(
     _check_pair(hidden_states, weight, ref_hidden_states, ref_weight)
     (N, D), V, ref_D = hidden_states.shape, weight.shape[0], ref_hidden_states.shape[1]
     operands = (hidden_states, weight, ref_hidden_states, ref_weight)
-    config = tile_config(DIVERGENCE_CONFIGS, js, operands, config)
+    heads = (options or HeadOptions(), ref_options or HeadOptions())
+    factors = tuple(factor for head in heads for factor in tile_factors(*head))
+    plain = bias is None and ref_bias is None and factors == (None,) * 4
+    config = tile_config(DIVERGENCE_CONFIGS, js or not plain, operands, config)
     kl, reverse_kl = (hidden_states.new_empty(N, dtype=torch.float32) for _ in range(2))
-    divergence = torch.empty_like(kl) if js else None
     if N == 0:
-        return TokenDivergences(kl, reverse_kl, divergence)
+        return TokenDivergences(kl, reverse_kl, torch.empty_like(kl) if js else None)
     splits = triton.cdiv(V, config.split_v)
     states, rows = kl.new_empty(splits, _FIELDS, N), kl.new_empty(4, N)
-    policy, ref = options or HeadOptions(), ref_options or HeadOptions()
     blocks = (config.block_n, config.block_v) * 2
     tiles = [
         operand(tensor, block, config.block_d, config.tma)
         for tensor, block in zip(operands, blocks, strict=True)
     ]
     inputs = (*tiles[:2], bias, *tiles[2:], ref_bias)
-    sizes = (N, V, D, ref_D, *tile_factors(*policy), *tile_factors(*ref))
+    sizes = (N, V, D, ref_D, *factors)
     constants = (
         config.split_v, config.block_n, config.block_v, config.block_d, config.group_n,
         config.parts, D % config.block_d == 0 and ref_D % config.block_d == 0, config.tma,
     )  # fmt: skip
     launch = {
-        "num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": REGISTERS,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.maxnreg,
         "enable_fp_fusion": True,
     }  # fmt: skip
     items = splits * triton.cdiv(N, config.block_n)
@@ -378,12 +270,7 @@ def token_divergences(
         _merge_gaps_kernel[merge_grid](
             states, kl, reverse_kl, rows, N, splits, _MERGE_BLOCK, enable_fp_fusion=True
         )
-        if divergence is not None:
-            sums = kl.new_empty(splits, N)
-            _sum_js_kernel[grid](*inputs, rows, sums, *sizes, *constants, **launch)
-            _sum_splits_kernel[merge_grid](
-                sums, divergence, N, splits, _MERGE_BLOCK, enable_fp_fusion=True
-            )
+        divergence = sum_js(grid, inputs, rows, sizes, constants, launch) if js else None
     return TokenDivergences(kl, reverse_kl, divergence)
 
 

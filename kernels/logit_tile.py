@@ -1,4 +1,4 @@
-"""Tiles of logits in registers: the product, and what the head does to it. Called by kernels only."""
+"""Tiles of logits in registers: the product, and what the head does to it. For kernels only."""
 
 from __future__ import annotations
 
@@ -79,6 +79,23 @@ def _split_columns(acc, PARTS: tl.constexpr):
 def _halves(tile):
     pairs = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1)
     return pairs.split()
+
+
+@triton.jit
+def _both_products(
+    hidden, weight, ref_hidden, ref_weight, row, column, N, V, D, ref_D,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_D: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Products of the policy and of the reference, each in ``PARTS`` groups of columns."""
+    acc = _product(
+        hidden, weight, row, column, N, V, D, D, D, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA
+    )
+    ref_acc = _product(
+        ref_hidden, ref_weight, row, column, N, V, ref_D, ref_D, ref_D, BLOCK_N, BLOCK_V, BLOCK_D,
+        EVEN_D, USE_TMA,
+    )  # fmt: skip
+    return _split_columns(acc, PARTS), _split_columns(ref_acc, PARTS)
 
 
 @triton.jit

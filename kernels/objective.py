@@ -1,9 +1,10 @@
 """A preference objective in one launch: token log-probs in, losses, coefficients and metrics out.
 
 One program a pair. It sums both completions in fp64 and a fixed order (a sum over hundreds of
-tokens in fp32 alone would lose a thousandth of a nat), rounds the sums to fp32 as the reference's
-were, evaluates the objective that it was compiled for, and writes what the backward pass and the
-metrics need. The objective is a jitted function of ``objective_functions.py``, not a case of a list.
+tokens in fp32 alone would lose a thousandth of a nat), rounds the sums to fp32 as those of the
+reference were, evaluates the objective that it was compiled for, and writes what the backward pass
+and the metrics need. The objective is a jitted function of ``objective_functions.py``, not a case
+in a ladder.
 
 Checked in Triton's interpreter and by compiling ahead of time; it has not run on a GPU yet.
 """
@@ -294,7 +295,8 @@ def evaluate_tokens(
                 token_logps, offsets, ref_token_logps, advantages,
                 sums, losses, per_token, rewards, margins, accuracies,
                 *(float(p) for p in (*parameters, 0.0, 0.0)[:2]),
-                float(weight), float(reward_scale), objective, _BLOCK, num_warps=_WARPS, enable_fp_fusion=True,
+                float(weight), float(reward_scale), objective, _BLOCK,
+                num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return PairValues(sums, losses, None, per_token, rewards, margins, accuracies)
 

@@ -3,12 +3,13 @@
 A pair objective maps what is known of one pair to its loss and the loss's derivatives by the two
 sequence log-probabilities:
 
-    fn(a, b, chosen_length, rejected_length, p0, p1, p2, likelihood, LENGTH_NORM) -> (loss, da, db)
+    fn(a, b, chosen_length, rejected_length, p0, p1, p2, likelihood, NORM) -> (loss, da, db)
 
 ``a`` and ``b`` are the chosen and the rejected log-ratio, or log-probability where the objective
-has no reference. ``p0, p1, p2`` are its hyperparameters in the order that ``PAIR_OBJECTIVES`` gives,
-``likelihood`` is pairs over chosen tokens of the batch. Everything is a scalar in fp64: there is one
-evaluation a pair, so its cost does not matter, and a result is then right to the fp32 rounding.
+has no reference. ``p0, p1, p2`` are its hyperparameters in the order that ``PAIR_OBJECTIVES``
+gives, ``likelihood`` is pairs over chosen tokens of the batch, ``NORM`` asks for per-token means.
+Everything is a scalar in fp64: there is one evaluation a pair, so its cost does not matter, and a
+result is then right to the fp32 rounding.
 ``fastdaa/losses`` is the specification and has the papers; a test compares the two.
 """
 
@@ -44,9 +45,9 @@ def _smoothed_logistic(x, eps):
 
 
 @triton.jit
-def _divisors(chosen_length, rejected_length, LENGTH_NORM: tl.constexpr):
-    """What log-ratios are divided by: lengths of at least 1 with ``LENGTH_NORM``, else 1."""
-    if LENGTH_NORM:
+def _divisors(chosen_length, rejected_length, NORM: tl.constexpr):
+    """What log-ratios are divided by: lengths of at least 1 if ``NORM``, else 1."""
+    if NORM:
         chosen_length = tl.maximum(chosen_length, 1.0)
         rejected_length = tl.maximum(rejected_length, 1.0)
     else:
@@ -56,16 +57,16 @@ def _divisors(chosen_length, rejected_length, LENGTH_NORM: tl.constexpr):
 
 
 @triton.jit
-def dpo(a, b, chosen_length, rejected_length, beta, eps, alpha, likelihood, LENGTH_NORM: tl.constexpr):
+def dpo(a, b, chosen_length, rejected_length, beta, eps, alpha, likelihood, NORM: tl.constexpr):
     """DPO with label smoothing, R-DPO's length term and length normalisation."""
-    over_a, over_b = _divisors(chosen_length, rejected_length, LENGTH_NORM)
+    over_a, over_b = _divisors(chosen_length, rejected_length, NORM)
     x = beta * (a / over_a - b / over_b) + alpha * (chosen_length - rejected_length)
     value, slope = _smoothed_logistic(x, eps)
     return value, slope * beta / over_a, -slope * beta / over_b
 
 
 @triton.jit
-def robust(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def robust(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     norm = 1.0 / (1.0 - 2.0 * eps)
     value = norm * (eps * _log_sigmoid(-x) - (1.0 - eps) * _log_sigmoid(x))
@@ -74,25 +75,23 @@ def robust(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, LENG
 
 
 @triton.jit
-def ipo(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def ipo(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     """IPO with the standard target ``1 / (2 beta)``."""
-    over_a, over_b = _divisors(chosen_length, rejected_length, LENGTH_NORM)
+    over_a, over_b = _divisors(chosen_length, rejected_length, NORM)
     gap = a / over_a - b / over_b - 0.5 / beta
     return gap * gap, 2.0 * gap / over_a, -2.0 * gap / over_b
 
 
 @triton.jit
-def ipo_unified(
-    a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr
-):
+def ipo_unified(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     """IPO with the unified target ``1 / beta``."""
-    over_a, over_b = _divisors(chosen_length, rejected_length, LENGTH_NORM)
+    over_a, over_b = _divisors(chosen_length, rejected_length, NORM)
     gap = beta * (a / over_a - b / over_b) - 1.0
     return gap * gap, 2.0 * beta * gap / over_a, -2.0 * beta * gap / over_b
 
 
 @triton.jit
-def slic(a, b, chosen_length, rejected_length, beta, delta, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def slic(a, b, chosen_length, rejected_length, beta, delta, p2, likelihood, NORM: tl.constexpr):
     """Hinge; its derivative is exactly 0 at the kink and beyond it."""
     gap = delta - beta * (a - b)
     slope = tl.where(gap > 0, -beta, 0.0)
@@ -102,7 +101,7 @@ def slic(a, b, chosen_length, rejected_length, beta, delta, p2, likelihood, LENG
 @triton.jit
 def slic_hf(
     a, b, chosen_length, rejected_length, delta, regularization, p2, likelihood,
-    LENGTH_NORM: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     gap = delta - (a - b)
     slope = tl.where(gap > 0, -1.0, 0.0)
@@ -112,7 +111,7 @@ def slic_hf(
 
 @triton.jit
 def truncated_quadratic(
-    a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr
+    a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr
 ):
     gap = tl.maximum(1.0 - beta * (a - b), 0.0, propagate_nan=tl.PropagateNan.ALL)
     slope = -2.0 * beta * gap
@@ -120,9 +119,7 @@ def truncated_quadratic(
 
 
 @triton.jit
-def exponential(
-    a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr
-):
+def exponential(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     """``exp(-x)``, continued as its tangent below ``x = -EXPONENT_LIMIT``."""
     x = beta * (a - b)
     exponent = tl.minimum(-x, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -131,7 +128,7 @@ def exponential(
 
 
 @triton.jit
-def savage(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def savage(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     wrong = _sigmoid(-x)
     slope = -2.0 * beta * wrong * wrong * _sigmoid(x)
@@ -139,7 +136,7 @@ def savage(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGT
 
 
 @triton.jit
-def exo_pair(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def exo_pair(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     right, wrong = _sigmoid(x), _sigmoid(-x)
     log_odds = tl.log(1.0 - eps) - tl.log(eps)
@@ -149,7 +146,7 @@ def exo_pair(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, LE
 
 
 @triton.jit
-def discopop(a, b, chosen_length, rejected_length, beta, tau, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def discopop(a, b, chosen_length, rejected_length, beta, tau, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     logistic, modulation = -_log_sigmoid(x), _sigmoid(-x / tau)
     blend = modulation * _sigmoid(x / tau) / tau
@@ -159,7 +156,7 @@ def discopop(a, b, chosen_length, rejected_length, beta, tau, p2, likelihood, LE
 
 
 @triton.jit
-def simpo(a, b, chosen_length, rejected_length, beta, gamma, eps, likelihood, LENGTH_NORM: tl.constexpr):
+def simpo(a, b, chosen_length, rejected_length, beta, gamma, eps, likelihood, NORM: tl.constexpr):
     over_a, over_b = _divisors(chosen_length, rejected_length, True)
     value, slope = _smoothed_logistic(beta * (a / over_a - b / over_b) - gamma, eps)
     return value, slope * beta / over_a, -slope * beta / over_b
@@ -174,7 +171,7 @@ def _log_odds(mean_logp):
 
 
 @triton.jit
-def orpo(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def orpo(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     over_a, over_b = _divisors(chosen_length, rejected_length, True)
     odds_a, slope_a = _log_odds(a / over_a)
     odds_b, slope_b = _log_odds(b / over_b)
@@ -186,45 +183,46 @@ def orpo(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_
 @triton.jit
 def cpo(
     a, b, chosen_length, rejected_length, beta, eps, nll_weight, likelihood,
-    LENGTH_NORM: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     value, slope = _smoothed_logistic(beta * (a - b), eps)
-    return value - nll_weight * likelihood * a, slope * beta - nll_weight * likelihood, -slope * beta
+    pull = nll_weight * likelihood
+    return value - pull * a, slope * beta - pull, -slope * beta
 
 
 @triton.jit
-def sft(a, b, chosen_length, rejected_length, p0, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def sft(a, b, chosen_length, rejected_length, p0, p1, p2, likelihood, NORM: tl.constexpr):
     return -likelihood * a, -likelihood, 0.0 * likelihood
 
 
 @triton.jit
-def apo_zero(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def apo_zero(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     low, high = _sigmoid(-beta * a), _sigmoid(beta * b)
     return low + high, -beta * low * _sigmoid(beta * a), beta * high * _sigmoid(-beta * b)
 
 
 @triton.jit
-def apo_down(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def apo_down(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     high, wrong = _sigmoid(beta * a), _sigmoid(-beta * (a - b))
     slope = beta * wrong * _sigmoid(beta * (a - b))
     return high + wrong, beta * high * _sigmoid(-beta * a) - slope, slope
 
 
 @triton.jit
-def nca_pair(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def nca_pair(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     noise = _log_sigmoid(-beta * a) + _log_sigmoid(-beta * b)
     slope = beta * (0.5 * _sigmoid(beta * a) - _sigmoid(-beta * a))
     return -_log_sigmoid(beta * a) - 0.5 * noise, slope, 0.5 * beta * _sigmoid(beta * b)
 
 
 @triton.jit
-def bco_pair(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def bco_pair(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     value = -_log_sigmoid(beta * a) - _log_sigmoid(-beta * b)
     return value, -beta * _sigmoid(-beta * a), beta * _sigmoid(beta * b)
 
 
 @triton.jit
-def sppo_hard(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, LENGTH_NORM: tl.constexpr):
+def sppo_hard(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
     up, down = a - 0.5 / beta, b + 0.5 / beta
     return up * up + down * down, 2.0 * up, 2.0 * down
 

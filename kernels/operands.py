@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.kernels.configs import interpreted
 from fastdaa.kernels.final_logits import logit_factors
 
 try:

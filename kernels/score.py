@@ -34,7 +34,7 @@ from fastdaa.kernels.operands import (
     persistent_programs,
     tile_factors,
 )
-from fastdaa.kernels.score_configs import REGISTERS, SCORE_CONFIGS, TileConfig, tile_config
+from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
 
 _FIELDS, _STATS_FIELDS = 3, 6
 _MERGE_BLOCK = 128
@@ -293,7 +293,7 @@ def score_tokens(
             N, V, D, hidden_states.stride(0), weight.stride(0), *factors,
             config.split_v, config.block_n, config.block_v, config.block_d, config.group_n,
             config.parts, stats, D % config.block_d == 0, config.tma,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=REGISTERS,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
             enable_fp_fusion=True,
         )  # fmt: skip
         _merge_splits_kernel[(triton.cdiv(N, _MERGE_BLOCK),)](

@@ -29,6 +29,9 @@ class TileConfig(NamedTuple):
     """Steps of the product in flight."""
     tma: bool = False
     """Whether tiles are read through tensor descriptors."""
+    maxnreg: int | None = None
+    """Registers a thread at most. Where the assembler would spill a few to make room for a second
+    program on a multiprocessor, a limit of 255 keeps it from trying."""
     parts: int = 1
     """Parts (1, 2 or 4) in which the columns of a tile are folded: more need fewer registers."""
     split_v: int = 2048
@@ -38,16 +41,12 @@ class TileConfig(NamedTuple):
     """Row blocks that share the stream of the weight; their hidden states stay in L2."""
 
 
-REGISTERS = 255
-"""``maxnreg`` of these kernels. Without it the assembler spills a few registers to make room for a
-second program on a multiprocessor."""
-
 _Key = tuple[int, bool, bool]
 """Architecture, whether operands have two bytes, and whether what happens to a logit is long:
-statistics, or anything done to the product on its way to the logits."""
+statistics, the Jensen-Shannon divergence, or anything done to the product on its way there."""
 
 _POINTERS = TileConfig(128, 128, 64, 8, 3, parts=2)
-_FP32 = TileConfig(64, 64, 16, 8, 3)
+_FP32 = TileConfig(64, 64, 16, 8, 3, maxnreg=255)
 _WIDE = TileConfig(128, 256, 64, 8, 4, tma=True, parts=2)
 _SQUARE = TileConfig(128, 128, 64, 8, 4, tma=True)
 
@@ -69,29 +68,33 @@ SCORE_CONFIGS: dict[_Key, TileConfig] = {
 }
 """For ``score_tokens``."""
 
-_TWO_POINTERS = TileConfig(64, 128, 64, 8, 3, parts=2, group_n=8)
-_TWO_FP32 = TileConfig(32, 64, 16, 4, 3, group_n=8)
-_TWO = TileConfig(128, 128, 64, 8, 4, tma=True, parts=2, group_n=8)
+_TWO_POINTERS = TileConfig(64, 64, 64, 8, 3, group_n=8)
+_TWO_FP32 = TileConfig(32, 64, 16, 4, 3, maxnreg=255, group_n=8)
+_TWO_SQUARE = TileConfig(128, 128, 64, 8, 4, tma=True, parts=2, group_n=8)
+_TWO_LONG = TileConfig(64, 128, 64, 8, 4, tma=True, parts=4, group_n=8)
 
 DIVERGENCE_CONFIGS: dict[_Key, TileConfig] = {
     (80, True, False): _TWO_POINTERS,
     (80, True, True): _TWO_POINTERS,
     (80, False, False): _TWO_FP32,
     (80, False, True): _TWO_FP32,
-    (90, True, False): _TWO,
-    (90, True, True): _TWO,
+    (90, True, False): _TWO_SQUARE,
+    (90, True, True): _TWO_LONG,
     (90, False, False): _TWO_FP32,
     (90, False, True): _TWO_FP32,
-    (100, True, False): _TWO,
-    (100, True, True): _TWO,
+    (100, True, False): _TWO_SQUARE,
+    (100, True, True): _TWO_LONG,
     (100, False, False): _TWO_FP32,
     (100, False, True): _TWO_FP32,
 }
 """For ``token_divergences``, with two accumulators a tile."""
 
-ODD_ROWS = TileConfig(64, 64, 32, 8, 2)
-"""For operands whose rows are read element by element, since they are no multiple of 16 long or
-apart. No model that we know has such a hidden size."""
+ODD_ROWS: dict[bool, TileConfig] = {
+    True: TileConfig(64, 64, 32, 8, 2, maxnreg=255),
+    False: TileConfig(32, 32, 16, 4, 2, maxnreg=255),
+}
+"""By whether operands have two bytes, for rows that are read element by element, since they are no
+multiple of 16 long or apart. No model that we know has such a hidden size."""
 
 
 def tile_config(
@@ -113,7 +116,7 @@ def tile_config(
     if config.tma and aligned:
         return config
     if any(tensor.shape[1] % 16 or tensor.stride(0) % 16 for tensor in operands):
-        return ODD_ROWS
+        return ODD_ROWS[half]
     return table[80, half, long]
 
 

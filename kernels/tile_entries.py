@@ -8,19 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastdaa.kernels.aot import TARGETS, Entry
-from fastdaa.kernels.divergence import (
-    _merge_gaps_kernel,
-    _sum_gaps_kernel,
-    _sum_js_kernel,
-    _sum_splits_kernel,
-)
+from fastdaa.kernels.divergence import _merge_gaps_kernel, _sum_gaps_kernel
+from fastdaa.kernels.jensen_shannon import _sum_js_kernel, _sum_splits_kernel
 from fastdaa.kernels.objective import _evaluate_pairs_kernel, _evaluate_tokens_kernel
 from fastdaa.kernels.objective_functions import PAIR_OBJECTIVES, TOKEN_OBJECTIVES
 from fastdaa.kernels.score import _merge_splits_kernel, _score_tiles_kernel
 from fastdaa.kernels.score_configs import (
     DIVERGENCE_CONFIGS,
     ODD_ROWS,
-    REGISTERS,
     SCORE_CONFIGS,
     TileConfig,
 )
@@ -34,7 +29,7 @@ def _tables(
     Other architectures take the entry of sm_80 where the copy engine cannot read the operands.
     """
     if odd:
-        return {ODD_ROWS: list(TARGETS)}
+        return {ODD_ROWS[half]: list(TARGETS)}
     found: dict[TileConfig, list[str]] = {}
     for target, architecture in TARGETS.items():
         for config in dict.fromkeys((table[architecture, half, long], table[80, half, long])):
@@ -54,8 +49,20 @@ def _sizes(config: TileConfig, even: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _uses(config: TileConfig, dtype: str) -> tuple[str, ...]:
-    return ("wgmma",) * (dtype != "fp32") + ("tma",) * config.tma
+def _entry(
+    name: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    config: TileConfig,
+    targets: list[str],
+    dtype: str,
+) -> Entry:
+    uses = ("wgmma",) * (dtype != "fp32") + ("tma",) * config.tma
+    return Entry(
+        name, kernel, arguments, constants, config.num_warps, config.num_stages, tuple(targets),
+        uses, config.maxnreg,
+    )  # fmt: skip
 
 
 def _given(**arguments: str | None) -> tuple[dict[str, str], dict[str, None]]:
@@ -68,9 +75,7 @@ def _score(
     name: str, dtype: str = "bf16", cap: bool = False, stats: bool = False, even: bool = True
 ) -> list[Entry]:
     made, m = [], ":16" if even else ""
-    for config, targets in _tables(
-        SCORE_CONFIGS, dtype != "fp32", cap or stats, not even
-    ).items():
+    for config, targets in _tables(SCORE_CONFIGS, dtype != "fp32", cap or stats, not even).items():
         arguments, absent = _given(
             hidden=_operand(config, config.block_n, dtype),
             weight=_operand(config, config.block_v, dtype),
@@ -79,36 +84,33 @@ def _score(
             inner="fp32" if cap else None, outer="fp32" if cap else None,
         )  # fmt: skip
         shape = f"{config.block_n}x{config.block_v}x{config.block_d}"
+        name_of = f"score/{name}/{shape}{'-tma' if config.tma else ''}"
+        constants = {**absent, **_sizes(config, even), "STATS": stats}
         made.append(
-            Entry(
-                f"score/{name}/{shape}{'-tma' if config.tma else ''}", _score_tiles_kernel,
-                arguments, {**absent, **_sizes(config, even), "STATS": stats},
-                config.num_warps, config.num_stages, tuple(targets), _uses(config, dtype), REGISTERS,
-            )  # fmt: skip
+            _entry(name_of, _score_tiles_kernel, arguments, constants, config, targets, dtype)
         )
     return made
 
 
-def _divergence(name: str, kernel: Any, dtype: str = "bf16", cap: bool = False) -> list[Entry]:
-    made = []
+def _divergence(
+    name: str, kernel: Any, dtype: str = "bf16", cap: bool = False, even: bool = True
+) -> list[Entry]:
+    made, m = [], ":16" if even else ""
     rows = {"rows_ptr": "*fp32:16", "sums_ptr": "*fp32:16"}
     out = rows if kernel is _sum_js_kernel else {"states_ptr": "*fp32:16"}
+    long = cap or kernel is _sum_js_kernel
     extra = dict.fromkeys(("inner", "outer", "ref_inner", "ref_outer"), "fp32" if cap else None)
-    for config, targets in _tables(DIVERGENCE_CONFIGS, dtype != "fp32", bool(rows)).items():
+    for config, targets in _tables(DIVERGENCE_CONFIGS, dtype != "fp32", long, not even).items():
         hidden, weight = (_operand(config, b, dtype) for b in (config.block_n, config.block_v))
         arguments, absent = _given(
             hidden=hidden, weight=weight, ref_hidden=hidden, ref_weight=weight,
             bias_ptr="*bf16:16" if cap else None, ref_bias_ptr="*bf16:16" if cap else None,
-            N="i32", V="i32", D="i32:16", ref_D="i32:16", **out, **extra,
+            N="i32", V="i32", D=f"i32{m}", ref_D=f"i32{m}", **out, **extra,
         )  # fmt: skip
         shape = f"{config.block_n}x{config.block_v}x{config.block_d}"
-        made.append(
-            Entry(
-                f"divergence/{name}/{shape}{'-tma' if config.tma else ''}", kernel, arguments,
-                {**absent, **_sizes(config, True)}, config.num_warps, config.num_stages,
-                tuple(targets), _uses(config, dtype), REGISTERS,
-            )  # fmt: skip
-        )
+        name_of = f"divergence/{name}/{shape}{'-tma' if config.tma else ''}"
+        constants = {**absent, **_sizes(config, even)}
+        made.append(_entry(name_of, kernel, arguments, constants, config, targets, dtype))
     return made
 
 
@@ -161,7 +163,9 @@ def _tokens(name: str) -> Entry:
         **dict.fromkeys(("p0", "p1", "weight", "reward_scale"), "fp32"),
     )  # fmt: skip
     constants = {**absent, "OBJECTIVE": fn, "BLOCK": 512}
-    return Entry(f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4)
+    return Entry(
+        f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4, targets=("sm_90",)
+    )
 
 
 TILE_ENTRIES: list[Entry] = [
@@ -178,9 +182,11 @@ TILE_ENTRIES: list[Entry] = [
     *_divergence("js", _sum_js_kernel),
     *_divergence("js-bias-softcap", _sum_js_kernel, cap=True),
     *_divergence("js-fp32", _sum_js_kernel, "fp32"),
+    *_divergence("kl-odd-rows-fp32-bias-softcap", _sum_gaps_kernel, "fp32", True, even=False),
+    *_divergence("js-odd-rows-fp32-bias-softcap", _sum_js_kernel, "fp32", True, even=False),
     *_merges(),
     _pairs("dpo"),
-    _pairs("dpo", per_token=True),
+    _pairs("dpo", "sm_90", per_token=True),
     # The rest differ in a few scalar operations of one function.
     *(_pairs(name, "sm_90") for name in PAIR_OBJECTIVES if name != "dpo"),
     *map(_tokens, TOKEN_OBJECTIVES),

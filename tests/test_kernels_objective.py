@@ -54,7 +54,7 @@ def poisoned():
 
 
 class Batch:
-    """Pairs of every kind: each entry is what chosen and rejected tokens and their refs are like."""
+    """Pairs of every kind: tokens of both completions, and how far the reference is from them."""
 
     def __init__(self):
         some = -torch.rand(700) * 4

@@ -296,11 +296,14 @@ def test_tables(table, monkeypatch):
     assert set(table) == {(a, h, s) for a in (80, 90, 100) for h in (0, 1) for s in (0, 1)}
     for (architecture, half, _), config in table.items():
         assert config.split_v % config.block_v == 0
-        short, long = table[architecture, half, False], table[architecture, half, True]
+        assert not config.tma or (architecture >= 90 and half)
+    for architecture, half in ((a, h) for a in (80, 90, 100) for h in (False, True)):
+        short, long = (SCORE_CONFIGS[architecture, half, long] for long in (False, True))
         assert short.block_v // short.parts == long.block_v // long.parts
-        assert not config.tma or architecture >= 90
     monkeypatch.setattr(score_configs, "_architecture", lambda device: 90)
     aligned, odd = torch.zeros(4, 8).half(), torch.zeros(4, 9).half()
     assert tile_config(table, False, (aligned,)) == table[90, True, False]
-    assert tile_config(table, False, (aligned, odd)) == score_configs.ODD_ROWS
+    assert tile_config(table, False, (aligned, odd)) == score_configs.ODD_ROWS[True]
+    wide = torch.zeros(4, 9)
+    assert tile_config(table, True, (wide,)) == score_configs.ODD_ROWS[False]
     assert tile_config(table, False, (odd,), CONFIGS["descriptors"]) == POINTERS

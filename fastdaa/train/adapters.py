@@ -94,7 +94,6 @@ def keep_starting_adapter(model: Any) -> bool:
         kept = parameters[f"{key}.".replace(f".{name}.", f".{REF_ADAPTER}.")[:-1]]
         kept.data = weight.detach().clone()
         kept.requires_grad_(False)
-    model.set_adapter(name)
     return True
 
 

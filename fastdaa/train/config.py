@@ -37,6 +37,7 @@ class PreferenceConfig(TrainingArguments):
 
     Every field of ``transformers.TrainingArguments`` is here under its own name. Batch sizes count
     pairs. Other defaults than there: ``learning_rate`` 1e-6, ``logging_steps`` 10,
+    ``logging_nan_inf_filter`` False (a broken loss shows, and no step waits for the device),
     ``remove_unused_columns`` False, and ``bf16`` None, which means True on a CUDA device that has
     bf16, unless ``fp16`` is set or accelerate was launched with another mixed precision.
 
@@ -80,6 +81,9 @@ class PreferenceConfig(TrainingArguments):
     logging_steps: float = field(
         default=10,
         metadata={"help": "Steps between two logged rows; below 1: a share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the average instead of a loss that is not finite."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave it off: the trainer picks columns itself."}

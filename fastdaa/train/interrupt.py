@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+_SAME_REQUEST_SECONDS = 1.0
 _STOPPING = b"\n[fastdaa] stopping after this step, with a checkpoint; again: stop at once\n"
 
 
@@ -31,6 +33,7 @@ class Interrupt(TrainerCallback):
     def __init__(self) -> None:
         self.interrupted = False
         self._requested = False
+        self._asked_at = 0.0
         self._speaks = True
         self._previous: dict[int, Any] = {}
         self._flag: SharedFlag | None = None
@@ -82,10 +85,14 @@ class Interrupt(TrainerCallback):
         self._previous = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._requested:
+            # A launcher passes on the Ctrl-C that its workers got from the terminal, too.
+            if now - self._asked_at < _SAME_REQUEST_SECONDS:
+                return
             self.restore()
             raise KeyboardInterrupt
-        self._requested = True
+        self._requested, self._asked_at = True, now
         if self._speaks:
             # print() is not safe here: the signal may have come in the middle of another one.
             os.write(2, _STOPPING)

@@ -59,11 +59,9 @@ def prepare_model(model: nn.Module, layout: str) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability that a module holds to 0; the configuration stays."""
     for module in model.modules():
-        names = (
-            ["p"] if isinstance(module, _DropoutNd) else [n for n in vars(module) if "drop" in n]
-        )
-        for name in names:
-            if isinstance(getattr(module, name), float):
+        for name, value in list(vars(module).items()):
+            holds = "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
+            if holds and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -117,20 +117,27 @@ def test_the_reference_of_a_new_adapter_is_the_base_model(
     assert REF_ADAPTER not in trainer.model.peft_config
 
 
-def test_adapters_keep_their_flags_and_dropout_while_the_reference_runs(make_trainer, pairs, lora):
-    trainer = make_trainer(
-        data=pairs(8), peft_config=lora(lora_dropout=0.5), disable_dropout=False, max_steps=2
-    )
+@pytest.mark.parametrize("start", ["new", "trained"])
+def test_the_policy_drops_out_and_its_reference_does_not(
+    make_trainer, pairs, tiny_model, trained_adapter, lora, start
+):
+    options = {"lora_dropout": 0.5}
+    if start == "trained":
+        given = {"model": trained_adapter(**options)}
+    else:
+        given = {"model": tiny_model(attention_dropout=0.5), "peft_config": lora(**options)}
+    trainer = make_trainer(data=pairs(8), disable_dropout=False, **given)
     trainer.train()
-    # The policy drops out, the reference does not: otherwise both would be off in the same way.
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     scores = [trainer.reference.score(batch["packs"][0]).sequence_logps for _ in range(2)]
     assert torch.equal(*scores)
-    assert trainer.model.training and all(m.training for m in trainer.model.modules())
-    assert all(p.requires_grad == ("lora_" in n) for n, p in trainer.model.named_parameters())
     losses = [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
     assert losses[0] != losses[1]
+    # Everything is as it was.
+    assert all(module.training for module in trainer.model.modules())
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name and REF_ADAPTER not in name)
 
 
 ADAPTERS = {

@@ -118,6 +118,17 @@ def test_a_signal_saves_a_checkpoint(run, whole, tmp_path, number):
     assert_equal(tmp_path, whole())
 
 
+def test_tokens_are_counted_between_logged_rows_too(run, whole, tmp_path):
+    options = {"logging_steps": 3, "save_steps": 2}
+    assert run(tmp_path, end={"step": 5, "number": signal.SIGKILL}, **options) == KILLED
+    assert run(tmp_path, resume=True, **options) == 0
+    expected = {step: tokens for step, _, tokens in whole()[1]}
+    assert [(step, tokens) for step, _, tokens in losses(tmp_path)] == [
+        (3, expected[3]),
+        (6, expected[6]),
+    ]
+
+
 def test_a_half_checkpoint_pushes_out_no_whole_one(run, tmp_path):
     """Not even where modification times say nothing, and the larger number counts as newer."""
     assert run(tmp_path, max_steps=2, save_total_limit=1) == 0
