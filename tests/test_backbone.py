@@ -174,6 +174,16 @@ def test_peft_before_and_after(when):
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
 
 
+@pytest.fixture
+def no_accelerator_yet():
+    """accelerate keeps one state a process; a trainer of another test may have made it."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator_yet")
 def test_accelerate_wraps_and_unwraps():
     accelerate = pytest.importorskip("accelerate")
     model = build()
