@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fastdaa.data import pack_by_length, pack_by_width, packing_efficiency
+from fastdaa.data import pack_by_length, pack_by_width
 
 
 def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
@@ -64,12 +64,6 @@ def test_width_packs_hold_their_rectangle(seed: int) -> None:
 
 def test_width_packs_put_similar_widths_together() -> None:
     assert pack_by_width([9, 2, 10, 2, 2], 40) == [[0, 2], [1, 3, 4]]
-
-
-def test_efficiency_counts_tokens_in_budgets() -> None:
-    assert packing_efficiency([3, 4, 5], [[0, 1], [2]], 10) == pytest.approx(12 / 20)
-    assert packing_efficiency([30], [[0]], 10) == 1.0
-    assert packing_efficiency([], [], 10) == 1.0
 
 
 @pytest.mark.parametrize("pack", [pack_by_length, pack_by_width])

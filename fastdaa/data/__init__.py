@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdaa.data.collate import Layout, PairCollator, dense_mask, selection_from
-from fastdaa.data.packing import pack_by_length, pack_by_width, packing_efficiency
+from fastdaa.data.packing import pack_by_length, pack_by_width
 from fastdaa.data.reports import SkipReport, TokenizeReport
 from fastdaa.data.rows import PairRows
 from fastdaa.data.sources import load_pairs, read_pairs
@@ -21,7 +21,6 @@ __all__ = [
     "load_pairs",
     "pack_by_length",
     "pack_by_width",
-    "packing_efficiency",
     "read_pairs",
     "selection_from",
     "tokenize_pairs",

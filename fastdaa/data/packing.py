@@ -77,18 +77,6 @@ def pack_by_width(widths: Sequence[int], budget: int, *, rows_per_item: int = 2)
     return [sorted(pack) for pack in packs]
 
 
-def packing_efficiency(
-    lengths: Sequence[int], packs: Sequence[Sequence[int]], budget: int
-) -> float:
-    """Share of the budget of all packs that holds tokens, between 0 and 1.
-
-    A pack that exceeds the budget (one over-long item) counts with its own size as budget.
-    """
-    used = [sum(lengths[index] for index in pack) for pack in packs]
-    available = sum(max(budget, tokens) for tokens in used)
-    return sum(used) / available if available else 1.0
-
-
 def _check(lengths: Sequence[int], budget: int) -> None:
     if budget < 1:
         raise ValueError(f"budget: expected at least 1 token, got {budget}")

@@ -269,3 +269,14 @@ def run_options(
     }
     model = {**SIZES, **own.pop("model", {})}
     return {"model": model, "pairs": rows, "settings": {**defaults, **settings}, **own}
+
+
+@pytest.fixture(scope="module")
+def shifted(tiny_model: Callable[..., transformers.PreTrainedModel]):
+    """A reference that is not the policy."""
+    model = tiny_model()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model

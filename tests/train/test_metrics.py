@@ -20,16 +20,6 @@ BETA = 0.3
 FIELDS = ("chosen_ids", "rejected_ids")
 
 
-@pytest.fixture(scope="module")
-def shifted(tiny_model):
-    model = tiny_model()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
 @torch.no_grad()
 def expected_metrics(policy, ref, data):
     """Metrics of a micro-batch, sequence by sequence."""

@@ -28,17 +28,6 @@ def assert_same(got, expected, atol=1e-6, rtol=1e-5):
         )
 
 
-@pytest.fixture(scope="module")
-def shifted(tiny_model):
-    """A reference that is not the policy."""
-    model = tiny_model()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
 STARTS = {
     **{layout: {"layout": layout} for layout in LAYOUTS},
     "packs": {"tokens_per_pack": 20},
