@@ -1,7 +1,7 @@
 """Fused preference training: log-probabilities and losses from hidden states, without logits."""
 
-from fastdaa.divergence import token_kl
-from fastdaa.head import LmHead
+from fastdaa.divergence import token_divergence, token_kl
+from fastdaa.head import LmHead, VocabShard
 from fastdaa.logps import sequence_logps, token_logps, token_stats
 from fastdaa.losses import LOSSES, Objective, implicit_rewards
 from fastdaa.modules import (
@@ -33,6 +33,7 @@ __all__ = [
     "PairLossOutput",
     "TokenSelection",
     "TokenStats",
+    "VocabShard",
     "__version__",
     "implicit_rewards",
     "pair_loss",
@@ -40,6 +41,7 @@ __all__ = [
     "select_pairs",
     "select_tokens",
     "sequence_logps",
+    "token_divergence",
     "token_kl",
     "token_logps",
     "token_stats",

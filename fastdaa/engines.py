@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastdaa.head import LmHead
+from fastdaa.head import LmHead, VocabShard
 from fastdaa.outputs import TokenStats
 
 # exp(-1e4) is 0 in every dtype; a floor keeps 0 * -inf out of the entropy.
@@ -76,8 +77,8 @@ class TorchTile:
     ) -> tuple[RowState, TokenStats | None]:
         """See :class:`RowTile`."""
         if keep:
-            self.slope = _slope(self.head, self.z)
-        return take_statistics(self.z, targets, stats)
+            self.slope = logit_slope(self.head, self.z)
+        return take_statistics(self.z, targets, stats, self.head.shard)
 
     def gradient(
         self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
@@ -89,11 +90,12 @@ class TorchTile:
             slope = slope[picked] if isinstance(slope, Tensor) else slope
             state, targets, coefficients = state.pick(picked), targets[picked], coefficients[picked]
         if slope is None:
-            slope = _slope(self.head, z)
+            slope = logit_slope(self.head, z)
             p, norm = z.sub_(state.m[:, None]).sub_(state.log_s[:, None]).exp_(), None
         else:
             p, norm = z, torch.exp(-state.log_s)
-        dz = logit_gradient(p, state.logps, targets, coefficients, self.columns.start, norm)
+        first_token = self.head.first_token + self.columns.start
+        dz = logit_gradient(p, state.logps, targets, coefficients, first_token, norm)
         return scale_tile(dz, slope)
 
     @staticmethod
@@ -110,6 +112,9 @@ class TritonTile:
         if z.dtype != torch.float32:
             raise ValueError(f"engine='triton': expected fp32 logits (fp16, bf16 or fp32 inputs), "
                              f"got {z.dtype}; engine='torch' takes them")  # fmt: skip
+        if head.shard is not None:
+            raise ValueError("engine='triton': expected a head with the whole vocabulary, got a "
+                             "slice of it; engine='torch' takes one")  # fmt: skip
         self.head, self.z, self.columns, self.operand = head, z, columns, operand
         bias = None if head.bias is None else head.bias[columns]
         self.options: dict[str, Any] = {
@@ -174,7 +179,7 @@ def steepest_slope(head: LmHead) -> float:
     return abs(head.logit_scale / head.temperature)
 
 
-def _slope(head: LmHead, z: Tensor) -> Tensor | float:
+def logit_slope(head: LmHead, z: Tensor) -> Tensor | float:
     """Derivative of the final logits by the raw products, from the final logits ``z``."""
     factor = head.logit_scale / head.temperature
     if head.softcap is None:
@@ -184,34 +189,61 @@ def _slope(head: LmHead, z: Tensor) -> Tensor | float:
 
 
 def take_statistics(
-    z: Tensor, targets: Tensor, stats: bool = False
+    z: Tensor, targets: Tensor, stats: bool = False, shard: VocabShard | None = None
 ) -> tuple[RowState, TokenStats | None]:
-    """Statistics of whole rows of logits ``z [r, V]``, which become ``exp(z - m)``."""
-    target = z.gather(1, targets[:, None])[:, 0]
-    highest = z.amax(dim=1)
+    """Statistics of whole rows of logits ``z [r, V]``, which become ``exp(z - m)``.
+
+    Where the rows are split over processes: one all-reduce of maxima and one of sums.
+    """
+    first_token = 0 if shard is None else shard.start
+    target, highest = _target_and_maximum(z, targets, shard)
     # A row of -inf has no maximum to subtract; 0 keeps exp(-inf - m) at 0.
     m = torch.where(highest == -torch.inf, 0.0, highest)
-    mean_logit = z.mean(dim=1) if stats else None
+    total = z.sum(dim=1) if stats else None
     y = z.sub_(m[:, None])
-    if not stats:
-        return _state(y.exp_(), targets, target, m), None
-    weighted = y.clamp(min=_FLOOR)
-    state = _state(y.exp_(), targets, target, m)
-    entropy = state.log_s - weighted.mul_(y).sum(dim=1) * torch.exp(-state.log_s)
-    top1 = (target >= highest).to(z.dtype)
-    return state, TokenStats(entropy, top1, mean_logit)  # type: ignore[arg-type]
-
-
-def _state(e: Tensor, targets: Tensor, target: Tensor, m: Tensor) -> RowState:
-    """From ``e = exp(z - m)`` and the targets' logits.
-
-    The target is left out of the sum: where it is the maximum its 1 would swallow the rest, and a
-    confident token would have a log-prob and a gradient of 0.
-    """
-    own = torch.exp(target - m)
-    set_target(e, targets, 0.0)
+    weighted = y.clamp(min=_FLOOR) if stats else None
+    e, own = y.exp_(), torch.exp(target - m)
+    # The target is left out of the sum: where it is the maximum its 1 would swallow the rest, and
+    # a confident token would have a log-prob and a gradient of 0.
+    set_target(e, targets, 0.0, first_token)
     rest = _row_sums(e)
-    set_target(e, targets, own)
+    set_target(e, targets, own, first_token)
+    if weighted is None or total is None:
+        (rest,) = _summed([rest], shard)
+        return _state(rest, own, target, m), None
+    rest, weighted, total = _summed([rest, weighted.mul_(e).sum(dim=1), total], shard)
+    state = _state(rest, own, target, m)
+    entropy = state.log_s - weighted * torch.exp(-state.log_s)
+    top1 = (target >= highest).to(z.dtype)
+    vocab_size = z.shape[1] if shard is None else shard.vocab_size
+    return state, TokenStats(entropy, top1, total / vocab_size)
+
+
+def _target_and_maximum(
+    z: Tensor, targets: Tensor, shard: VocabShard | None
+) -> tuple[Tensor, Tensor]:
+    """Logit of the target and largest logit of every row, both ``[r]``."""
+    highest = z.amax(dim=1)
+    if shard is None:
+        return z.gather(1, targets[:, None])[:, 0], highest
+    inside, local = _local(targets, shard.start, z.shape[1])
+    target = torch.where(inside, z.gather(1, local[:, None])[:, 0], -torch.inf)
+    both = torch.stack([target, highest])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=shard.group)
+    return both[0], both[1]
+
+
+def _summed(parts: list[Tensor], shard: VocabShard | None) -> list[Tensor]:
+    """Sums over the processes that share the rows, in one all-reduce."""
+    if shard is None:
+        return parts
+    packed = torch.stack(parts)
+    dist.all_reduce(packed, group=shard.group)
+    return list(packed)
+
+
+def _state(rest: Tensor, own: Tensor, target: Tensor, m: Tensor) -> RowState:
+    """From the sum of ``exp(z - m)`` without the target, and the target's part ``own`` of it."""
     log_s = torch.where(own == 1.0, rest.log1p(), (rest + own).log())
     return RowState(m, log_s, (target - m) - log_s)
 

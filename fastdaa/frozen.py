@@ -15,7 +15,14 @@ from torch.autograd.function import once_differentiable
 from fastdaa.engines import steepest_slope
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import FP16_TARGET, Logits, blocks, product, without_autocast
+from fastdaa.tiles import (
+    FP16_TARGET,
+    Logits,
+    blocks,
+    product,
+    sum_over_shards,
+    without_autocast,
+)
 
 
 class Frozen(torch.autograd.Function):
@@ -49,12 +56,13 @@ def logps_and_slopes(
         logps = slopes.new_empty(slopes.shape[0])
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
             logps[rows], slopes[rows] = _rows(logits, targets[rows], rows)
+        sum_over_shards(slopes, head)
     return logps, slopes
 
 
 def _rows(logits: Logits, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
-    columns = slice(0, logits.head.vocab_size)
+    columns = slice(0, logits.head.width)
     hidden, weight = logits.rows(rows), logits.columns(columns)
     tile = logits.row_tile(hidden, weight, columns)
     state, _ = tile.statistics(targets, keep=True)

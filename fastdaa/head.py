@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdaa.validation import check_floating, check_positive, check_shape
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Config fields that hold a factor on the logits, by what the model does with it.
@@ -23,6 +24,23 @@ _DIVISORS = ("logits_mup_width_multiplier",)
 _SCALE_UNUSED = ("mpt",)
 # These transform the hidden states between the backbone and the output embedding, or pick logits.
 _NOT_LINEAR = ("electra", "gemma4_assistant", "gemma4_unified_assistant", "prophetnet")
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which tokens the rows of a head are, where every process of a group has a slice of them.
+
+    All processes hold the same hidden states and targets and make the same calls in the same order.
+    Log-probs, losses and gradients of the hidden states come out whole on each of them, gradients
+    of weight and bias are those of its slice.
+    """
+
+    start: int
+    """Token id of the first row."""
+    vocab_size: int
+    """``V`` of all processes together."""
+    group: ProcessGroup | None = None
+    """The processes; None for all."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,8 @@ class LmHead:
     """Factor on the logits before the cap (Cohere, Granite, ...)."""
     temperature: float = 1.0
     """Divisor of the logits after the cap."""
+    shard: VocabShard | None = None
+    """Weight and bias are a slice of the vocabulary, or None where they are all of it."""
 
     def __post_init__(self) -> None:
         check_floating("weight", self.weight)
@@ -54,11 +74,31 @@ class LmHead:
         check_positive("temperature", self.temperature)
         if not isinstance(self.logit_scale, (int, float)) or self.logit_scale == 0.0:
             raise ValueError(f"logit_scale: expected a number other than 0, got {self.logit_scale}")
+        if self.shard is not None:
+            _check_shard(self.shard, self.weight.shape[0])
 
     @property
     def vocab_size(self) -> int:
         """``V``."""
+        return self.width if self.shard is None else self.shard.vocab_size
+
+    @property
+    def width(self) -> int:
+        """Rows of the weight: ``V``, or this process's part of it."""
         return self.weight.shape[0]
+
+    @property
+    def planned_width(self) -> int:
+        """The width that tiles are planned for: the same on every process, whose slices may differ
+        by a few rows, because they reduce statistics together tile by tile."""
+        if self.shard is None:
+            return self.width
+        return -(-self.vocab_size // torch.distributed.get_world_size(self.shard.group))
+
+    @property
+    def first_token(self) -> int:
+        """Token id of the weight's first row."""
+        return 0 if self.shard is None else self.shard.start
 
     @property
     def trained(self) -> bool:
@@ -71,7 +111,8 @@ class LmHead:
         return replace(self, weight=self.weight.detach(), bias=bias)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """All logits of ``hidden_states [..., D]``, ``[..., V]``, in the inputs' promoted dtype."""
+        """All logits of ``hidden_states [..., D]``, ``[..., V]``, in the inputs' promoted dtype
+        (those of this process's slice where the vocabulary is split)."""
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         z = hidden_states.to(dtype) @ self.weight.to(dtype).T
         if self.bias is not None:
@@ -108,6 +149,14 @@ class LmHead:
         if real is not None and real < weight.shape[0]:
             weight, bias = weight[:real], None if bias is None else bias[:real]
         return cls(weight, bias, softcap, logit_scale, temperature)
+
+
+def _check_shard(shard: VocabShard, rows: int) -> None:
+    if not 0 <= shard.start <= shard.start + rows <= shard.vocab_size:
+        raise ValueError(
+            f"shard: expected {rows} rows from token {shard.start} to lie within a vocabulary of "
+            f"{shard.vocab_size}"
+        )
 
 
 def _head_module(model: PreTrainedModel) -> torch.nn.Module:

@@ -77,7 +77,7 @@ def head_logps(
     """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`."""
     grad = torch.is_grad_enabled()
     plan = plan_head(
-        head.vocab_size,
+        head.planned_width,
         hidden_states.device,
         hidden_grad=grad and hidden_states.requires_grad,
         head_grad=grad and head.trained,
@@ -86,6 +86,9 @@ def head_logps(
         max_bytes=max_bytes,
     )
     if plan.path == "reference":
+        if head.shard is not None:
+            raise ValueError("impl='reference': expected a head with the whole vocabulary, got a "
+                             "slice of it")  # fmt: skip
         return reference.token_logps(
             hidden_states, head.weight, targets, bias=head.bias, softcap=head.softcap,
             logit_scale=head.logit_scale, temperature=head.temperature,
@@ -114,7 +117,7 @@ def token_stats(
     """
     check_head_inputs(hidden_states, head.weight, targets, head.bias)
     plan = plan_head(
-        head.vocab_size, hidden_states.device, hidden_grad=False, head_grad=False,
+        head.planned_width, hidden_states.device, hidden_grad=False, head_grad=False,
         engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     state, stats = score(hidden_states, head, targets, plan, stats=True)

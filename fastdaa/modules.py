@@ -25,7 +25,7 @@ class FusedLinearPairLoss(nn.Module):
         softcap, logit_scale, temperature: of the head, see :class:`fastdaa.LmHead`.
         order: order of the rows, ``"chosen_first"`` or ``"interleaved"``.
         ignore_index: label of positions that are not scored.
-        impl, max_bytes: see :func:`fastdaa.pair_loss`.
+        impl, engine, max_bytes: see :func:`fastdaa.pair_loss`.
         hyperparameters: of the loss, e.g. ``beta=0.1``.
 
     Raises:
@@ -43,6 +43,7 @@ class FusedLinearPairLoss(nn.Module):
         order: str = "chosen_first",
         ignore_index: int = -100,
         impl: str = "auto",
+        engine: str = "auto",
         max_bytes: int | None = None,
         **hyperparameters: Any,
     ):
@@ -52,7 +53,7 @@ class FusedLinearPairLoss(nn.Module):
             "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature,
         }  # fmt: skip
         self.order, self.ignore_index = order, ignore_index
-        self.impl, self.max_bytes = impl, max_bytes
+        self.impl, self.engine, self.max_bytes = impl, engine, max_bytes
 
     def extra_repr(self) -> str:
         """The objective with every value."""
@@ -109,6 +110,7 @@ class FusedLinearPairLoss(nn.Module):
             ref_token_logps=ref_token_logps,
             advantages=self._pair_major(advantages),
             impl=self.impl,
+            engine=self.engine,
             max_bytes=self.max_bytes,
         )
 
@@ -125,8 +127,8 @@ class FusedLinearPairLoss(nn.Module):
         check_shape("ref_hidden_states", hidden_states, (*shape, hidden_states.shape[-1]))
         rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
         return token_logps(
-            rows, weight, selection.targets, bias=bias, max_bytes=self.max_bytes,
-            **self.head_options,
+            rows, weight, selection.targets, bias=bias, engine=self.engine,
+            max_bytes=self.max_bytes, **self.head_options,
         )  # fmt: skip
 
     def _pair_major(self, values: Tensor | None) -> Tensor | None:

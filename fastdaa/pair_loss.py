@@ -76,7 +76,7 @@ def pair_loss(
     )
     grad = torch.is_grad_enabled()
     plan = plan_head(
-        head.vocab_size, rows.device,
+        head.planned_width, rows.device,
         hidden_grad=grad and rows.requires_grad, head_grad=grad and head.trained,
         loss_inside=True, coupled=objective.coupled, impl=impl, engine=engine,
         max_bytes=max_bytes,

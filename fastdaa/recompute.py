@@ -22,6 +22,7 @@ from fastdaa.tiles import (
     blocks,
     operand_dtype,
     product,
+    sum_over_shards,
     without_autocast,
 )
 
@@ -81,7 +82,7 @@ def head_gradients(
     factor = GradientFactor(logits, coefficients)
     scaled = factor.scaled(coefficients)
     with without_autocast(hidden_states.device):
-        for columns in blocks(head.vocab_size, plan.tile_columns):
+        for columns in blocks(head.width, plan.tile_columns):
             weight = logits.columns(columns)
             for r in blocks(hidden_states.shape[0], plan.tile_rows):
                 hidden = logits.rows(r)
@@ -89,6 +90,7 @@ def head_gradients(
                 state = RowState(rows.m[r], rows.log_s[r], rows.logps[r])
                 dz = tile.gradient(state, targets[r], scaled[r])
                 grads.add(dz, factor, hidden, weight, r, columns)
+    grads.finish()
     return grads.rounded()
 
 
@@ -96,7 +98,8 @@ class HeadGradients:
     """Sums of the gradients of hidden states, weight and bias, wide until the end."""
 
     def __init__(self, logits: Logits, wanted: tuple[bool, bool, bool]):
-        head, self.column_sums = logits.head, logits.engine.column_sums
+        self.head, self.column_sums = logits.head, logits.engine.column_sums
+        head = self.head
         tensors = (logits.hidden_states, head.weight, head.bias)
         self.dtypes = tuple(None if t is None else t.dtype for t in tensors)
         self.hidden, self.weight, self.bias = (
@@ -124,6 +127,11 @@ class HeadGradients:
                 self.hidden[rows] = factor.restore(product(tile, weight))
         if self.weight is not None:
             factor.accumulate(self.weight[columns], tile.T, hidden)
+
+    def finish(self) -> None:
+        """After the last tile: what other processes' parts of the vocabulary contribute."""
+        if self.hidden is not None:
+            sum_over_shards(self.hidden, self.head)
 
     def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The sums in the dtypes of their tensors."""

@@ -22,7 +22,7 @@ def score(
     """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``."""
     with without_autocast(hidden_states.device):
         logits = Logits(hidden_states, head, engine=plan.engine)
-        columns = slice(0, head.vocab_size)
+        columns = slice(0, head.width)
         results = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
             tile = logits.row_tile(logits.rows(rows), logits.columns(columns), columns)

@@ -72,6 +72,7 @@ class SinglePass(torch.autograd.Function):
         with without_autocast(hidden_states.device):
             losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
         grads = run.grads
+        grads.finish()
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = grads.dtypes
         empty = hidden_states.new_zeros(0, dtype=run.logits.wide)
@@ -115,7 +116,7 @@ class _Run:
         self.grads = HeadGradients(logits, wanted)
         self.logps: list[Tensor] = []
         self.values: list[TokenStats] = []
-        self.columns = slice(0, logits.head.vocab_size)
+        self.columns = slice(0, logits.head.width)
         self.weight = logits.columns(self.columns)
         self.on_cpu = logits.hidden_states.device.type == "cpu"
         self.buffer: Tensor | None = None

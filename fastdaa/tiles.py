@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,6 +80,12 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(product(a, b))
     else:
         total.addmm_(a, b)
+
+
+def sum_over_shards(total: Tensor, head: LmHead) -> None:
+    """Gradients of hidden states, whole from the parts of the vocabulary's processes, in place."""
+    if head.shard is not None:
+        dist.all_reduce(total, group=head.shard.group)
 
 
 class Logits:

@@ -76,6 +76,7 @@ def test_objective(tmp_path: Path, fields: dict[str, Any], expected: str) -> Non
         pytest.param({"layout": "flat"}, "layout: expected one of", id="layout"),
         pytest.param({"attention": "flash"}, "attention: expected one of", id="attention"),
         pytest.param({"impl": "score"}, "impl: expected one of", id="impl"),
+        pytest.param({"head_engine": "cuda"}, "head_engine: expected one of", id="engine"),
         pytest.param({"truncation_mode": "keep"}, "truncation_mode", id="truncation"),
         pytest.param({"on_bad_row": "drop"}, "on_bad_row", id="bad row"),
         pytest.param({"max_length": 0}, "max_length", id="max_length 0"),

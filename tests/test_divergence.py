@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fastdaa import LmHead, reference, token_kl
+from fastdaa import LmHead, reference, token_divergence, token_kl
+from fastdaa.divergence import KINDS
 
 
 def heads(n=21, v=97, dtype=torch.float32, ref_dtype=None, **options):
@@ -82,9 +85,12 @@ def test_a_large_common_offset_is_harmless():
     torch.testing.assert_close(got, expected, rtol=5e-3, atol=5e-3)
 
 
-def test_no_gradient():
-    hidden, head, *ref = heads()
-    assert not token_kl(hidden.requires_grad_(), head, *ref).requires_grad
+def test_gradient_follows_grad_mode_and_never_reaches_the_reference():
+    hidden, head, ref_hidden, ref_head = heads()
+    assert not token_kl(hidden, head, ref_hidden.requires_grad_(), ref_head).requires_grad
+    assert token_kl(hidden.requires_grad_(), head, ref_hidden, ref_head).requires_grad
+    with torch.no_grad():
+        assert not token_kl(hidden, head, ref_hidden, ref_head).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -100,3 +106,108 @@ def test_wrong_arguments(change, message):
     made = [change.get(i, x) for i, x in enumerate(heads())]
     with pytest.raises(ValueError, match=message):
         token_kl(*made)
+
+
+def oracle(kind, z, ref_z):
+    """The definitions, with everything materialised."""
+    p, q = z.log_softmax(-1), ref_z.log_softmax(-1)
+    mean = torch.logaddexp(p, q) - math.log(2.0)
+    forward, backward = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+    js = ((p.exp() * (p - mean)).sum(-1) + (q.exp() * (q - mean)).sum(-1)) / 2
+    return {"kl": forward, "reverse_kl": backward, "js": js}[kind]
+
+
+GRADIENT_CASES = [
+    pytest.param({}, True, id="trained-head"),
+    pytest.param({}, False, id="frozen-head"),
+    pytest.param({"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.5}, True, id="options"),
+    pytest.param({"softcap": 3.0, "logit_scale": 0.7}, False, id="options-frozen"),
+    pytest.param({"bias": torch.linspace(-1, 1, 97).double()}, True, id="bias"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("options", "trained"), GRADIENT_CASES)
+def test_gradients_are_those_of_materialised_logits(kind, options, trained):
+    hidden, head, ref_hidden, ref_head = heads(dtype=torch.float64, **options)
+    tensors = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+    wanted = [t.requires_grad_() for t in (tensors if trained else tensors[:1])]
+    cotangent = torch.randn(hidden.shape[0], dtype=torch.float64)
+
+    def grads(values):
+        return torch.autograd.grad((values * cotangent).sum(), wanted)
+
+    want = oracle(
+        kind, logits(hidden, head, torch.float64), logits(ref_hidden, ref_head, torch.float64)
+    )
+    # A budget of four rows: several blocks add up to one gradient.
+    got = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind, max_bytes=4 * 97 * 4)
+    assert torch.allclose(got, want, atol=1e-12)
+    for a, b in zip(grads(got), grads(want), strict=True):
+        assert torch.allclose(a, b, atol=1e-11), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    hidden, head, ref_hidden, ref_head = heads(n=3, v=11, dtype=torch.float64)
+    weight = head.weight.requires_grad_()
+
+    def values(h, w):
+        return token_divergence(h, LmHead(w, softcap=5.0), ref_hidden, ref_head, kind=kind)
+
+    assert torch.autograd.gradcheck(values, (hidden.requires_grad_(), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_gradients_in_half_precision_keep_their_dtype_and_size(dtype, trained):
+    hidden, head, ref_hidden, ref_head = heads(dtype=dtype)
+    wanted = [hidden.requires_grad_()] + ([head.weight.requires_grad_()] if trained else [])
+    scale = 1e-4  # below what fp16 gradients of small probabilities survive unscaled
+    got = token_divergence(hidden, head, ref_hidden, ref_head)
+    grads = torch.autograd.grad((got * scale).sum(), wanted)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, head.weight)]
+    z = wide[0] @ wide[1].T
+    want = oracle("kl", z, logits(ref_hidden, ref_head, torch.float64))
+    for a, b in zip(grads, torch.autograd.grad((want * scale).sum(), wide), strict=False):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() / b.norm() < 2e-2
+
+
+def test_tokens_that_both_exclude_cost_nothing_and_have_no_gradient():
+    hidden, head, ref_hidden, ref_head = heads(dtype=torch.float64)
+    out = torch.zeros(97, dtype=torch.float64)
+    out[5] = -torch.inf
+    policy, ref = LmHead(head.weight, bias=out), LmHead(ref_head.weight, bias=out)
+    hidden.requires_grad_()
+    for kind in KINDS:
+        values = token_divergence(hidden, policy, ref_hidden, ref, kind=kind)
+        (grad,) = torch.autograd.grad(values.sum(), hidden)
+        assert values.isfinite().all() and grad.isfinite().all(), kind
+    only_ref = token_divergence(hidden, head, ref_hidden, ref)
+    assert torch.isinf(only_ref).all()
+    assert token_divergence(hidden, head, ref_hidden, ref, kind="js").isfinite().all()
+
+
+# What the interpreter's numpy says about masked -inf - -inf.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_gives_the_same_values_and_no_gradient():
+    hidden, head, ref_hidden, ref_head = heads(n=5, v=37)
+    for kind in KINDS:
+        want = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind)
+        got = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind, engine="triton")
+        assert torch.allclose(got, want, atol=1e-4), kind
+    with pytest.raises(ValueError, match="without gradient"):
+        token_divergence(
+            hidden.requires_grad_(), head, ref_hidden, ref_head, engine="triton"
+        )
+
+
+def test_backward_twice_and_unknown_kind():
+    hidden, head, ref_hidden, ref_head = heads()
+    hidden.requires_grad_()
+    value = token_divergence(hidden, head, ref_hidden, ref_head).sum()
+    first = torch.autograd.grad(value, hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(value, hidden)[0])
+    with pytest.raises(ValueError, match="kind: expected one of 'kl'"):
+        token_divergence(hidden, head, ref_hidden, ref_head, kind="tv")

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastdaa.losses.objective import Objective
-from fastdaa.planner import PATHS
+from fastdaa.planner import ENGINES, PATHS
 from fastdaa.train.segment_backends import BACKENDS
 from fastdaa.validation import check_choice, check_positive
 
@@ -59,6 +59,7 @@ class PreferenceConfig(TrainingArguments):
         tokens_per_pack: tokens of one forward; a batch is split into forwards of at most that many.
             None puts a whole per-device batch into one.
         impl: which way through the LM head is taken; ``"auto"`` plans it.
+        head_engine: what works on tiles of logits, ``"torch"`` or ``"triton"``.
         head_max_bytes: bytes of fp32 logits held at a time; by default the device's.
         precompute_ref_log_probs: compute all reference log-probs before training, from the cache
             on disk where it has them; the reference model is then not kept.
@@ -146,6 +147,14 @@ class PreferenceConfig(TrainingArguments):
         default="auto",
         metadata={"help": "Way through the LM head; auto: planned.", "choices": IMPL_CHOICES},
     )
+    head_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What works on tiles of logits: torch, or triton for the kernels (CUDA; not "
+            "yet measured on a GPU); auto: torch.",
+            "choices": ENGINES,
+        },
+    )
     head_max_bytes: int | None = field(
         default=None,
         metadata={"help": "Bytes of fp32 logits held at a time. Default: the device's."},
@@ -229,6 +238,7 @@ class PreferenceConfig(TrainingArguments):
             ("layout", LAYOUT_CHOICES),
             ("attention", ATTENTION_CHOICES),
             ("impl", IMPL_CHOICES),
+            ("head_engine", ENGINES),
         ):
             check_choice(name, getattr(self, name), choices)
         for name in _COUNTS:

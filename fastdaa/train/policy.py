@@ -62,7 +62,7 @@ def run_policy(
                 ref_token_logps=None if ref is None else ref.token_logps,
                 completion_lengths=pack["completion_lengths"],
                 totals=totals, stats=args.log_token_stats,
-                impl=args.impl, max_bytes=args.head_max_bytes,
+                impl=args.impl, engine=args.head_engine, max_bytes=args.head_max_bytes,
             )  # fmt: skip
             kl = _exact_kl(hidden_states, head, selection.rows, ref, args.head_max_bytes)
         return output, kl

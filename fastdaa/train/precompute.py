@@ -148,6 +148,8 @@ def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
         else json.dumps(adapter.to_dict(), sort_keys=True, default=str),
         mixed_precision=str(trainer.accelerator.mixed_precision),
         reduction="sum",
+        # Other kernels round the last bits otherwise.
+        **({"engine": "triton"} if trainer.args.head_engine == "triton" else {}),
     )
 
 

@@ -50,18 +50,19 @@ class ModelReference:
     Args:
         model: prepared by the accelerator, with ``install_head_task``.
         max_bytes: bytes of fp32 logits held at a time.
+        engine: what works on them, see :func:`fastdaa.token_logps`.
     """
 
     online = True
 
-    def __init__(self, model: nn.Module, max_bytes: int | None = None):
+    def __init__(self, model: nn.Module, max_bytes: int | None = None, engine: str = "auto"):
         self.model = model
-        self.max_bytes = max_bytes
+        self.options = {"max_bytes": max_bytes, "engine": engine}
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the model."""
         with torch.no_grad():
-            return score_pack(self.model, pack, keep_rows=keep_rows, max_bytes=self.max_bytes)
+            return score_pack(self.model, pack, keep_rows=keep_rows, **self.options)
 
 
 class AdapterReference:
@@ -72,19 +73,22 @@ class AdapterReference:
     Args:
         policy: gives the model as it is now; sharding may put another in its place.
         max_bytes: bytes of fp32 logits held at a time.
+        engine: what works on them, see :func:`fastdaa.token_logps`.
     """
 
     online = True
 
-    def __init__(self, policy: Callable[[], nn.Module], max_bytes: int | None = None):
+    def __init__(
+        self, policy: Callable[[], nn.Module], max_bytes: int | None = None, engine: str = "auto"
+    ):
         self.policy = policy
-        self.max_bytes = max_bytes
+        self.options = {"max_bytes": max_bytes, "engine": engine}
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the starting point of the policy."""
         model = self.policy()
         with torch.no_grad(), starting_point(model):
-            return score_pack(model, pack, keep_rows=keep_rows, max_bytes=self.max_bytes)
+            return score_pack(model, pack, keep_rows=keep_rows, **self.options)
 
 
 class CachedReference:
@@ -104,13 +108,13 @@ def online_reference(trainer: PreferenceTrainer, given: nn.Module | None) -> Ref
         trainer: with the policy before its training.
         given: a second model; else it is the starting point of the policy.
     """
-    budget = trainer.args.head_max_bytes
+    options = (trainer.args.head_max_bytes, trainer.args.head_engine)
     if given is None and is_adapted(trainer.model):
         keep_starting_adapter(trainer.model)
-        return AdapterReference(lambda: trainer.model, budget)
+        return AdapterReference(lambda: trainer.model, *options)
     ref = frozen_copy(trainer.model) if given is None else given
     prepare_model(ref, trainer.layout)
-    return ModelReference(prepare_reference(ref, trainer.accelerator), budget)
+    return ModelReference(prepare_reference(ref, trainer.accelerator), *options)
 
 
 def reference_for_cache(
@@ -121,11 +125,16 @@ def reference_for_cache(
         return online_reference(trainer, given), trainer.model if given is None else given
     # The policy itself, before it is trained, spares a copy.
     model = trainer.model.eval()
-    return ModelReference(model, trainer.args.head_max_bytes), model
+    return ModelReference(model, trainer.args.head_max_bytes, trainer.args.head_engine), model
 
 
 def score_pack(
-    model: nn.Module, pack: Mapping[str, Any], *, keep_rows: bool, max_bytes: int | None
+    model: nn.Module,
+    pack: Mapping[str, Any],
+    *,
+    keep_rows: bool,
+    max_bytes: int | None,
+    engine: str = "auto",
 ) -> ReferenceScores:
     """Run ``model`` on a pack and score its selection, inside the model's forward."""
     selection = selection_from(pack)
@@ -135,7 +144,9 @@ def score_pack(
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = flat.index_select(0, selection.rows)
         with head_in_force(core) as head:
-            logps = head_logps(rows, head.detach(), selection.targets, max_bytes=max_bytes)
+            logps = head_logps(
+                rows, head.detach(), selection.targets, engine=engine, max_bytes=max_bytes
+            )
         return logps, rows if keep_rows else None
 
     token_logps, rows = run_head_task(model, pack, task).result

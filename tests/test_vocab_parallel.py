@@ -1,0 +1,150 @@
+"""A head whose vocabulary is split over two processes, against the whole one in one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastdaa import LmHead, Objective, TokenSelection, VocabShard, pair_loss
+from fastdaa.divergence import token_kl
+from fastdaa.logps import head_logps, token_stats
+
+N, D, V = 24, 16, 97
+CUT = 41  # slices of 41 and 56 rows
+LENGTHS = (5, 7, 0, 4, 6, 2)
+CASES = {
+    "score": {},
+    "frozen": {"wanted": (True, False)},
+    "recompute": {"wanted": (True, True)},
+    "head alone": {"wanted": (False, True)},
+    "single pass": {"wanted": (True, True), "loss": "dpo"},
+    "single pass, frozen": {"wanted": (True, False), "loss": "ipo"},
+    "satisfied pairs": {"wanted": (True, True), "loss": "slic"},
+    "coupled": {"wanted": (True, True), "loss": "aot"},
+    "softcap": {"wanted": (True, True), "softcap": 4.0, "logit_scale": 0.5},
+    "bias": {"wanted": (True, True), "bias": True},
+    "bf16": {"wanted": (True, True), "loss": "dpo", "dtype": torch.bfloat16},
+    "small budget": {"wanted": (True, True), "loss": "dpo", "max_bytes": 4 * 60 * 3},
+}
+
+
+def run(case, rank=None):
+    """Values and gradients of a case, with the whole head or with the slice of a process."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = case.get("dtype", torch.float64)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden, weight, bias, ref = randn(N, D), randn(V, D), randn(V), -50 + randn(6)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    ids = slice(0, V) if rank is None else (slice(0, CUT), slice(CUT, V))[rank]
+    shard = None if rank is None else VocabShard(ids.start, V)
+    want_hidden, want_head = case.get("wanted", (False, False))
+    hidden.requires_grad_(want_hidden)
+    weight = weight[ids].clone().requires_grad_(want_head)
+    bias = bias[ids].clone().requires_grad_(want_head) if case.get("bias") else None
+    head = LmHead(weight, bias, case.get("softcap"), case.get("logit_scale", 1.0), shard=shard)
+    max_bytes = case.get("max_bytes")
+    if "loss" in case:
+        lengths = torch.tensor(LENGTHS)
+        selection = TokenSelection(torch.arange(N), targets, lengths, LENGTHS)
+        out = pair_loss(
+            hidden, head, selection, Objective.parse(case["loss"]),
+            ref_logps=ref.float(), max_bytes=max_bytes,
+        )  # fmt: skip
+        result, total = [out.loss, out.losses, out.token_logps], out.loss
+    else:
+        logps = head_logps(hidden, head, targets, max_bytes=max_bytes)
+        result, total = [logps, *token_stats(hidden, head, targets)[1]], logps.sin().sum()
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(total, leaves) if leaves else ()
+    return [t.detach() for t in result], list(grads)
+
+
+def worker(port, folder, rank):
+    rank = int(rank)
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    outcome = {name: (run(case, rank), run(case, rank)) for name, case in CASES.items()}
+    torch.save(outcome, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, __file__, str(port), str(folder)]
+    workers = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def joined(case, parts):
+    """Gradients of both processes put together: whole for hidden states, slices for the head."""
+    own = [part[1] for part in parts]
+    first = 0
+    grads = []
+    if case.get("wanted", (False, False))[0]:
+        assert torch.equal(own[0][0], own[1][0])
+        grads, first = [own[0][0]], 1
+    return grads + [torch.cat([a, b]) for a, b in zip(own[0][first:], own[1][first:], strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_compute_what_one_does(outcomes, name):
+    case = CASES[name]
+    values, grads = run(case)
+    half = case.get("dtype") == torch.bfloat16
+    both = [outcome[name][0] for outcome in outcomes]
+    for rank in both:
+        for got, want in zip(rank[0], values, strict=True):
+            assert torch.allclose(got, want, atol=1e-5 if half else 1e-12, rtol=1e-5)
+    for got, want in zip(joined(case, both), grads, strict=True):
+        assert got.dtype == want.dtype
+        limit = 1e-2 if half else 1e-12
+        assert (got - want).abs().max() <= limit * want.abs().max() + 1e-30
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_agree_to_the_bit_and_repeat(outcomes, name):
+    (a, again), (b, _) = (outcome[name] for outcome in outcomes)
+    for x, y, z in zip(a[0], b[0], again[0], strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+    for x, z in zip(a[1], again[1], strict=True):
+        assert torch.equal(x, z)
+
+
+def test_a_slice_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="shard: expected 5 rows from token 7 to lie within .* 10"):
+        LmHead(torch.zeros(5, 3), shard=VocabShard(7, 10))
+
+
+def test_what_needs_the_whole_vocabulary_says_so(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    head = LmHead(torch.zeros(5, 3), shard=VocabShard(0, 10))
+    whole = LmHead(torch.zeros(5, 3))
+    hidden, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    for call in (
+        lambda: token_kl(hidden, head, hidden, whole),
+        lambda: head_logps(hidden, head, targets, impl="reference"),
+        lambda: head_logps(hidden, head, targets, engine="triton"),
+    ):
+        with pytest.raises(ValueError, match="expected .*the whole vocabulary, got a slice"):
+            call()
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
