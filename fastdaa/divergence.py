@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastdaa.engines import logit_slope, scale_tile
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import HeadGradients
+from fastdaa.recompute import HeadGradients, rounded
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
 from fastdaa.validation import check_choice, check_product
 
@@ -77,8 +77,7 @@ def token_divergence(
     ref_hidden_states, ref_head = ref_hidden_states.detach(), ref_head.detach()
     if plan.engine == "triton":
         return _in_triton(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
-    with without_autocast(hidden_states.device):
-        ref = Logits(ref_hidden_states, ref_head)
+    ref = Logits(ref_hidden_states, ref_head)
     return _Divergence.apply(
         hidden_states, head.weight, head.bias, head.detach(), ref, kind, plan
     )  # fmt: skip
@@ -127,8 +126,8 @@ class _Divergence(torch.autograd.Function):
         ref: Logits, kind: str, plan: HeadPlan,
     ) -> Tensor:  # fmt: skip
         """The values; for a head that is not trained, also their slopes by the hidden states."""
+        policy = Logits(hidden_states, head)
         with without_autocast(hidden_states.device):
-            policy = Logits(hidden_states, head)
             slopes = None
             if plan.path == "frozen":
                 slopes = hidden_states.new_empty(hidden_states.shape, dtype=policy.wide)
@@ -170,7 +169,7 @@ def _gradients(policy: Logits, coefficients: Tensor, ctx: Any) -> tuple[Tensor |
             assert dz is not None
             dz.mul_(scaled[rows, None])
             grads.add(dz, factor, policy.rows(rows), weight, rows, columns)
-    return grads.rounded()
+    return rounded(grads.finish(), (policy.hidden_states, policy.head.weight, policy.head.bias))
 
 
 def _compare(

@@ -47,11 +47,15 @@ class Frozen(torch.autograd.Function):
 
 
 def logps_and_slopes(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    plan: HeadPlan,
+    operand: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs ``[N]`` and ``d logp / d hidden [N, D]``, both wide, in one pass over the head."""
+    logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
-        logits = Logits(hidden_states, head, engine=plan.engine)
         slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
         logps = slopes.new_empty(slopes.shape[0])
         for rows in blocks(hidden_states.shape[0], plan.block_rows):

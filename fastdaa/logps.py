@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdaa import reference
+from fastdaa.compiled_logps import compiled_head_logps
 from fastdaa.frozen import Frozen
 from fastdaa.head import LmHead
 from fastdaa.outputs import PairLogps, TokenStats
@@ -75,6 +76,10 @@ def head_logps(
     max_bytes: int | None = None,
 ) -> Tensor:
     """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`."""
+    if torch.compiler.is_compiling():
+        return compiled_head_logps(
+            hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes
+        )
     grad = torch.is_grad_enabled()
     plan = plan_head(
         head.planned_width,

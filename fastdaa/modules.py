@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdaa.compiled_loss import compiled_select_pairs
 from fastdaa.head import LmHead
 from fastdaa.logps import token_logps
 from fastdaa.losses import Objective
@@ -89,7 +90,10 @@ class FusedLinearPairLoss(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit together, or a missing reference.
         """
-        selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
+        if torch.compiler.is_compiling():
+            selection = compiled_select_pairs(labels, self.order, self.ignore_index)
+        else:
+            selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
         check_shape("hidden_states", hidden_states, (*labels.shape, hidden_states.shape[-1]))
         selection = selection.to(hidden_states.device)
         if ref_logps is not None and ref_hidden_states is not None:

@@ -7,18 +7,18 @@ path is taken, the same objective is evaluated on the same vectors: no formula e
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps, pair_logps, sequence_logps, token_stats
+from fastdaa.logps import head_logps, token_stats
 from fastdaa.losses import Objective
-from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
+from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
+from fastdaa.pair_batch import PairBatch
 from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.single_pass import Chunk, SinglePass, chunks_of_pairs
-from fastdaa.validation import check_head_inputs, check_indices, check_shape
+from fastdaa.single_pass import SinglePass, chunks_of_pairs, single_pass_plan
+from fastdaa.validation import check_head_inputs, check_indices
 
 
 def pair_loss(
@@ -68,10 +68,16 @@ def pair_loss(
         ImportError: ``engine="triton"`` without the package triton.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if torch.compiler.is_compiling():
+        return compiled_pair_loss(
+            flat.index_select(0, selection.rows), head, selection, objective,
+            References(ref_logps, ref_token_logps, completion_lengths, advantages), totals,
+            stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
     rows = flat.index_select(0, selection.rows)
     check_head_inputs(rows, head.weight, selection.targets, head.bias)
-    batch = _Batch(
+    batch = PairBatch(
         selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals
     )
     grad = torch.is_grad_enabled()
@@ -95,82 +101,12 @@ def pair_loss(
 
 
 def _single_pass(
-    rows: Tensor, head: LmHead, batch: _Batch, plan: HeadPlan, stats: bool
+    rows: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool
 ) -> PairLossOutput:
     selection = batch.selection
-    if head.softcap is not None and plan.engine == "torch":
-        # The slope of the cap is held beside the logits: half as many fit.
-        plan = replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
+    plan = single_pass_plan(plan, head)
     loss, losses, logps, *columns = SinglePass.apply(
         rows, head.weight, head.bias, selection.targets, head.detach(), plan,
         chunks_of_pairs(selection.counts, plan.tile_rows), batch.losses, batch.totals.pairs, stats,
     )  # fmt: skip
     return batch.output(loss, losses, logps, TokenStats(*columns) if stats else None)
-
-
-class _Batch:
-    """Everything an objective needs beside the policy's log-probs, cut to any range of pairs."""
-
-    def __init__(
-        self,
-        selection: TokenSelection,
-        objective: Objective,
-        ref_logps: Tensor | None,
-        ref_token_logps: Tensor | None,
-        completion_lengths: Tensor | None,
-        advantages: Tensor | None,
-        totals: BatchTotals | None,
-    ):
-        sequences, tokens = len(selection.counts), sum(selection.counts)
-        if sequences % 2 or not sequences:
-            raise ValueError(f"selection: expected 2B > 0 sequences, got {sequences}")
-        check_indices("selection.lengths", selection.lengths, (sequences,))
-        if ref_token_logps is not None:
-            check_shape("ref_token_logps", ref_token_logps, (tokens,))
-            if ref_logps is None:
-                ref_logps = sequence_logps(ref_token_logps, selection.lengths)
-        if ref_logps is not None:
-            check_shape("ref_logps", ref_logps, (sequences,))
-        elif objective.needs_ref:
-            raise ValueError(f"ref_logps: expected [{sequences}] for {objective}, got None")
-        if completion_lengths is None:
-            completion_lengths = selection.lengths
-        check_indices("completion_lengths", completion_lengths, (sequences,))
-        if advantages is not None:
-            check_shape("advantages", advantages, (sequences,))
-        self.selection, self.objective, self.advantages = selection, objective, advantages
-        self.completion_lengths = completion_lengths
-        self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
-        here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
-        self.totals = here if totals is None else totals
-        self.everything = Chunk(slice(0, sequences // 2), slice(0, tokens))
-
-    def losses(self, token_logps: Tensor, chunk: Chunk) -> Tensor:
-        """Losses ``[b]`` of the pairs of a chunk from its token log-probs ``[n]``."""
-        sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
-        lengths = self.selection.lengths[sequences]
-        completion = self.completion_lengths[sequences]
-        policy = pair_logps(sequence_logps(token_logps, lengths), completion)
-        ref = None
-        if self.ref_logps is not None:
-            ref = pair_logps(self.ref_logps[sequences].to(policy.chosen.dtype), completion)
-        token_part = None
-        if self.objective.has_token_level:
-            ref_tokens, advantages = self.ref_token_logps, self.advantages
-            token_part = self.objective.token_losses(
-                token_logps,
-                None if ref_tokens is None else ref_tokens[chunk.tokens],
-                lengths,
-                advantages=None if advantages is None else advantages[sequences],
-                pairs=self.totals.pairs,
-                tokens=self.totals.tokens or sum(self.selection.counts),
-            )
-        return self.objective(policy, ref, self.totals, token_part)
-
-    def output(
-        self, loss: Tensor, losses: Tensor, logps: Tensor, stats: TokenStats | None
-    ) -> PairLossOutput:
-        """The public result."""
-        sums = sequence_logps(logps, self.selection.lengths)
-        policy: PairLogps = pair_logps(sums, self.completion_lengths)
-        return PairLossOutput(loss, losses, policy, logps, stats)

@@ -57,7 +57,7 @@ class Recompute(torch.autograd.Function):
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
-        grads = head_gradients(
+        sums = wide_head_gradients(
             Logits(hidden_states, head, ctx.operand, ctx.plan.engine),
             targets,
             coefficients,
@@ -65,17 +65,30 @@ class Recompute(torch.autograd.Function):
             ctx.plan,
             ctx.needs_input_grad[:3],
         )
-        return *grads, None, None, None
+        tensors = (hidden_states, weight, bias)
+        return *rounded(sums, tensors), None, None, None
 
 
-def head_gradients(
+WideGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, weight and bias; None where not wanted."""
+
+
+def rounded(sums: WideGradients, tensors: tuple[Tensor, Tensor, Tensor | None]) -> WideGradients:
+    """The sums in the dtypes of their tensors."""
+    return tuple(  # type: ignore[return-value]
+        total if total is None or t is None else total.to(t.dtype)
+        for total, t in zip(sums, tensors, strict=True)
+    )
+
+
+def wide_head_gradients(
     logits: Logits,
     targets: Tensor,
     coefficients: Tensor,
     rows: RowState,
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> WideGradients:
     """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias."""
     head, hidden_states = logits.head, logits.hidden_states
     grads = HeadGradients(logits, wanted)
@@ -90,8 +103,7 @@ def head_gradients(
                 state = RowState(rows.m[r], rows.log_s[r], rows.logps[r])
                 dz = tile.gradient(state, targets[r], scaled[r])
                 grads.add(dz, factor, hidden, weight, r, columns)
-    grads.finish()
-    return grads.rounded()
+    return grads.finish()
 
 
 class HeadGradients:
@@ -101,7 +113,6 @@ class HeadGradients:
         self.head, self.column_sums = logits.head, logits.engine.column_sums
         head = self.head
         tensors = (logits.hidden_states, head.weight, head.bias)
-        self.dtypes = tuple(None if t is None else t.dtype for t in tensors)
         self.hidden, self.weight, self.bias = (
             torch.zeros_like(t, dtype=logits.wide) if want and t is not None else None
             for t, want in zip(tensors, wanted, strict=True)
@@ -128,14 +139,8 @@ class HeadGradients:
         if self.weight is not None:
             factor.accumulate(self.weight[columns], tile.T, hidden)
 
-    def finish(self) -> None:
+    def finish(self) -> WideGradients:
         """After the last tile: what other processes' parts of the vocabulary contribute."""
         if self.hidden is not None:
             sum_over_shards(self.hidden, self.head)
-
-    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums in the dtypes of their tensors."""
-        sums = (self.hidden, self.weight, self.bias)
-        return tuple(  # type: ignore[return-value]
-            None if t is None else t.to(dtype) for t, dtype in zip(sums, self.dtypes, strict=True)
-        )
+        return self.hidden, self.weight, self.bias

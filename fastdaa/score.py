@@ -17,11 +17,20 @@ from fastdaa.tiles import Logits, blocks, without_autocast
 
 @torch.no_grad()
 def score(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, *, stats: bool = False
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    plan: HeadPlan,
+    *,
+    stats: bool = False,
+    operand: torch.dtype | None = None,
 ) -> tuple[RowState, TokenStats | None]:
-    """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``."""
+    """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``.
+
+    ``operand`` is the dtype of the factors where autocast was seen elsewhere.
+    """
+    logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
-        logits = Logits(hidden_states, head, engine=plan.engine)
         columns = slice(0, head.width)
         results = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):

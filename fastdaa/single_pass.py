@@ -8,6 +8,7 @@ to statistics to coefficients to gradients while its logits are at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from fastdaa.engines import RowState, RowTile
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.recompute import HeadGradients
+from fastdaa.recompute import HeadGradients, WideGradients
 from fastdaa.score import join
 from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
 
@@ -53,6 +54,14 @@ def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:
     return chunks
 
 
+def single_pass_plan(plan: HeadPlan, head: LmHead) -> HeadPlan:
+    """The plan with the chunks that fit beside what the engine holds for this head."""
+    if head.softcap is None or plan.engine != "torch":
+        return plan
+    # The slope of the cap is held beside the logits: half as many fit.
+    return replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
+
+
 class SinglePass(torch.autograd.Function):
     """``apply(hidden_states, weight, bias, targets, head, plan, chunks, objective, pairs, stats)``.
 
@@ -68,18 +77,14 @@ class SinglePass(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss and all gradients."""
         logits = Logits(hidden_states, head, engine=plan.engine)
-        run = _Run(logits, targets, plan, ctx.needs_input_grad[:3], stats)
-        with without_autocast(hidden_states.device):
-            losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
-        grads = run.grads
-        grads.finish()
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.dtypes = grads.dtypes
-        empty = hidden_states.new_zeros(0, dtype=run.logits.wide)
-        all_losses, logps = torch.cat(losses or [empty]), torch.cat(run.logps or [empty])
-        rest = (all_losses, logps, *join(run.values, 3, empty))
-        ctx.mark_non_differentiable(*rest)
-        return all_losses.sum() / pairs, *rest
+        wanted = ctx.needs_input_grad[:3]
+        (losses, *rest), grads = run_single_pass(
+            logits, targets, plan, chunks, objective, pairs, wanted, stats
+        )
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, weight, bias)]
+        ctx.mark_non_differentiable(losses, *rest)
+        return losses.sum() / pairs, losses, *rest
 
     @staticmethod
     @once_differentiable
@@ -90,6 +95,20 @@ class SinglePass(torch.autograd.Function):
             for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None, None, None, None
+
+
+def run_single_pass(
+    logits: Logits, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
+    objective: ChunkObjective, pairs: int, wanted: tuple[bool, bool, bool], stats: bool,
+) -> tuple[list[Tensor], WideGradients]:  # fmt: skip
+    """Losses ``[B]``, log-probs ``[N]``, three statistics, and ``d sum(losses) / pairs``, wide."""
+    run = _Run(logits, targets, plan, wanted, stats)
+    device = logits.hidden_states.device
+    with without_autocast(device):
+        losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
+    empty = torch.zeros(0, dtype=logits.wide, device=device)
+    results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
+    return results + join(run.values, 3, empty), run.grads.finish()
 
 
 class _Block(NamedTuple):
@@ -142,7 +161,7 @@ class _Run:
         empty = self.weight.new_zeros(0, dtype=self.logits.wide)
         token_logps = torch.cat(logps or [empty])
         self.logps.append(token_logps)
-        losses, coefficients = _coefficients(objective, chunk, token_logps, pairs)
+        losses, coefficients = loss_coefficients(objective, chunk, token_logps, pairs)
         factor = GradientFactor(self.logits, coefficients)
         for part in parts:
             again = held or list(self._forward(*part))
@@ -202,7 +221,7 @@ class _Run:
         self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows, self.columns)
 
 
-def _coefficients(
+def loss_coefficients(
     objective: ChunkObjective, chunk: Chunk, logps: Tensor, pairs: int
 ) -> tuple[Tensor, Tensor]:
     """Losses ``[b]`` of the chunk and ``d mean(losses) / d logps [n]``."""

@@ -198,9 +198,7 @@ def test_triton_gives_the_same_values_and_no_gradient():
         got = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind, engine="triton")
         assert torch.allclose(got, want, atol=1e-4), kind
     with pytest.raises(ValueError, match="without gradient"):
-        token_divergence(
-            hidden.requires_grad_(), head, ref_hidden, ref_head, engine="triton"
-        )
+        token_divergence(hidden.requires_grad_(), head, ref_hidden, ref_head, engine="triton")
 
 
 def test_backward_twice_and_unknown_kind():

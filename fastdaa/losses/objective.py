@@ -15,6 +15,19 @@ from fastdaa.losses.hyperparameters import check_accepted, check_value
 from fastdaa.losses.registry import Loss, get_loss
 from fastdaa.outputs import BatchTotals, PairLogps
 
+_BY_KEY: dict[str, Objective] = {}
+_PLAIN = (str, int, float, type(None))
+
+
+def _register(objective: Objective) -> str:
+    """A key that equal objectives share; one with a function of the caller's has its own."""
+    key = str(objective)
+    values = (value for term in objective.terms for value in term.values.values())
+    if not all(isinstance(value, _PLAIN) for value in values):
+        key = f"{key} #{len(_BY_KEY)}"
+    _BY_KEY[key] = objective
+    return key
+
 
 @dataclass(frozen=True)
 class Term:
@@ -55,10 +68,22 @@ class Objective:
     """
 
     terms: tuple[Term, ...]
+    key: str = field(init=False, repr=False, compare=False)
+    """Name under which :meth:`by_key` finds it: compiled graphs hold strings, not objects."""
 
     def __post_init__(self) -> None:
         if not self.terms or all(term.weight == 0 for term in self.terms):
             raise ValueError("expected at least one loss with a weight above 0, got none")
+        object.__setattr__(self, "key", _register(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew, so that another process registers it, too.
+        return type(self), (self.terms,)
+
+    @staticmethod
+    def by_key(key: str) -> Objective:
+        """The objective that has this ``key``."""
+        return _BY_KEY[key]
 
     @classmethod
     def parse(
