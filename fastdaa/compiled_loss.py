@@ -27,7 +27,6 @@ from fastdaa.recompute import WideGradients, wide_head_gradients
 from fastdaa.score import score
 from fastdaa.single_pass import (
     chunks_of_pairs,
-    loss_coefficients,
     run_single_pass,
     single_pass_plan,
 )
@@ -106,14 +105,14 @@ def _pair_loss(
     """Loss, losses, log-probs, three statistics, three wide gradients (empty where not wanted)."""
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     formula = Objective.by_key(objective)
-    batch = PairBatch(
-        TokenSelection(rows, targets, lengths, tuple(lengths.tolist())), formula,
-        ref_logps, ref_token_logps, completion_lengths, advantages,
-        None if totals is None else BatchTotals(totals[0], totals[1], total_tokens),
-    )  # fmt: skip
     plan = plan_head(
         head.vocab_size, rows.device, hidden_grad=wanted[0], head_grad=wanted[1] or wanted[2],
         loss_inside=True, coupled=formula.coupled, impl=impl, engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
+    batch = PairBatch(
+        TokenSelection(rows, targets, lengths, tuple(lengths.tolist())), formula,
+        ref_logps, ref_token_logps, completion_lengths, advantages,
+        None if totals is None else BatchTotals(totals[0], totals[1], total_tokens), plan.engine,
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
     with _autograd_inside():
@@ -129,23 +128,22 @@ def _evaluate(
 ) -> tuple[list[Tensor], WideGradients]:
     """Losses, log-probs, statistics and wide gradients on the path of the plan."""
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
-    pairs = batch.totals.pairs
     if plan.path == "single_pass":
         plan = single_pass_plan(plan, head)
         chunks = chunks_of_pairs(batch.selection.counts, plan.tile_rows)
-        return run_single_pass(logits, targets, plan, chunks, batch.losses, pairs, wanted, stats)
+        return run_single_pass(logits, targets, plan, chunks, batch.evaluate, wanted, stats)
     values: tuple[Tensor, ...] = (rows.new_empty(0, dtype=logits.wide),) * 3
     if stats:
         values = token_stats(rows, head, targets, engine=plan.engine)[1]
     grads: WideGradients = (None, None, None)
     if plan.path == "frozen":
         logps, slopes = logps_and_slopes(rows, head, targets, plan, logits.operand)
-        losses, coefficients = loss_coefficients(batch.losses, batch.everything, logps, pairs)
+        losses, coefficients = batch.evaluate(logps, batch.everything)
         grads = (slopes * coefficients[:, None], None, None)
     else:
         state, _ = score(rows, head, targets, plan, operand=logits.operand)
         logps = state.logps
-        losses, coefficients = loss_coefficients(batch.losses, batch.everything, logps, pairs)
+        losses, coefficients = batch.evaluate(logps, batch.everything)
         if plan.path == "recompute":
             grads = wide_head_gradients(logits, targets, coefficients, state, plan, wanted)
     return [losses, logps, *(value.clone() for value in values)], grads

@@ -53,7 +53,7 @@ def token_divergence(
         ref_head: head of the reference, over the same vocabulary.
         kind: ``"kl"`` for ``KL(policy || ref)``, ``"reverse_kl"`` for ``KL(ref || policy)``,
             ``"js"`` for the Jensen-Shannon divergence (at most ln 2).
-        engine: ``"torch"``, ``"triton"`` (values only, no logits in memory; contiguous inputs of
+        engine: ``"torch"``, ``"fused"`` (values only, no logits in memory; contiguous inputs of
             one dtype up to fp32), or ``"auto"``, for now torch.
         max_bytes: bytes of fp32 logits held at a time, for each of the two heads.
 
@@ -64,9 +64,10 @@ def token_divergence(
     Raises:
         TypeError, ValueError: an unknown ``kind``, inputs of a wrong dtype or shape, another number
             of positions or another vocabulary, or an engine that cannot serve the call.
-        ImportError: ``engine="triton"`` without the package triton.
+        ImportError: ``engine="fused"`` without the package triton.
     """
     check_choice("kind", kind, KINDS)
+    check_choice("engine", engine, ("auto", "torch", "fused"))
     _check_pair(hidden_states, head, ref_hidden_states, ref_head)
     grad = torch.is_grad_enabled()
     plan = plan_head(
@@ -75,8 +76,8 @@ def token_divergence(
         engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     ref_hidden_states, ref_head = ref_hidden_states.detach(), ref_head.detach()
-    if plan.engine == "triton":
-        return _in_triton(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
+    if plan.engine == "fused":
+        return _fused(hidden_states, head, ref_hidden_states, ref_head, kind)
     ref = Logits(ref_hidden_states, ref_head)
     return _Divergence.apply(
         hidden_states, head.weight, head.bias, head.detach(), ref, kind, plan
@@ -227,13 +228,10 @@ def _by_hidden(policy: Logits, dz: Tensor) -> Tensor:
     return factor.restore(product(tile.to(policy.operand), weight))
 
 
-def _in_triton(
-    hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead, kind: str,
-    plan: HeadPlan,
-) -> Tensor:  # fmt: skip
-    if plan.path != "score":
-        raise ValueError("engine='triton': expected inputs without gradient for a divergence, got "
-                         "some with requires_grad; engine='torch' is differentiable")  # fmt: skip
+def _fused(
+    hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead, kind: str
+) -> Tensor:
+    """From the accumulators of both products: Triton's kernel."""
     from fastdaa.kernels.divergence import HeadOptions, token_divergences
 
     def options(h: LmHead) -> HeadOptions:

@@ -50,7 +50,9 @@ def token_logps(
         impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
             ``"recompute"``, or ``"reference"`` (materialised logits, for checks).
         engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
-            CUDA devices; not yet measured on one), or ``"auto"``, for now torch.
+            CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
+            logits at all, and log-probs that differ from the other engines' in the last bits, so
+            both models of a comparison need it), or ``"auto"``, for now torch.
         max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
 
     Returns:
@@ -59,7 +61,7 @@ def token_logps(
     Raises:
         TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` or
             ``engine`` that cannot serve this call.
-        ImportError: ``engine="triton"`` without the package triton.
+        ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
     """
     check_head_inputs(hidden_states, weight, targets, bias)
     head = LmHead(weight, bias, softcap, logit_scale, temperature)

@@ -1,8 +1,8 @@
 """An ``Objective`` evaluated by the Triton kernel: sums, losses, coefficients and metrics at once.
 
 The formulas are those of ``fastdaa.losses`` a second time, as jitted functions with derivatives;
-``tests/test_kernels_objective.py`` holds them to the first for every loss of the registry. Nothing
-in the library calls this yet: it has not run on a GPU.
+``tests/test_kernels_objective.py`` holds them to the first for every loss of the registry. The
+single pass calls this where the engine is Triton; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -80,6 +80,21 @@ def evaluate_objective(
         coefficients=_weighted_sum([(w, v.coefficients) for w, v in parts]) if pair_level else None,
         token_coefficients=_weighted_sum([(w, v.token_coefficients) for w, v in parts]),
     )
+
+
+def has_kernel(objective: Objective) -> bool:
+    """Whether every term has a jitted formula: none couples the batch or has a function of the
+    caller's."""
+    for term in objective.terms:
+        if term.loss.level == "token":
+            if _name(term) not in TOKEN_OBJECTIVES:
+                return False
+            continue
+        try:
+            _jitted(term)
+        except ValueError:
+            return False
+    return True
 
 
 def _weighted_sum(parts: list[tuple[float, Tensor | None]]) -> Tensor:

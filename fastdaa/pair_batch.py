@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastdaa.logps import pair_logps, sequence_logps
@@ -23,7 +24,9 @@ class PairBatch:
         completion_lengths: Tensor | None,
         advantages: Tensor | None,
         totals: BatchTotals | None,
+        engine: str = "torch",
     ):
+        self.ref_is_summed = False
         sequences, tokens = len(selection.counts), sum(selection.counts)
         if sequences % 2 or not sequences:
             raise ValueError(f"selection: expected 2B > 0 sequences, got {sequences}")
@@ -31,6 +34,7 @@ class PairBatch:
         if ref_token_logps is not None:
             check_shape("ref_token_logps", ref_token_logps, (tokens,))
             if ref_logps is None:
+                self.ref_is_summed = True
                 ref_logps = sequence_logps(ref_token_logps, selection.lengths)
         if ref_logps is not None:
             check_shape("ref_logps", ref_logps, (sequences,))
@@ -46,10 +50,49 @@ class PairBatch:
         self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
         here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
         self.totals = here if totals is None else totals
+        self.in_kernel = engine == "triton" and _has_kernel(objective)
         self.everything = Chunk(slice(0, sequences // 2), slice(0, tokens))
 
+    @property
+    def _tokens(self) -> int:
+        """Divisor of token-level terms."""
+        return self.totals.tokens or sum(self.selection.counts)
+
+    def evaluate(self, token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Losses ``[b]`` of a chunk, and the derivatives ``[n]`` of the batch's mean by its tokens'
+        log-probs, both without gradient."""
+        if self.in_kernel:
+            return self._in_kernel(token_logps, chunk)
+        with torch.enable_grad():
+            leaf = token_logps.detach().requires_grad_()
+            losses = self.losses(leaf, chunk)
+            if not losses.requires_grad:
+                return losses.detach(), torch.zeros_like(token_logps)
+            (coefficients,) = torch.autograd.grad(losses.sum() / self.totals.pairs, leaf)
+        return losses.detach(), coefficients
+
+    def _in_kernel(self, token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """One launch a term of the objective, in place of autograd through some thirty."""
+        from fastdaa.objective_kernel import evaluate_objective
+
+        sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
+        ref, ref_tokens, advantages = self.ref_logps, self.ref_token_logps, self.advantages
+        values = evaluate_objective(
+            self.objective,
+            token_logps,
+            self.selection.lengths[sequences],
+            totals=self.totals._replace(tokens=self._tokens),
+            # Token log-probs are summed as the policy's are: a margin of 0 is exactly 0.
+            ref_logps=None if ref is None or self.ref_is_summed else ref[sequences].float(),
+            ref_token_logps=None if ref_tokens is None else ref_tokens[chunk.tokens].float(),
+            completion_lengths=self.completion_lengths[sequences],
+            advantages=None if advantages is None else advantages[sequences],
+        )
+        assert values.token_coefficients is not None
+        return values.losses, values.token_coefficients / self.totals.pairs
+
     def losses(self, token_logps: Tensor, chunk: Chunk) -> Tensor:
-        """Losses ``[b]`` of the pairs of a chunk from its token log-probs ``[n]``."""
+        """Losses ``[b]`` of a chunk's pairs from its token log-probs ``[n]``; differentiable."""
         sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
         lengths = self.selection.lengths[sequences]
         completion = self.completion_lengths[sequences]
@@ -66,7 +109,7 @@ class PairBatch:
                 lengths,
                 advantages=None if advantages is None else advantages[sequences],
                 pairs=self.totals.pairs,
-                tokens=self.totals.tokens or sum(self.selection.counts),
+                tokens=self._tokens,
             )
         return self.objective(policy, ref, self.totals, token_part)
 
@@ -77,3 +120,9 @@ class PairBatch:
         sums = sequence_logps(logps, self.selection.lengths)
         policy: PairLogps = pair_logps(sums, self.completion_lengths)
         return PairLossOutput(loss, losses, policy, logps, stats)
+
+
+def _has_kernel(objective: Objective) -> bool:
+    from fastdaa.objective_kernel import has_kernel
+
+    return isinstance(objective, Objective) and has_kernel(objective)

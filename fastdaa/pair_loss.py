@@ -77,15 +77,16 @@ def pair_loss(
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
     rows = flat.index_select(0, selection.rows)
     check_head_inputs(rows, head.weight, selection.targets, head.bias)
-    batch = PairBatch(
-        selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals
-    )
     grad = torch.is_grad_enabled()
     plan = plan_head(
         head.planned_width, rows.device,
         hidden_grad=grad and rows.requires_grad, head_grad=grad and head.trained,
         loss_inside=True, coupled=objective.coupled, impl=impl, engine=engine,
         max_bytes=max_bytes,
+    )  # fmt: skip
+    batch = PairBatch(
+        selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
+        plan.engine,
     )  # fmt: skip
     if plan.path == "single_pass":
         return _single_pass(rows, head, batch, plan, stats)
@@ -107,6 +108,7 @@ def _single_pass(
     plan = single_pass_plan(plan, head)
     loss, losses, logps, *columns = SinglePass.apply(
         rows, head.weight, head.bias, selection.targets, head.detach(), plan,
-        chunks_of_pairs(selection.counts, plan.tile_rows), batch.losses, batch.totals.pairs, stats,
+        chunks_of_pairs(selection.counts, plan.tile_rows), batch.evaluate, batch.totals.pairs,
+        stats,
     )  # fmt: skip
     return batch.output(loss, losses, logps, TokenStats(*columns) if stats else None)

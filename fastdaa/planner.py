@@ -23,7 +23,7 @@ import torch
 from fastdaa.validation import check_choice
 
 PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
-ENGINES = ("auto", "torch", "triton")
+ENGINES = ("auto", "torch", "triton", "fused")
 _GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference": 3}
 
 # Bytes of fp32 logits held at a time: (statistics and gradient tiles, chunks of the single pass). A
@@ -55,7 +55,8 @@ class HeadPlan:
     tile_columns: int
     """Vocabulary entries of that tile."""
     engine: str = "torch"
-    """What works on tiles between the products: ``"torch"``, or ``"triton"`` for its kernels."""
+    """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
+    ``"fused"`` where products and statistics are one kernel and no tile exists."""
     engine_reason: str = ""
     """One clause, where there was a choice."""
 
@@ -103,14 +104,14 @@ def plan_head(
         loss_inside: the caller hands over the loss as well (:func:`fastdaa.pair_loss`).
         coupled: that loss couples all pairs of the batch, so it is not known inside a chunk.
         impl: ``"auto"``, or the path to take; one that cannot serve raises.
-        engine: ``"torch"``, ``"triton"``, or ``"auto"``: torch, until the Triton kernels have been
-            measured on a GPU.
+        engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: torch,
+            until the Triton kernels have been measured on a GPU.
         max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
 
     Raises:
         ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, or a budget
             below one row of logits.
-        ImportError: ``engine="triton"`` without the package triton.
+        ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
     """
     check_choice("impl", impl, PATHS)
     check_choice("engine", engine, ENGINES)
@@ -124,9 +125,9 @@ def plan_head(
 
 
 def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, str]:
-    if engine == "triton":
-        _check_triton(path, device)
-        return "triton", "asked for"
+    if engine in ("triton", "fused"):
+        _check_triton(engine, path, device)
+        return engine, "asked for"
     if engine == "torch":
         return "torch", "asked for"
     if device.type != "cuda":
@@ -134,19 +135,22 @@ def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, s
     return "torch", "the Triton kernels are not yet measured on a GPU"
 
 
-def _check_triton(path: str, device: torch.device) -> None:
+def _check_triton(engine: str, path: str, device: torch.device) -> None:
+    if engine == "fused" and path != "score":
+        raise ValueError("engine='fused': expected a call without gradient (path 'score'), got "
+                         f"path {path!r}; engine='triton' serves all paths")  # fmt: skip
     if path == "reference":
-        raise ValueError("engine='triton': expected a path with tiles of logits, got "
+        raise ValueError(f"engine={engine!r}: expected a path with tiles of logits, got "
                          "impl='reference'")  # fmt: skip
     if importlib.util.find_spec("triton") is None:
-        raise ImportError("engine='triton' needs the package triton, which is not installed: "
+        raise ImportError(f"engine={engine!r} needs the package triton, which is not installed: "
                           "pip install 'fastdaa[triton]', or engine='torch'")  # fmt: skip
     if device.type == "cuda":
         return
     from fastdaa.kernels.configs import interpreted
 
     if device.type != "cpu" or not interpreted():
-        raise ValueError(f"engine='triton': expected tensors on a CUDA device, got {device} (CPU "
+        raise ValueError(f"engine={engine!r}: expected tensors on a CUDA device, got {device} (CPU "
                          "tensors need Triton's interpreter: TRITON_INTERPRET=1)")  # fmt: skip
 
 

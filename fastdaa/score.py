@@ -12,7 +12,7 @@ from fastdaa.engines import RowState
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import Logits, blocks, without_autocast
+from fastdaa.tiles import Logits, blocks, operand_dtype, without_autocast
 
 
 @torch.no_grad()
@@ -29,6 +29,9 @@ def score(
 
     ``operand`` is the dtype of the factors where autocast was seen elsewhere.
     """
+    operand = operand or operand_dtype(hidden_states, head.weight)
+    if plan.engine == "fused":
+        return _fused(hidden_states, head, targets, stats, operand)
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
         columns = slice(0, head.width)
@@ -40,6 +43,26 @@ def score(
         empty = hidden_states.new_zeros(0, dtype=logits.wide)
     states, values = [state for state, _ in results], [value for _, value in results]
     return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None
+
+
+def _fused(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, stats: bool, operand: torch.dtype
+) -> tuple[RowState, TokenStats | None]:
+    """From the accumulator of the product itself: no logits in memory, Triton's kernel."""
+    if operand == torch.float64 or head.shard is not None:
+        got = operand if head.shard is None else "a slice of the vocabulary"
+        raise ValueError(f"engine='fused': expected fp16, bf16 or fp32 and all of V, got {got}")
+    from fastdaa.kernels.score import score_tokens
+
+    scores = score_tokens(
+        hidden_states.to(operand).contiguous(), head.weight.to(operand).contiguous(), targets,
+        bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+        temperature=head.temperature, stats=stats,
+    )  # fmt: skip
+    state = RowState(scores.m, scores.log_s, scores.logps)
+    if scores.entropy is None or scores.top1 is None or scores.mean_logit is None:
+        return state, None
+    return state, TokenStats(scores.entropy, scores.top1, scores.mean_logit)
 
 
 def join(parts: Sequence[Any], fields: int, empty: Tensor) -> list[Tensor]:

@@ -31,8 +31,9 @@ class Chunk(NamedTuple):
     tokens: slice
 
 
-ChunkObjective = Callable[[Tensor, Chunk], Tensor]
-"""Token log-probs ``[n]`` of a chunk, with gradient, to the losses ``[b]`` of its pairs."""
+ChunkObjective = Callable[[Tensor, Chunk], tuple[Tensor, Tensor]]
+"""Token log-probs ``[n]`` of a chunk to the losses ``[b]`` of its pairs and the derivatives ``[n]``
+of the batch's mean loss by the log-probs."""
 
 
 def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:
@@ -79,7 +80,7 @@ class SinglePass(torch.autograd.Function):
         logits = Logits(hidden_states, head, engine=plan.engine)
         wanted = ctx.needs_input_grad[:3]
         (losses, *rest), grads = run_single_pass(
-            logits, targets, plan, chunks, objective, pairs, wanted, stats
+            logits, targets, plan, chunks, objective, wanted, stats
         )
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, weight, bias)]
@@ -99,13 +100,13 @@ class SinglePass(torch.autograd.Function):
 
 def run_single_pass(
     logits: Logits, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
-    objective: ChunkObjective, pairs: int, wanted: tuple[bool, bool, bool], stats: bool,
+    objective: ChunkObjective, wanted: tuple[bool, bool, bool], stats: bool,
 ) -> tuple[list[Tensor], WideGradients]:  # fmt: skip
-    """Losses ``[B]``, log-probs ``[N]``, three statistics, and ``d sum(losses) / pairs``, wide."""
+    """Losses ``[B]``, log-probs ``[N]``, three statistics, and the gradients, wide."""
     run = _Run(logits, targets, plan, wanted, stats)
     device = logits.hidden_states.device
     with without_autocast(device):
-        losses = [run.chunk(chunk, objective, pairs) for chunk in chunks]
+        losses = [run.chunk(chunk, objective) for chunk in chunks]
     empty = torch.zeros(0, dtype=logits.wide, device=device)
     results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
     return results + join(run.values, 3, empty), run.grads.finish()
@@ -140,7 +141,7 @@ class _Run:
         self.on_cpu = logits.hidden_states.device.type == "cpu"
         self.buffer: Tensor | None = None
 
-    def chunk(self, chunk: Chunk, objective: ChunkObjective, pairs: int) -> Tensor:
+    def chunk(self, chunk: Chunk, objective: ChunkObjective) -> Tensor:
         """Losses ``[b]`` of one chunk; its gradients are added to the sums."""
         start, stop = chunk.tokens.start, chunk.tokens.stop
         if stop - start <= self.plan.tile_rows:
@@ -161,7 +162,7 @@ class _Run:
         empty = self.weight.new_zeros(0, dtype=self.logits.wide)
         token_logps = torch.cat(logps or [empty])
         self.logps.append(token_logps)
-        losses, coefficients = loss_coefficients(objective, chunk, token_logps, pairs)
+        losses, coefficients = objective(token_logps, chunk)
         factor = GradientFactor(self.logits, coefficients)
         for part in parts:
             again = held or list(self._forward(*part))
@@ -219,16 +220,3 @@ class _Run:
         rows = active + block.rows.start
         dz = block.tile.gradient(block.state, self.targets[block.rows], g, active)
         self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows, self.columns)
-
-
-def loss_coefficients(
-    objective: ChunkObjective, chunk: Chunk, logps: Tensor, pairs: int
-) -> tuple[Tensor, Tensor]:
-    """Losses ``[b]`` of the chunk and ``d mean(losses) / d logps [n]``."""
-    with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
-        losses = objective(leaf, chunk)
-        if not losses.requires_grad:
-            return losses.detach(), torch.zeros_like(logps)
-        (coefficients,) = torch.autograd.grad(losses.sum() / pairs, leaf)
-    return losses.detach(), coefficients

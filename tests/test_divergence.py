@@ -191,14 +191,14 @@ def test_tokens_that_both_exclude_cost_nothing_and_have_no_gradient():
 
 # What the interpreter's numpy says about masked -inf - -inf.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_triton_gives_the_same_values_and_no_gradient():
+def test_the_fused_kernel_gives_the_same_values_and_no_gradient():
     hidden, head, ref_hidden, ref_head = heads(n=5, v=37)
     for kind in KINDS:
         want = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind)
-        got = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind, engine="triton")
+        got = token_divergence(hidden, head, ref_hidden, ref_head, kind=kind, engine="fused")
         assert torch.allclose(got, want, atol=1e-4), kind
-    with pytest.raises(ValueError, match="without gradient"):
-        token_divergence(hidden.requires_grad_(), head, ref_hidden, ref_head, engine="triton")
+    with pytest.raises(ValueError, match="a call without gradient"):
+        token_divergence(hidden.requires_grad_(), head, ref_hidden, ref_head, engine="fused")
 
 
 def test_backward_twice_and_unknown_kind():

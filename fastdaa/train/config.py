@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastdaa.losses.objective import Objective
-from fastdaa.planner import ENGINES, PATHS
+from fastdaa.planner import PATHS
 from fastdaa.train.segment_backends import BACKENDS
 from fastdaa.validation import check_choice, check_positive
 
@@ -21,6 +21,8 @@ LAYOUT_CHOICES: tuple[str, ...] = get_args(LayoutChoice)
 ATTENTION_CHOICES = ("auto", *BACKENDS)
 # The path `score` gives no gradient, so nothing could be trained with it.
 IMPL_CHOICES = tuple(path for path in PATHS if path != "score")
+# `fused` gives no gradient either.
+ENGINE_CHOICES = ("auto", "torch", "triton")
 
 _COUNTS = (
     "max_length",
@@ -152,7 +154,7 @@ class PreferenceConfig(TrainingArguments):
         metadata={
             "help": "What works on tiles of logits: torch, or triton for the kernels (CUDA; not "
             "yet measured on a GPU); auto: torch.",
-            "choices": ENGINES,
+            "choices": ENGINE_CHOICES,
         },
     )
     head_max_bytes: int | None = field(
@@ -238,7 +240,7 @@ class PreferenceConfig(TrainingArguments):
             ("layout", LAYOUT_CHOICES),
             ("attention", ATTENTION_CHOICES),
             ("impl", IMPL_CHOICES),
-            ("head_engine", ENGINES),
+            ("head_engine", ENGINE_CHOICES),
         ):
             check_choice(name, getattr(self, name), choices)
         for name in _COUNTS:

@@ -1,0 +1,147 @@
+"""The public calls with Triton's engines against the torch engine, in the interpreter.
+
+The kernels themselves have their own tests; these hold the wiring.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdaa import (
+    FusedLinearDPOLoss,
+    LmHead,
+    Objective,
+    TokenSelection,
+    objective_kernel,
+    pair_loss,
+    token_logps,
+    token_stats,
+)
+
+# What the interpreter's numpy says about masked -inf - -inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+LENGTHS = (3, 4, 0, 3, 2, 2)
+N, D, V = sum(LENGTHS), 8, 37
+
+
+def leaves(dtype=torch.float32):
+    return [torch.randn(size, D).to(dtype).requires_grad_() for size in (N, V)]
+
+
+def selection():
+    targets = torch.randint(0, V, (N,))
+    return TokenSelection(torch.arange(N), targets, torch.tensor(LENGTHS), LENGTHS)
+
+
+MIXTURES = [
+    pytest.param("dpo", True, id="dpo"),
+    pytest.param("ipo", True, id="ipo"),
+    pytest.param("slic", True, id="slic"),
+    pytest.param("apa", True, id="token-level"),
+    pytest.param(["dpo", "sft"], True, id="mixture"),
+    pytest.param("aot", False, id="coupled"),
+]
+
+
+@pytest.mark.parametrize(("losses", "jitted"), MIXTURES)
+def test_the_single_pass_takes_the_objective_kernel_where_it_has_the_formula(
+    monkeypatch, losses, jitted
+):
+    calls = []
+    inner = objective_kernel.evaluate_objective
+    monkeypatch.setattr(
+        objective_kernel, "evaluate_objective", lambda *a, **k: calls.append(a) or inner(*a, **k)
+    )
+    tensors, chosen, ref = leaves(), selection(), -3 - torch.rand(N)
+    objective = Objective.parse(losses)
+    assert objective_kernel.has_kernel(objective) == jitted
+    results = {}
+    for engine in ("torch", "triton"):
+        # A budget of 8 rows: several chunks of pairs, one launch each.
+        out = pair_loss(
+            tensors[0], LmHead(tensors[1]), chosen, objective, ref_token_logps=ref, engine=engine,
+            max_bytes=4 * V * 8,
+        )  # fmt: skip
+        results[engine] = (out.losses, *torch.autograd.grad(out.loss, tensors))
+    assert bool(calls) == jitted
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_an_objective_with_a_function_of_the_callers_is_left_to_torch():
+    g = (lambda x: -torch.nn.functional.logsigmoid(x), lambda x: -torch.sigmoid(-x))
+    objective = Objective.parse("daa", g=g)
+    assert not objective_kernel.has_kernel(objective)
+    tensors, chosen = leaves(), selection()
+    values = [
+        pair_loss(
+            tensors[0],
+            LmHead(tensors[1]),
+            chosen,
+            objective,
+            ref_logps=torch.zeros(6),
+            engine=engine,
+        ).loss
+        for engine in ("torch", "triton")
+    ]
+    assert torch.allclose(*values, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_equal_models_have_a_margin_of_exactly_zero(engine):
+    tensors, chosen = leaves(), selection()
+    with torch.no_grad():
+        ref = token_logps(*tensors, chosen.targets, engine=engine)
+    out = pair_loss(
+        tensors[0], LmHead(tensors[1]), chosen, Objective.parse("ipo"), ref_token_logps=ref,
+        engine=engine,
+    )  # fmt: skip
+    # (0 - 1 / (2 beta))^2 to the last bit.
+    assert torch.equal(out.losses, torch.full((3,), 25.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.5}], ids=["plain", "all"]
+)
+def test_fused_scores_and_statistics(dtype, options):
+    tensors, targets = [t.detach() for t in leaves(dtype)], torch.randint(0, V, (N,))
+    head = LmHead(tensors[1], torch.randn(V), **options)
+    want, stats = token_stats(tensors[0], head, targets)
+    got, fused = token_stats(tensors[0], head, targets, engine="fused")
+    assert got.dtype == torch.float32
+    for a, b in zip((want, *stats), (got, *fused), strict=True):
+        assert torch.allclose(a, b, atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_fused_takes_heads_in_another_dtype_and_strided_rows():
+    hidden, weight = torch.randn(N, 2 * D)[:, ::2], torch.randn(V, D).half()
+    targets = torch.randint(0, V, (N,))
+    want = token_logps(hidden, weight, targets)
+    assert torch.allclose(token_logps(hidden, weight, targets, engine="fused"), want, atol=1e-5)
+
+
+def test_fused_says_what_it_cannot_do():
+    tensors, targets = leaves(), torch.randint(0, V, (N,))
+    with pytest.raises(ValueError, match="expected a call without gradient"):
+        token_logps(*tensors, targets, engine="fused")
+    wide = [t.detach().double() for t in tensors]
+    with pytest.raises(ValueError, match=r"expected fp16, bf16 or fp32 .* got torch.float64"):
+        token_logps(*wide, targets, engine="fused")
+
+
+def test_modules_hand_the_engine_on():
+    labels = torch.randint(0, V, (4, 5))
+    hidden, weight = torch.randn(4, 5, D), torch.randn(V, D)
+    losses = [
+        FusedLinearDPOLoss(engine=engine)(
+            hidden, weight, labels, ref_hidden_states=hidden + 0.1
+        ).loss
+        for engine in ("torch", "triton", "fused")
+    ]
+    assert torch.allclose(losses[0], losses[1], atol=1e-5)
+    assert torch.allclose(losses[0], losses[2], atol=1e-5)
+    with pytest.raises(ValueError, match="engine: expected one of"):
+        FusedLinearDPOLoss(engine="cuda")(hidden, weight, labels, ref_logps=torch.zeros(4))
