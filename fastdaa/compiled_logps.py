@@ -79,7 +79,7 @@ def _logps(
     wide = wide_dtype(operand)
     absent = hidden_states.new_empty(_ABSENT, dtype=wide)
     if plan.path == "frozen":
-        logps, slopes = logps_and_slopes(hidden_states, head, targets, plan, operand)
+        logps, slopes, _ = logps_and_slopes(hidden_states, head, targets, plan, operand)
         return logps, absent, absent.clone(), slopes
     state, _ = score(hidden_states, head, targets, plan, operand=operand)
     return state.logps, state.m, state.log_s, absent

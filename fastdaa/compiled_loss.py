@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdaa.compiled_logps import check_compilable, fake_gradients, wide_dtype
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
-from fastdaa.logps import pair_logps, sequence_logps, token_stats
+from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
@@ -132,21 +132,19 @@ def _evaluate(
         plan = single_pass_plan(plan, head)
         chunks = chunks_of_pairs(batch.selection.counts, plan.tile_rows)
         return run_single_pass(logits, targets, plan, chunks, batch.evaluate, wanted, stats)
-    values: tuple[Tensor, ...] = (rows.new_empty(0, dtype=logits.wide),) * 3
-    if stats:
-        values = token_stats(rows, head, targets, engine=plan.engine)[1]
     grads: WideGradients = (None, None, None)
     if plan.path == "frozen":
-        logps, slopes = logps_and_slopes(rows, head, targets, plan, logits.operand)
+        logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
         losses, coefficients = batch.evaluate(logps, batch.everything)
         grads = (slopes * coefficients[:, None], None, None)
     else:
-        state, _ = score(rows, head, targets, plan, operand=logits.operand)
+        state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
         logps = state.logps
+        values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
         losses, coefficients = batch.evaluate(logps, batch.everything)
         if plan.path == "recompute":
             grads = wide_head_gradients(logits, targets, coefficients, state, plan, wanted)
-    return [losses, logps, *(value.clone() for value in values)], grads
+    return [losses, logps, *values], grads
 
 
 @contextmanager

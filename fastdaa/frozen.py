@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from fastdaa.engines import steepest_slope
 from fastdaa.head import LmHead
+from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
+from fastdaa.score import join
 from fastdaa.tiles import (
     FP16_TARGET,
     Logits,
@@ -26,24 +28,28 @@ from fastdaa.tiles import (
 
 
 class Frozen(torch.autograd.Function):
-    """``apply(hidden_states [N, D], head, targets [N], plan)`` to log-probs ``[N]``."""
+    """``apply(hidden_states [N, D], head, targets [N], plan, stats)`` to log-probs ``[N]``.
+
+    Beside them, without gradient, the three token statistics (empty unless ``stats``).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan
-    ) -> Tensor:
+        ctx: Any, hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, stats: bool
+    ) -> tuple[Tensor, ...]:
         """One pass over the vocabulary; keeps one ``[N, D]`` in the wide dtype."""
-        logps, slopes = logps_and_slopes(hidden_states, head, targets, plan)
+        logps, slopes, values = logps_and_slopes(hidden_states, head, targets, plan, stats=stats)
         ctx.save_for_backward(slopes)
         ctx.dtype = hidden_states.dtype
-        return logps
+        ctx.mark_non_differentiable(*values)
+        return logps, *values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
         (slopes,) = ctx.saved_tensors
-        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, None
+        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, None, None
 
 
 def logps_and_slopes(
@@ -52,24 +58,29 @@ def logps_and_slopes(
     targets: Tensor,
     plan: HeadPlan,
     operand: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs ``[N]`` and ``d logp / d hidden [N, D]``, both wide, in one pass over the head."""
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Log-probs ``[N]``, ``d logp / d hidden [N, D]`` and three statistics ``[N]``, all wide."""
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
         slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
         logps = slopes.new_empty(slopes.shape[0])
+        values: list[TokenStats] = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            logps[rows], slopes[rows] = _rows(logits, targets[rows], rows)
+            logps[rows], slopes[rows], more = _rows(logits, targets[rows], rows, stats)
+            values += [more] if more is not None else []
         sum_over_shards(slopes, head)
-    return logps, slopes
+    return logps, slopes, join(values, 3, logps.new_empty(0))
 
 
-def _rows(logits: Logits, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+def _rows(
+    logits: Logits, targets: Tensor, rows: slice, stats: bool
+) -> tuple[Tensor, Tensor, TokenStats | None]:
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
     columns = slice(0, logits.head.width)
     hidden, weight = logits.rows(rows), logits.columns(columns)
     tile = logits.row_tile(hidden, weight, columns)
-    state, _ = tile.statistics(targets, keep=True)
+    state, values = tile.statistics(targets, stats, keep=True)
     # With the sum of exp(z - m) as coefficients, entries are exp(z - m) itself: half-precision
     # factors keep those of likely tokens near 1, and the sum is divided out of the result.
     coefficients, norm = torch.exp(state.log_s), torch.exp(-state.log_s)
@@ -79,4 +90,4 @@ def _rows(logits: Logits, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]
         lift = FP16_TARGET / (own.clamp(min=1.0) * steepest_slope(logits.head))
         coefficients, norm = coefficients * lift, norm / lift
     dz = tile.gradient(state, targets, coefficients).to(logits.operand)
-    return state.logps, product(dz, weight).mul_(norm[:, None])
+    return state.logps, product(dz, weight).mul_(norm[:, None]), values

@@ -82,6 +82,22 @@ def head_logps(
         return compiled_head_logps(
             hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes
         )
+    return head_logps_and_stats(
+        hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes
+    )[0]
+
+
+def head_logps_and_stats(
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    *,
+    stats: bool = False,
+    impl: str = "auto",
+    engine: str = "auto",
+    max_bytes: int | None = None,
+) -> tuple[Tensor, TokenStats | None]:
+    """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`."""
     grad = torch.is_grad_enabled()
     plan = plan_head(
         head.planned_width,
@@ -96,15 +112,24 @@ def head_logps(
         if head.shard is not None:
             raise ValueError("impl='reference': expected a head with the whole vocabulary, got a "
                              "slice of it")  # fmt: skip
-        return reference.token_logps(
+        logps = reference.token_logps(
             hidden_states, head.weight, targets, bias=head.bias, softcap=head.softcap,
             logit_scale=head.logit_scale, temperature=head.temperature,
         )  # fmt: skip
+        values = (
+            token_stats(hidden_states, head, targets, max_bytes=max_bytes)[1] if stats else None
+        )
+        return logps, values
     if plan.path == "score":
-        return score(hidden_states, head, targets, plan)[0].logps
+        state, values = score(hidden_states, head, targets, plan, stats=stats)
+        return state.logps, values
     if plan.path == "frozen":
-        return Frozen.apply(hidden_states, head, targets, plan)
-    return Recompute.apply(hidden_states, head.weight, head.bias, targets, head.detach(), plan)
+        logps, *more = Frozen.apply(hidden_states, head, targets, plan, stats)
+    else:
+        logps, *more = Recompute.apply(
+            hidden_states, head.weight, head.bias, targets, head.detach(), plan, stats
+        )
+    return logps, TokenStats(*more) if stats else None
 
 
 @torch.no_grad()

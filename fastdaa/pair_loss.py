@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps, token_stats
+from fastdaa.logps import head_logps_and_stats
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
@@ -90,13 +90,11 @@ def pair_loss(
     )  # fmt: skip
     if plan.path == "single_pass":
         return _single_pass(rows, head, batch, plan, stats)
-    logps = head_logps(
-        rows, head, selection.targets, impl=plan.path, engine=engine, max_bytes=max_bytes
-    )
+    logps, values = head_logps_and_stats(
+        rows, head, selection.targets, stats=stats, impl=plan.path, engine=engine,
+        max_bytes=max_bytes,
+    )  # fmt: skip
     losses = batch.losses(logps, batch.everything)
-    values = None
-    if stats:
-        _, values = token_stats(rows, head, selection.targets, engine=engine, max_bytes=max_bytes)
     loss = losses.sum() / batch.totals.pairs
     return batch.output(loss, losses.detach(), logps.detach(), values)
 

@@ -28,9 +28,10 @@ from fastdaa.tiles import (
 
 
 class Recompute(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, targets, head, plan)`` to log-probs ``[N]``.
+    """``apply(hidden_states, weight, bias, targets, head, plan, stats)`` to log-probs ``[N]``.
 
-    ``head`` carries the options; its tensors are replaced by ``weight`` and ``bias``.
+    Beside them, without gradient, the three token statistics (empty unless ``stats``). ``head``
+    carries the options; its tensors are replaced by ``weight`` and ``bias``.
     """
 
     @staticmethod
@@ -42,18 +43,22 @@ class Recompute(torch.autograd.Function):
         targets: Tensor,
         head: LmHead,
         plan: HeadPlan,
-    ) -> Tensor:
+        stats: bool,
+    ) -> tuple[Tensor, ...]:
         """Statistics only; the inputs and three numbers a token are kept."""
-        state, _ = score(hidden_states, head, targets, plan)
+        state, values = score(hidden_states, head, targets, plan, stats=stats)
         ctx.save_for_backward(hidden_states, weight, bias, targets, *state)
         ctx.plan = plan
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.operand = operand_dtype(hidden_states, weight)
-        return state.logps
+        more = values or (state.m.new_empty(0),) * 3
+        more = tuple(value.clone() for value in more)
+        ctx.mark_non_differentiable(*more)
+        return state.logps, *more
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
@@ -66,7 +71,7 @@ class Recompute(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         tensors = (hidden_states, weight, bias)
-        return *rounded(sums, tensors), None, None, None
+        return *rounded(sums, tensors), None, None, None, None
 
 
 WideGradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -12,7 +12,7 @@ from fastdaa.engines import RowState
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import Logits, blocks, operand_dtype, without_autocast
+from fastdaa.tiles import Logits, blocks, without_autocast
 
 
 @torch.no_grad()
@@ -29,8 +29,8 @@ def score(
 
     ``operand`` is the dtype of the factors where autocast was seen elsewhere.
     """
-    operand = operand or operand_dtype(hidden_states, head.weight)
     if plan.engine == "fused":
+        operand = Logits(hidden_states, head, operand).operand
         return _fused(hidden_states, head, targets, stats, operand)
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):

@@ -19,7 +19,9 @@ from fastdaa import (
     TokenSelection,
     pair_loss,
     reference,
+    tiles,
     token_logps,
+    token_stats,
 )
 from fastdaa.logps import head_logps, sequence_logps
 from fastdaa.single_pass import chunks_of_pairs
@@ -571,3 +573,29 @@ def test_wrong_selections(selection, error, message):
     made = made._replace(selection=selection(made.selection))
     with pytest.raises(error, match=message):
         made.run(OBJECTIVES["dpo"])
+
+
+@pytest.mark.parametrize("impl", ["score", "frozen", "recompute", "single_pass"])
+def test_statistics_cost_no_further_pass_over_the_vocabulary(monkeypatch, impl):
+    products = []
+    inner = tiles.logits_product
+    monkeypatch.setattr(tiles, "logits_product", lambda *a: products.append(a) or inner(*a))
+    rows, lengths = torch.randn(6, 4), (2, 4)
+    selection = TokenSelection(
+        torch.arange(6), torch.randint(0, 11, (6,)), torch.tensor(lengths), lengths
+    )
+    rows.requires_grad_(impl != "score")
+    head = LmHead(torch.randn(11, 4, requires_grad=impl in ("recompute", "single_pass")))
+    counts = []
+    for stats in (False, True):
+        products.clear()
+        out = pair_loss(
+            rows, head, selection, Objective.parse("dpo"), ref_logps=torch.zeros(2), stats=stats,
+            impl=impl,
+        )  # fmt: skip
+        counts.append(len(products))
+    assert counts[0] == counts[1] > 0
+    _, want = token_stats(rows, head, selection.targets)
+    for a, b in zip(out.stats, want, strict=True):
+        assert not a.requires_grad
+        assert torch.equal(a, b)
