@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastdaa.cli.kernel_search import search_kernels
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,6 +45,12 @@ def run(argv: Sequence[str]) -> int:
         help="compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed; a minute or "
         "two the first time) and print what the machine code needs",
     )
+    parser.add_argument(
+        "--search-kernels",
+        metavar="N,V,D",
+        help="time other tile shapes of the score kernel for this problem on the CUDA device (a "
+        "minute or two) and print which is the fastest; nothing is changed",
+    )
     options = parser.parse_args(list(argv))
     sections = {"versions": version_rows(), "devices": device_rows()}
     if options.model is not None:
@@ -53,6 +61,8 @@ def run(argv: Sequence[str]) -> int:
     if options.kernels:
         sections["kernels"] = kernel_rows()
         _print("kernels", sections["kernels"])
+    if options.search_kernels is not None:
+        print(search_kernels(options.search_kernels))
     return 0 if all(row.ok for rows in sections.values() for row in rows) else 1
 
 

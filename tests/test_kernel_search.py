@@ -1,0 +1,81 @@
+"""The opt-in search for tile shapes, in the interpreter with a timer of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdaa.cli.kernel_search import choose, search_kernels
+from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
+from fastdaa.kernels.search import (
+    Trial,
+    random_problem,
+    score_candidates,
+    search_score,
+    search_sizes,
+)
+
+SMALL = TileConfig(16, 32, 16, 4, 2, split_v=64)
+
+
+def problem():
+    return random_problem(5, 70, 16, torch.device("cpu"))
+
+
+def test_candidates_begin_with_the_tables_entry_and_repeat_nothing():
+    entry = tile_config(SCORE_CONFIGS, False, problem()[:2])
+    candidates = list(score_candidates(entry))
+    assert candidates[0] == entry
+    assert len(set(candidates)) == len(candidates) > 20
+
+
+def test_every_candidate_is_run_checked_and_timed():
+    calls = []
+
+    def timer(run):
+        calls.append(run())
+        return float(len(calls))
+
+    candidates = [SMALL, SMALL._replace(block_v=16)]
+    trials = list(search_score(*problem(), candidates=candidates, timer=timer))
+    assert [trial.config for trial in trials] == candidates
+    assert [trial.milliseconds for trial in trials] == [1.0, 2.0]
+    assert torch.allclose(calls[0], calls[1], atol=1e-5)
+
+
+def test_a_wrong_or_failing_candidate_is_not_timed(monkeypatch):
+    from fastdaa.kernels import search
+
+    inner = search.score_tokens
+
+    def broken(*args, config, **options):
+        scores = inner(*args, config=SMALL, **options)
+        if config.block_v == 48:
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return scores._replace(logps=scores.logps + (0.1 if config.block_v == 64 else 0.0))
+
+    monkeypatch.setattr(search, "score_tokens", broken)
+    candidates = [SMALL, SMALL._replace(block_v=64), SMALL._replace(block_v=48)]
+    trials = list(search_score(*problem(), candidates=candidates, timer=lambda run: 1.0))
+    assert [trial.milliseconds for trial in trials] == [1.0, None, None]
+    assert trials[1].problem == "wrong: log-probs differ by 1.0e-01 nat"
+    assert trials[2].problem == "out of resource: shared memory"
+
+
+def test_choose_prints_every_trial_and_names_the_fastest(capsys):
+    trials = [Trial(SMALL, 2.0), Trial(SMALL._replace(block_n=32), 1.5), Trial(SMALL, None, "bad")]
+    line = choose(iter(trials))
+    assert line.startswith("fastest: 1.500 ms (the table's entry: 2.000 ms): TileConfig(block_n=32")
+    assert capsys.readouterr().out.count("\n") == 3
+    assert choose(trials[:1]) == "fastest: the table's entry, 2.000 ms"
+    with pytest.raises(ValueError, match="a configuration that works, got none"):
+        choose(trials[2:])
+
+
+def test_errors_name_what_was_expected(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="expected a CUDA device, got none"):
+        search_kernels("1,2,3")
+    assert search_sizes("8192,128256,4096") == (8192, 128256, 4096)
+    with pytest.raises(ValueError, match=r"expected N,V,D as three numbers above 0, got '8,x'"):
+        search_sizes("8,x")
