@@ -52,10 +52,10 @@ def test_a_wrong_or_failing_candidate_is_not_timed(monkeypatch):
         scores = inner(*args, config=SMALL, **options)
         if config.block_v == 48:
             raise RuntimeError("out of resource: shared memory\nmore")
-        return scores._replace(logps=scores.logps + (0.1 if config.block_v == 64 else 0.0))
+        return scores._replace(logps=scores.logps + (0.1 if config.block_v == 128 else 0.0))
 
     monkeypatch.setattr(search, "score_tokens", broken)
-    candidates = [SMALL, SMALL._replace(block_v=64), SMALL._replace(block_v=48)]
+    candidates = [SMALL, SMALL._replace(block_v=128), SMALL._replace(block_v=48)]
     trials = list(search_score(*problem(), candidates=candidates, timer=lambda run: 1.0))
     assert [trial.milliseconds for trial in trials] == [1.0, None, None]
     assert trials[1].problem == "wrong: log-probs differ by 1.0e-01 nat"
