@@ -81,7 +81,7 @@ def _try(
         return score_tokens(hidden_states, weight, targets, config=config).logps
 
     try:
-        error = (run() - want).abs().max().item()
+        error = float((run() - want).abs().max())
     except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as failure:
         return Trial(config, None, str(failure).splitlines()[0])
     if not error < _TOLERANCE:

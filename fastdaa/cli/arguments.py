@@ -1,4 +1,4 @@
-"""The options of ``fastdaa train``: two dataclasses, a YAML file below the command line."""
+"""The options of ``fastdaa train``: three dataclasses, a YAML file below the command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
+from fastdaa.cli.track_arguments import TrackArguments
 from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option
 from fastdaa.train.config import PreferenceConfig
 
@@ -78,6 +79,8 @@ class TrainArguments:
         default=None,
         metadata={"help": "Modules with adapters. Default: all linear ones but the head."},
     )
+    # Options of their own, read beside these.
+    track: TrackArguments = field(init=False, default_factory=TrackArguments)
 
     def __post_init__(self) -> None:
         if self.test_size is not None:
@@ -126,6 +129,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, PreferenceConfig]:
         raise ValueError(f"expected options such as --model, got {rest[0]!r}")
     values = vars(namespace)
     arguments = _build(TrainArguments, values)
+    arguments.track = _build(TrackArguments, values)
     if arguments.evaluates and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"
     return arguments, _build(PreferenceConfig, values)
@@ -133,7 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, PreferenceConfig]:
 
 def build_parser() -> HfArgumentParser:
     """The parser of all options."""
-    kinds: list[Any] = [TrainArguments, PreferenceConfig]
+    kinds: list[Any] = [TrainArguments, TrackArguments, PreferenceConfig]
     parser = _Parser(
         kinds,
         prog="fastdaa train",
@@ -147,7 +151,7 @@ def build_parser() -> HfArgumentParser:
     resume = parser._option_string_actions["--resume_from_checkpoint"]
     resume.nargs, resume.const = "?", "true"
     resume.help = "A checkpoint, or nothing for the last complete one in output_dir."
-    hints = get_type_hints(TrainArguments) | get_type_hints(PreferenceConfig)
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for action in parser._actions:
         if hints.get(action.dest) in (int | None, float | None):
             action.type = _or_none(action.type)

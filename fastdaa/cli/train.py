@@ -31,12 +31,15 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
 
     from fastdaa.cli import building
     from fastdaa.cli.summary import print_summary
+    from fastdaa.cli.tracking import Tracking
     from fastdaa.train.interrupt import was_interrupted
 
     checkpoint = building.check_paths(arguments, config)
+    tracking = Tracking(arguments, config)
     set_seed(config.seed)
     tokenizer = building.load_tokenizer(arguments)
     train_pairs, eval_pairs = building.load_datasets(arguments, config)
+    tracking.load_pairs(eval_pairs)
     building.check_template(tokenizer, train_pairs)
     peft_config = building.lora_config(arguments)
     model = building.load_model(arguments.model, arguments)
@@ -53,6 +56,7 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    tracking.attach(trainer)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -65,6 +69,7 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         print_summary(trainer.state.log_history, config)
+        tracking.print_summary()
     return 0
 
 

@@ -1,0 +1,60 @@
+"""``fastdaa study``: one action a module of ``study_actions``, found by its name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+
+ACTIONS = (
+    "full",
+    "world",
+    "estimators",
+    "sweep",
+    "fit",
+    "tree",
+    "correlate",
+    "report",
+    "track",
+)
+"""In the order that help lists them. An action's module has ``HELP`` (one line),
+``add_arguments(parser)`` and ``run(options) -> int``, and imports what is slow in functions."""
+
+_DESCRIPTION = """\
+Controlled experiments on over-optimisation: how quality moves with the distance from the reference,
+in a small language whose reward is known exactly, and in tables of your own runs."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the action that ``argv`` names and returns its exit code."""
+    options = build_parser().parse_args(list(argv))
+    return int(options.action(options))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all actions whose module exists."""
+    parser = argparse.ArgumentParser(
+        prog="fastdaa study", description=_DESCRIPTION, allow_abbrev=False
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, module in available().items():
+        description = module.__doc__.split(": ", 1)[-1] if module.__doc__ else module.HELP
+        action = actions.add_parser(
+            name,
+            help=module.HELP,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(action)
+        action.set_defaults(action=module.run)
+    return parser
+
+
+def available() -> dict[str, ModuleType]:
+    """The actions whose module exists."""
+    package = "fastdaa.cli.study_actions"
+    names = [n for n in ACTIONS if importlib.util.find_spec(f"{package}.{n}") is not None]
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}

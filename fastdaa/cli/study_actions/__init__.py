@@ -1,0 +1,1 @@
+"""The actions of `fastdaa study`, one module each."""

@@ -1,0 +1,50 @@
+"""``fastdaa study full``: the whole study, E1 to E7 and E9, and its page.
+
+About half an hour on two cores. What is finished is kept; the same command goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from fastdaa.cli.study_actions.sweep import (
+    add_workers,
+    failures,
+    report_failures,
+    say_how_to_continue,
+)
+
+HELP = "the whole study and its page, resumable (at most half an hour on two cores)"
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the action."""
+    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2],
+        help="of worlds and runs; sizes and R-DPO use the first two; default: 0 1 2",
+    )  # fmt: skip
+    add_workers(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0; 1 if a step or run failed; 130 after Ctrl-C."""
+    from rich.console import Console
+
+    from fastdaa.study.full import run_full
+
+    console = Console()
+    try:
+        record = run_full(
+            options.output_dir, seeds=options.seeds, workers=options.workers, console=console
+        )
+    except KeyboardInterrupt:
+        say_how_to_continue(options.output_dir)
+        return _INTERRUPTED
+    console.print(
+        f"everything took {record['seconds']:.0f} s: {options.output_dir}/index.html",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return report_failures(failures(record))

@@ -1,0 +1,102 @@
+"""``fastdaa study sweep``: losses x betas x seeds x sizes in the small world.
+
+Each run goes through the library's own trainer and is measured exactly at its checkpoints. Finished
+runs are kept; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+HELP = "train over losses, betas, seeds and sizes in the small world"
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the action."""
+    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
+    parser.add_argument("--presets", nargs="+", default=["H"], help="of H and M; default: H")
+    parser.add_argument(
+        "--losses", nargs="+", default=["dpo", "ipo", "slic"],
+        help="of dpo, ipo, slic and rdpo (length-regularised DPO); default: dpo ipo slic",
+    )  # fmt: skip
+    parser.add_argument(
+        "--betas", nargs="+", type=float, help="default: 0.005 0.02 0.05 0.1 0.2 0.5 1 2"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["d32"], help="of d12, d32, d64; default: d32"
+    )
+    parser.add_argument("--length_alpha", type=float, help="of rdpo; default: 0.1")
+    parser.add_argument(
+        "--checkpoints", type=int, default=5, help="evaluations of a run; default: 5"
+    )
+    add_workers(parser)
+    parser.add_argument("--dry_run", action="store_true", help="list the runs, and do none")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The option of everything that runs in several processes."""
+    parser.add_argument(
+        "--workers", type=int,
+        help="processes of one thread each; default: one a core, at most 16",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """0; 1 if a run failed; 130 after Ctrl-C."""
+    from rich.console import Console
+
+    from fastdaa.study.plan import BETAS, LENGTH_ALPHA, grid
+    from fastdaa.study.sweep import POINTS, sweep
+
+    runs = grid(
+        options.presets,
+        options.losses,
+        BETAS if options.betas is None else options.betas,
+        options.seeds,
+        options.sizes,
+        LENGTH_ALPHA if options.length_alpha is None else options.length_alpha,
+        checkpoints=options.checkpoints,
+    )
+    if options.dry_run:
+        print("\n".join(run.id for run in runs))
+        return 0
+    console = Console()
+    try:
+        result = sweep(runs, options.output_dir, workers=options.workers, console=console)
+    except KeyboardInterrupt:
+        say_how_to_continue(options.output_dir)
+        return _INTERRUPTED
+    kept = f", {result.kept} done before" if result.kept else ""
+    console.print(
+        f"{result.finished} runs in {result.seconds:.0f} s{kept}: {options.output_dir}/{POINTS}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return report_failures(result.failed)
+
+
+def failures(record: dict[str, Any]) -> dict[str, str]:
+    """The errors of ``study.json``, by run or step."""
+    failed: dict[str, str] = {}
+    for step, errors in record["failed"].items():
+        failed |= errors if isinstance(errors, dict) else {f"step {step}": errors}
+    return failed
+
+
+def report_failures(failed: dict[str, str]) -> int:
+    """Lists what failed on stderr; the exit code: 1 if there is any, else 0."""
+    for name, error in failed.items():
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} failed; the same command tries again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def say_how_to_continue(output_dir: str) -> None:
+    """What was kept after Ctrl-C, and the command that goes on."""
+    command = shlex.join(["fastdaa", *sys.argv[1:]])
+    print(f"\nInterrupted. Finished runs are kept in {output_dir}. To continue:\n  {command}")

@@ -1,0 +1,157 @@
+"""fastdaa study track: measure quality and KL of finished checkpoints, as `fastdaa train` does
+with its --track_* options (docs/tracking.md). Rows are appended to a table that fit and report
+read; the same command again continues where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "measure quality and KL of finished checkpoints"
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the action."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--model", nargs="+", required=True, metavar="FOLDER",
+        help="checkpoints of one run, or its output folder with all checkpoint-*",
+    )  # fmt: skip
+    what.add_argument("--ref_model", help="where training started (default: an adapter's base)")
+    what.add_argument("--dataset", required=True, help="pairs that were not trained on")
+    what.add_argument("--dataset_split", help="split of the dataset")
+    what.add_argument("--no_start", action="store_true", help="leave the starting point out")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--reward", help="module:function, path/to/file.py:function, or a reward model"
+    )
+    how.add_argument("--judge", help="command that compares answers, as JSON lines")
+    for name, default, letter in (
+        *(("judge_timeout", 600.0, "S"), ("temperature", 1.0, "T"), ("prompts", 64, "N")),
+        *(("max_new_tokens", 256, "N"), ("batch_size", 16, "N"), ("seed", 0, "N")),
+    ):
+        kind, shown = type(default), "(%(default)s)"
+        how.add_argument(f"--{name}", type=kind, default=default, metavar=letter, help=shown)
+    how.add_argument("--dtype", default="auto", help="of the weights (%(default)s: as stored)")
+    how.add_argument("--device", help="default: an accelerator, where there is one")
+    where = parser.add_argument_group("where it goes")
+    where.add_argument(
+        "--table", default="track.jsonl", metavar="FILE", help="appended to (%(default)s)"
+    )
+    where.add_argument("--run", help="name in the table (default: the output folder's)")
+    where.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="further columns, such as loss=dpo beta=0.1",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every checkpoint that has no row yet; 130 after Ctrl-C."""
+    from fastdaa.study.track.finished import Checkpoint, find_checkpoints
+
+    checkpoints = find_checkpoints(options.model)
+    if not options.no_start and all(one.step > 0 for one in checkpoints):
+        checkpoints.insert(0, Checkpoint(None, 0, {"fraction": 0.0, "final": False}))
+    more = dict(map(_column, options.set))
+    record = _record(options, checkpoints)
+    known = {row["checkpoint"] for row in record.resume(float("inf"))}
+    missing = [one for one in checkpoints if one.step not in known]
+    if len(missing) < len(checkpoints):
+        print(f"{len(checkpoints) - len(missing)} checkpoints are in {options.table} already")
+    if missing:
+        try:
+            _measure(options, record, checkpoints, missing, more)
+        except KeyboardInterrupt:
+            print("\ninterrupted; what is measured is kept, the same command continues")
+            return _INTERRUPTED
+    if record.best is not None:
+        print(f"best score: step {record.best}")
+    print(f"quality against KL: {options.table}")
+    return 0
+
+
+def _record(options: argparse.Namespace, checkpoints: list[Any]) -> Any:
+    import torch
+
+    from fastdaa.study.track.journal import Journal
+    from fastdaa.study.track.judge import JudgeCommand
+    from fastdaa.study.track.record import RunRecord
+    from fastdaa.study.track.reward_function import reward_scorer
+
+    if options.device is None:
+        options.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    scorers: list[Any] = []
+    if options.reward is not None:
+        scorers.append(
+            reward_scorer(options.reward, device=options.device, batch_size=options.batch_size)
+        )
+    if options.judge is not None:
+        scorers.append(JudgeCommand(options.judge, options.judge_timeout))
+    folder = checkpoints[-1].folder.resolve()
+    name = options.run or (folder.parent if folder.name.startswith("checkpoint-") else folder).name
+    return RunRecord(Journal(options.table), name, scorers, _settings(options))
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from fastdaa.study.track.settings import TrackSettings
+
+    return TrackSettings(
+        prompts=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def _measure(
+    options: argparse.Namespace,
+    record: Any,
+    checkpoints: list[Any],
+    missing: list[Any],
+    more: dict[str, Any],
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers import AutoTokenizer
+
+    from fastdaa.data import load_pairs
+    from fastdaa.study.track.finished import FinishedRun, default_reference
+
+    pairs = load_pairs(options.dataset, split=options.dataset_split)
+    source = checkpoints[-1].folder
+    reference = options.ref_model or default_reference(checkpoints[-1])
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(source, reference))
+    finished = FinishedRun(
+        record, reference, tokenizer, pairs, _settings(options),
+        dtype=options.dtype, device=options.device, more=more,
+    )  # fmt: skip
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("answers", total=len(missing) * len(finished.prompts.prompts))
+        for checkpoint in missing:
+            finished.measure(checkpoint, advance=lambda count: bar.advance(task, count))
+
+
+def _tokenizer_folder(checkpoint: Path, reference: str) -> str:
+    """The checkpoint's own tokenizer, else its output folder's, else the reference's."""
+    for folder in (checkpoint, checkpoint.resolve().parent):
+        if (folder / "tokenizer_config.json").is_file():
+            return str(folder)
+    return reference
+
+
+def _column(given: str) -> tuple[str, Any]:
+    name, sign, text = given.partition("=")
+    if not sign or not name:
+        raise ValueError(f"set: expected NAME=VALUE, got {given!r}")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, text

@@ -1,0 +1,1 @@
+"""The over-optimisation study: quality against KL, in an exactly known world and on real runs."""

@@ -1,0 +1,197 @@
+"""From rows of checkpoints to the curves that figures draw and claims judge.
+
+A row is a mapping with the columns of :mod:`fastdaa.study.table`; KL is in nats a sequence, and
+distances are its square root, in square roots of nats.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+LOSS_ORDER = ("dpo", "ipo", "slic")
+LOSS_NAMES = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "hinge": "SLiC", "rdpo": "R-DPO"}
+
+
+class Point(NamedTuple):
+    """Seeds of one setting (one beta), averaged."""
+
+    beta: float | None
+    distance: float
+    score: float
+    stderr: float | None
+    """Of the mean score over seeds; None with one seed."""
+    rows: tuple[Row, ...]
+
+
+def distance(row: Row) -> float:
+    """``sqrt(KL)`` of a row; an estimate below zero counts as zero."""
+    return math.sqrt(max(float(row["kl"]), 0.0))
+
+
+def series_name(row: Row) -> str:
+    """What a row's curve is called: its loss, else its algorithm, else ``all runs``."""
+    loss = row.get("loss") or row.get("algorithm")
+    if not loss:
+        return "all runs"
+    return LOSS_NAMES.get(str(loss).lower(), str(loss))
+
+
+def distinct(rows: Iterable[Row], column: str) -> list[Any]:
+    """Sorted values of a column, None left out."""
+    found = {row[column] for row in rows if row.get(column) is not None}
+    return sorted(found, key=lambda value: (isinstance(value, str), value))
+
+
+def split(rows: Iterable[Row], key: str | Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows by a column or a function of theirs; losses in the papers' order."""
+    function = key if callable(key) else lambda row: row.get(key)
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(function(row), []).append(row)
+    ranks = {LOSS_NAMES[loss]: place for place, loss in enumerate(LOSS_ORDER)}
+
+    def rank(name: Any) -> tuple[int, bool, Any]:
+        text = name is None or isinstance(name, str)
+        return ranks.get(name, len(ranks)), text, str(name) if text else name
+
+    return {name: groups[name] for name in sorted(groups, key=rank)}
+
+
+def finals(rows: Iterable[Row]) -> list[Row]:
+    """The row of each run's last checkpoint."""
+    last: dict[Any, Row] = {}
+    for row in rows:
+        seen = last.get(row["run"])
+        if seen is None or row["checkpoint"] > seen["checkpoint"]:
+            last[row["run"]] = row
+    return list(last.values())
+
+
+def is_offline(row: Row) -> bool:
+    """Trained on a fixed set of pairs by a direct alignment loss, or not said."""
+    return row.get("algorithm") in (None, "daa", row.get("loss"))
+
+
+def is_length_regularised(row: Row) -> bool:
+    """Trained by R-DPO, DPO with a weight on the difference in length (arXiv 2403.19159)."""
+    return row.get("loss") == "rdpo" or bool(row.get("length_alpha"))
+
+
+def main_size(rows: Sequence[Row]) -> Any:
+    """The model size that most losses were run with (then: that most rows have)."""
+    sizes = split((row for row in rows if row.get("size") is not None), "size")
+    if not sizes:
+        return None
+    return max(sizes, key=lambda size: (len(split(sizes[size], series_name)), len(sizes[size])))
+
+
+def sweeps(rows: Iterable[Row]) -> dict[Any, list[Row]]:
+    """The plain sweep of each preset: one model size, no length regularisation.
+
+    A table without presets is one sweep with the name None.
+    """
+    plain = [row for row in rows if is_offline(row) and not is_length_regularised(row)]
+    return {
+        preset: [row for row in group if row.get("size") == main_size(group)]
+        for preset, group in split(plain, "preset").items()
+    }
+
+
+def same_settings(
+    groups: Mapping[Any, Sequence[Row]], columns: Sequence[str] = ("beta", "seed")
+) -> dict[Any, list[Row]]:
+    """Of every group, the rows whose settings all groups have: for fair comparisons."""
+
+    def settings(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(column) for column in columns)
+
+    shared = [{settings(row) for row in rows} for rows in groups.values()]
+    everywhere = set.intersection(*shared) if shared else set()
+    return {
+        name: [row for row in rows if settings(row) in everywhere] for name, rows in groups.items()
+    }
+
+
+def curve(rows: Iterable[Row], column: str = "score") -> list[Point]:
+    """Last checkpoints, averaged over the seeds of a beta, by rising distance.
+
+    Runs without a beta are points of their own. Rows without ``column`` are left out.
+    """
+    last = [row for row in finals(rows) if row.get(column) is not None]
+    groups = split(last, lambda row: row["run"] if row.get("beta") is None else row["beta"])
+    points = [mean_point(group, column) for group in groups.values()]
+    return sorted(points, key=lambda point: point.distance)
+
+
+def mean_point(rows: Sequence[Row], column: str = "score") -> Point:
+    """Mean distance and score of rows that differ by their seed alone."""
+    scores = [float(row[column]) for row in rows]
+    stderr = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+    return Point(
+        beta=rows[0].get("beta"),
+        distance=statistics.fmean(distance(row) for row in rows),
+        score=statistics.fmean(scores),
+        stderr=stderr,
+        rows=tuple(rows),
+    )
+
+
+class Hump(NamedTuple):
+    """The best point of a curve, and how far the score falls beyond it."""
+
+    best: Point
+    farthest: Point
+    fall: float
+    """Score at the peak minus score at the farthest point, mean over seeds."""
+    stderr: float | None
+    """Of ``fall``, from the differences within seeds; None with one seed."""
+    interior: bool
+    """The peak is neither the nearest nor the farthest point, and the fall is not noise."""
+
+
+def hump(points: Sequence[Point]) -> Hump | None:
+    """Reads a curve by :func:`curve`; None for fewer than three points.
+
+    The fall counts if it is above zero and, with two or more seeds, above two standard errors.
+    """
+    if len(points) < 3:
+        return None
+    best = max(points, key=lambda point: point.score)
+    farthest = points[-1]
+    falls = _paired(best, farthest)
+    fall = statistics.fmean(falls) if falls else best.score - farthest.score
+    stderr = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else None
+    inside = best is not points[0] and best is not points[-1]
+    return Hump(best, farthest, fall, stderr, inside and fall > 2 * (stderr or 0.0))
+
+
+def _paired(left: Point, right: Point) -> list[float]:
+    """Differences of scores of the same seed."""
+    others = {row.get("seed"): row["score"] for row in right.rows}
+    return [
+        float(row["score"]) - float(others[row.get("seed")])
+        for row in left.rows
+        if row.get("seed") in others
+    ]
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Correlation; None for fewer than three points or a constant."""
+    if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
+        return None
+    return statistics.correlation(x, y)
+
+
+def column_pairs(rows: Iterable[Row], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns, of the rows that have both as finite numbers."""
+    pairs = [
+        (float(row[x]), float(row[y]))
+        for row in rows
+        if row.get(x) is not None and row.get(y) is not None
+    ]
+    finite = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
+    return [pair[0] for pair in finite], [pair[1] for pair in finite]

@@ -1,0 +1,1 @@
+"""Figures of the study's report, one idea a file."""

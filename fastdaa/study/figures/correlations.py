@@ -1,0 +1,114 @@
+"""Whether accuracy or loss on held-out pairs say anything about quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastdaa.study.curves import (
+    Row,
+    column_pairs,
+    finals,
+    pearson,
+    series_name,
+    split,
+    sweeps,
+)
+from fastdaa.study.figures.style import Layout, Picture, label_axes, look_of, panels
+from fastdaa.study.results import Results
+from fastdaa.study.wording import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "Do training metrics predict quality?"
+NEEDS = "points.jsonl with accuracy and loss_value of held-out pairs, by `fastdaa study sweep`"
+METRICS = {
+    "accuracy": "implicit-reward accuracy (share of held-out pairs)",
+    "loss_value": "loss on held-out pairs (unit of the loss)",
+}
+
+
+class Cloud(NamedTuple):
+    """Last checkpoints of a loss: a metric against the score."""
+
+    metric: str
+    loss: str
+    metric_values: list[float]
+    scores: list[float]
+
+    @property
+    def r(self) -> float | None:
+        """Pearson's correlation."""
+        return pearson(self.metric_values, self.scores)
+
+
+def clouds(rows: Sequence[Row]) -> list[Cloud]:
+    """Every metric and loss with three or more runs, from the runs' last checkpoints."""
+    found = []
+    for metric in METRICS:
+        for loss, group in split(finals(rows), series_name).items():
+            x, y = column_pairs(map(_comparable, group), metric, "score")
+            if len(x) >= 3:
+                found.append(Cloud(metric, loss, x, y))
+    return found
+
+
+def _comparable(row: Row) -> Row:
+    """The row with a loss that can be compared between betas.
+
+    The study's IPO loss is ``(h - 1 / (2 beta))^2``, whose unit is that of ``1 / beta^2``: over the
+    betas it says little but the beta. Times ``4 beta^2`` it is ``(2 beta h - 1)^2``, a function of
+    ``beta h`` as the other losses are, and as in the paper's common form. Other tables may hold
+    other conventions, and stay as they are.
+    """
+    loss, beta = row.get("loss_value"), row.get("beta")
+    if loss is None or not beta or row.get("loss") != "ipo" or row.get("gold") is None:
+        return row
+    return {**row, "loss_value": 4 * beta**2 * loss}
+
+
+def pictures(results: Results) -> list[Picture]:
+    """One picture a preset, a panel for each metric and loss."""
+    found = []
+    for preset, rows in sweeps(results.rows).items():
+        seen = clouds(rows)
+        if not seen:
+            continue
+        name = "correlations" if preset is None else f"correlations-{preset}"
+        title = TITLE if preset is None else f"{TITLE} Preset {preset}"
+        found.append(Picture(name, title, sentence(seen), _drawing(results, seen)))
+    return found
+
+
+def sentence(seen: Sequence[Cloud]) -> str:
+    """All correlations with their numbers of runs."""
+    parts = []
+    for metric, word in (("accuracy", "accuracy"), ("loss_value", "loss")):
+        told = [
+            f"{cloud.loss} {number(cloud.r, sign=True)} (n = {len(cloud.scores)})"
+            for cloud in seen
+            if cloud.metric == metric
+        ]
+        if told:
+            parts.append(f"with {word}: {', '.join(told)}")
+    return f"Correlation of quality {'; '.join(parts)}."
+
+
+def _drawing(results: Results, seen: Sequence[Cloud]) -> Callable[[Layout], Figure]:
+    def draw(layout: Layout) -> Figure:
+        columns = max(len([c for c in seen if c.metric == metric]) for metric in METRICS)
+        figure, axes = panels(layout, len(seen), columns=columns, height=2.7, share_y=True)
+        looks = look_of(list(dict.fromkeys(cloud.loss for cloud in seen)))
+        for ax, cloud in zip(axes, seen, strict=True):
+            colour, marker = looks[cloud.loss]
+            ax.scatter(cloud.metric_values, cloud.scores, s=22, color=colour, marker=marker,
+                       alpha=0.75, linewidth=0)  # fmt: skip
+            ax.set_title(f"{cloud.loss}, r = {number(cloud.r, sign=True)}")
+            words = METRICS[cloud.metric]
+            if (cloud.metric, cloud.loss) == ("loss_value", "IPO") and results.in_world:
+                words = "loss on held-out pairs (times 4 beta²)"
+            label_axes([ax], words.replace(" (", "\n("), results.score_label)
+        return figure
+
+    return draw

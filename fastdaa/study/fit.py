@@ -1,0 +1,229 @@
+"""Laws of quality against distance, fitted to each group of a table; written to ``fits.json``.
+
+``fits.json`` is one object; numbers are null where they are unknown or not supported by the data,
+and a reason stands beside every null that could be taken for a result::
+
+    {"settings": {every field of FitSettings},
+     "points": rows used in all groups, "dropped": rows closer than MIN_DISTANCE,
+     "unknown": rows without the score,
+     "groups": [
+       {"group": {"loss": "dpo", "seed": 0},        # {} for one pooled group
+        "points": 40, "dropped": 1, "unknown": 0, "runs": 8, "seeds": [0],
+        "d_range": [0.1, 2.1],                      # sqrt(nats), of the points used
+        "offset": 0.0,                              # score of the reference, taken off first
+        "resampled": "points",                      # what the bootstrap draws
+        "observed_peak": {"d", "kl", "score", "gain", "run", "checkpoint"},    # the best row
+        "message": null,                            # or why there is no fit
+        "notes": ["..."],
+        "best": 4,                                  # place in "fits" of the least loo_rmse
+        "fits": [
+          {"law": "log", "intercept": false, "formula": "d (alpha - beta log d)",
+           "coefficients": {"alpha": 1.2, "beta": 0.8, "intercept": 0.0},
+           "intervals": {"alpha": [1.1, 1.3], "beta": [0.7, 0.9], "intercept": null},
+           "rmse": 0.12, "loo_rmse": 0.13, "aicc": -160.0, "r2": 0.7,
+           "tied_with_best": true,     # leave-one-out errors cannot be told from the best fit's
+           "peak": {"d", "kl", "gain", "score", "d_interval": [1.0, null], "share": 0.97,
+                    "points_beyond": 12} or null,
+           "peak_reason": null or "...",
+           "zero_crossing": 2.0 or null, "zero_crossing_reason": null or "..."}]}],
+     "summary": ["plain sentences"]}
+
+``gain`` is ``score - offset``; coefficients, intervals and errors are in units of the score. ``r2``
+compares with the mean of the gains, whether or not the law has an intercept. ``share`` is the part
+of the bootstrap's resamples whose peak lies inside ``d_range``; an end of ``d_interval`` that lies
+outside is null. :meth:`fastdaa.study.laws.Law.value` turns coefficients into a curve.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdaa.study.bootstrap import resample_counts
+from fastdaa.study.fit_words import describe_fits
+from fastdaa.study.law_fits import Sample, fit_laws
+from fastdaa.study.laws import LAWS, MIN_DISTANCE
+from fastdaa.study.table import Row, Table
+from fastdaa.validation import check_choice
+
+_MIN_POINTS = 6
+SETTINGS_OF_A_CURVE = ("preset", "size", "algorithm", "loss", "length_alpha", "seed")
+"""Rows that differ in one of these are not on the same curve; beta and progress move along it."""
+_OFFSETS: dict[str, tuple[float, list[str]]] = {
+    "gold": (0.0, []),
+    "win_rate": (0.5, ["0.5, the reference's win rate against itself, is taken off"]),
+}
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is fitted. Raises ``ValueError`` for values out of range."""
+
+    score: str = "score"
+    """Column of the quality."""
+    offset: float | None = None
+    """The reference's score; None for 0 (``gold``), 0.5 (``win_rate``), and else the mean score of
+    the group's rows at the reference itself, or 0 where it has none."""
+    group: tuple[str, ...] | None = None
+    """Columns whose values make the groups; empty for one pooled fit, None for those of
+    :data:`SETTINGS_OF_A_CURVE` that vary in the table."""
+    final_only: bool = False
+    """Only the last checkpoint of each run."""
+    laws: tuple[str, ...] = tuple(LAWS)
+    repeats: int = 1000
+    """Resamples of the bootstrap."""
+    confidence: float = 0.95
+    resample: str = "auto"
+    """What is drawn: ``"points"``, ``"runs"``, ``"seeds"``, or ``"auto"``: seeds where a group has
+    three or more of them, runs where it has two, else points."""
+    seed: int = 0
+    """Of the bootstrap's random numbers."""
+
+    def __post_init__(self) -> None:
+        check_choice("resample", self.resample, ("auto", "points", "runs", "seeds"))
+        for law in self.laws:
+            check_choice("laws", law, LAWS)
+        if not self.laws:
+            raise ValueError(f"laws: expected at least one of {', '.join(LAWS)}, got none")
+        if self.repeats < 100:
+            raise ValueError(f"repeats: expected at least 100 resamples, got {self.repeats}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence: expected a number in (0, 1), got {self.confidence}")
+        if self.offset is not None and not math.isfinite(self.offset):
+            raise ValueError(f"offset: expected a finite number, got {self.offset}")
+
+
+def fit_table(table: Table, settings: FitSettings | None = None) -> dict[str, Any]:
+    """Fit every law, with and without intercept, to every group; the content of ``fits.json``.
+
+    Raises:
+        ValueError: an empty table, a column that is missing or holds no numbers.
+    """
+    settings = settings or FitSettings()
+    if not len(table):
+        raise ValueError("fit: expected at least one row, got an empty table")
+    if settings.score not in table.columns:
+        raise ValueError(
+            f"score: expected a column with values ({', '.join(table.columns)}), "
+            f"got {settings.score}"
+        )
+    columns = default_group(table) if settings.group is None else settings.group
+    groups = [
+        {"group": dict(zip(columns, key, strict=True)), **fit_group(rows, settings)}
+        for key, rows in table.by(*columns).items()
+    ]
+    totals = {name: sum(group[name] for group in groups) for name in ("points", "dropped")}
+    content = {
+        "settings": asdict(settings) | {"group": columns},
+        **totals,
+        "unknown": sum(group["unknown"] for group in groups),
+        "groups": groups,
+    }
+    return content | {"summary": describe_fits(content)}
+
+
+def default_group(table: Table) -> tuple[str, ...]:
+    """The columns of :data:`SETTINGS_OF_A_CURVE` that have more than one value."""
+    return tuple(name for name in SETTINGS_OF_A_CURVE if len({row.get(name) for row in table}) > 1)
+
+
+def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
+    """One entry of ``groups``, without its ``group``."""
+    known = table.where(lambda row: row.get(settings.score) is not None)
+    offset, notes = _offset(known, settings)
+    chosen = known.final() if settings.final_only else known
+    used = chosen.where(lambda row: _distance(row) >= MIN_DISTANCE)
+    d = np.array([_distance(row) for row in used])
+    gain = used.numbers(settings.score) - offset
+    seeds = sorted({row["seed"] for row in used if row.get("seed") is not None})
+    unit = _resample_unit(used, seeds, settings)
+    result: dict[str, Any] = {
+        "points": len(used),
+        "dropped": len(chosen) - len(used),
+        "unknown": len(table) - len(known),
+        "runs": len({row["run"] for row in used}),
+        "seeds": seeds,
+        "d_range": [float(d.min()), float(d.max())] if len(d) else None,
+        "offset": offset,
+        "resampled": unit,
+        "observed_peak": _observed_peak(used, d, gain, settings.score),
+        "message": _too_little(d),
+        "notes": notes,
+        "best": None,
+        "fits": [],
+    }
+    if result["message"] is None:
+        clusters = {"points": None, "runs": "run", "seeds": "seed"}[unit]
+        labels = None if clusters is None else [row.get(clusters) for row in used]
+        counts = resample_counts(len(used), settings.repeats, settings.seed, labels)
+        sample = Sample(d, gain, offset, counts, settings.confidence)
+        result["fits"] = fit_laws(sample, settings.laws)
+        result["best"] = min(
+            range(len(result["fits"])), key=lambda place: result["fits"][place]["loo_rmse"]
+        )
+        if unit != "points" and len(set(labels or ())) < 5:
+            notes.append(f"only {len(set(labels or ()))} {unit} to resample: intervals are rough")
+    return result
+
+
+def _distance(row: Row) -> float:
+    return math.sqrt(max(row["kl"], 0.0))
+
+
+def _offset(table: Table, settings: FitSettings) -> tuple[float, list[str]]:
+    """The reference's score, and what has to be said about it."""
+    if settings.offset is not None:
+        return settings.offset, []
+    column = settings.score
+    for known, (value, notes) in _OFFSETS.items():
+        same = column == "score" and all(row.get(known) == row["score"] for row in table)
+        if column == known or (same and len(table)):
+            return value, list(notes)
+    at_reference = table.where(lambda row: _distance(row) < MIN_DISTANCE)
+    if len(at_reference):
+        offset = float(at_reference.numbers(column).mean())
+        return offset, [f"the reference's score is {offset:.4g}, of rows with KL below 1e-6"]
+    return 0.0, [
+        "no row at KL = 0 says what the reference scores, and 0 is taken: give an offset, or trust "
+        "only the fits with intercept"
+    ]
+
+
+def _resample_unit(table: Table, seeds: list[Any], settings: FitSettings) -> str:
+    if settings.resample == "seeds" and any(row.get("seed") is None for row in table):
+        raise ValueError("resample: expected a seed in every row, got rows without one")
+    if settings.resample != "auto":
+        return settings.resample
+    if any(row.get("seed") is None for row in table) or len(seeds) < 2:
+        return "points"
+    return "seeds" if len(seeds) >= 3 else "runs"
+
+
+def _observed_peak(
+    table: Table, d: np.ndarray, gain: np.ndarray, score: str
+) -> dict[str, Any] | None:
+    if not len(table):
+        return None
+    place = int(np.argmax(gain))
+    row = table[place]
+    return {
+        "d": float(d[place]),
+        "kl": row["kl"],
+        "score": float(row[score]),
+        "gain": float(gain[place]),
+        "run": row["run"],
+        "checkpoint": row["checkpoint"],
+    }
+
+
+def _too_little(d: np.ndarray) -> str | None:
+    """Why these points cannot be fitted, or None."""
+    if len(d) < _MIN_POINTS:
+        return f"expected at least {_MIN_POINTS} points away from the reference, got {len(d)}"
+    distinct = len(np.unique(d))
+    if distinct < 4:
+        return f"expected points at 4 or more different distances, got {distinct}"
+    return None

@@ -1,0 +1,154 @@
+"""What a set of fits says, in sentences; also what it does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Fit = Mapping[str, Any]
+TITLES = {
+    "log": "the log law d (alpha - beta log d)",
+    "d": "the quadratic in d",
+    "kl": "the quadratic in KL",
+}
+
+
+def group_name(group: Mapping[str, Any]) -> str:
+    """``loss dpo, seed 0``, or ``all rows``."""
+    return ", ".join(f"{name} {value}" for name, value in group.items()) or "all rows"
+
+
+def describe_fits(content: Mapping[str, Any]) -> list[str]:
+    """Sentences on the whole of ``fits.json``: errors, comparison of the laws, peaks."""
+    fitted = [group for group in content["groups"] if group["fits"]]
+    sentences = [
+        f"{group_name(group['group'])}: no fit, {group['message']}."
+        for group in content["groups"]
+        if not group["fits"]
+    ]
+    if content["dropped"]:
+        sentences.append(
+            f"{_count(content['dropped'], 'row')} at the reference itself (d below 0.001) "
+            f"{'was' if content['dropped'] == 1 else 'were'} left out of the fits."
+        )
+    if content["unknown"]:
+        sentences.append(
+            f"{_count(content['unknown'], 'row')} without {content['settings']['score']} "
+            f"{'was' if content['unknown'] == 1 else 'were'} left out."
+        )
+    if not fitted:
+        return sentences
+    laws = content["settings"]["laws"]
+    sentences += _errors(fitted, laws)
+    if "log" in laws and "kl" in laws:
+        sentences.append(_log_against_kl(fitted))
+    sentences += _winner(fitted, laws)
+    sentences += _peaks(fitted, content["settings"]["confidence"])
+    sentences += _few_points(fitted)
+    return sentences
+
+
+def through_origin(group: Mapping[str, Any], law: str) -> Fit:
+    """The group's fit of a law without intercept."""
+    return next(fit for fit in group["fits"] if fit["law"] == law and not fit["intercept"])
+
+
+def _errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> list[str]:
+    parts = []
+    for law in laws:
+        mean = sum(through_origin(group, law)["rmse"] for group in groups) / len(groups)
+        parts.append(f"{TITLES[law]} {mean:.3g}")
+    where = "" if len(groups) == 1 else f", mean of {len(groups)} groups"
+    return [f"RMSE without intercept (two coefficients each){where}: {'; '.join(parts)}."]
+
+
+def _log_against_kl(groups: Sequence[Mapping[str, Any]]) -> str:
+    ratios = []
+    for group in groups:
+        ours, theirs = (through_origin(group, law)["rmse"] for law in ("log", "kl"))
+        # Two exact fits are as good as each other.
+        ratios.append(ours / theirs if theirs > 0 else 1.0 if ours == 0 else float("inf"))
+    better = sum(ratio < 1 for ratio in ratios)
+    if len(ratios) == 1:
+        word = "smaller" if better else "not smaller"
+        return (
+            f"The log law's RMSE is {word} than the quadratic in KL's: ratio {ratios[0]:.2f} "
+            "(0.5 would be half)."
+        )
+    return (
+        f"The log law's RMSE is smaller than the quadratic in KL's in {better} of {len(ratios)} "
+        f"groups: ratio {min(ratios):.2f} to {max(ratios):.2f} (0.5 would be half)."
+    )
+
+
+def _winner(groups: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> list[str]:
+    wins = dict.fromkeys(laws, 0)
+    alone = 0
+    for group in groups:
+        best = group["fits"][group["best"]]
+        wins[best["law"]] += 1
+        alone += not any(f["tied_with_best"] for f in group["fits"] if f["law"] != best["law"])
+    name = max(wins, key=lambda law: wins[law])
+    if len(groups) == 1:
+        best = groups[0]["fits"][groups[0]["best"]]
+        extra = " with an intercept" if best["intercept"] else ""
+        told = (
+            "the other laws are worse by more than resampling explains"
+            if alone
+            else "resampling does not tell it from every other law"
+        )
+        return [f"{_upper(TITLES[name])}{extra} has the least leave-one-out error; {told}."]
+    counts = ", ".join(f"{TITLES[law]} in {count}" for law, count in wins.items())
+    return [
+        f"Least leave-one-out error, with or without intercept: {counts} of {len(groups)} groups. "
+        f"In {alone} of them the other laws are worse by more than resampling explains."
+    ]
+
+
+def _peaks(groups: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
+    """Which of the best fits have a peak that the data support."""
+    supported, shaky, absent = [], [], []
+    for group in groups:
+        best = group["fits"][group["best"]]
+        peak = best["peak"]
+        if peak is None:
+            absent.append(f"{group_name(group['group'])} ({best['peak_reason']})")
+        elif peak["share"] < confidence:
+            shaky.append(
+                f"{group_name(group['group'])} (peak in the data in {peak['share']:.0%} of the "
+                "resamples)"
+            )
+        else:
+            supported.append(peak["d"])
+    sentences = []
+    if supported:
+        where = f"at d = {min(supported):.3g}"
+        if len(supported) > 1:
+            where += f" to {max(supported):.3g}"
+        in_groups = f" in {len(supported)} of {len(groups)} groups" if len(groups) > 1 else ""
+        sentences.append(f"A peak inside the data is supported{in_groups}, {where}.")
+    if shaky:
+        sentences.append(f"Not sure of a peak: {_listed(shaky)}.")
+    if absent:
+        sentences.append(f"No peak supported: {_listed(absent)}.")
+    return sentences
+
+
+def _few_points(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    few = [group_name(group["group"]) for group in groups if group["points"] < 10]
+    if not few:
+        return []
+    return [f"Fewer than 10 points, so read the intervals with care: {_listed(few)}."]
+
+
+def _listed(items: Sequence[str], shown: int = 4) -> str:
+    rest = len(items) - shown
+    return "; ".join(items[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,214 @@
+"""A study's folder, or one table, as a page and figures: ``index.html`` and ``figures/*.png``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdaa.study.claims import Judged, judge_claims
+from fastdaa.study.curves import (
+    distinct,
+    series_name,
+    split,
+)
+from fastdaa.study.environment import environment
+from fastdaa.study.figures.style import Picture, render, save_png, to_svg
+from fastdaa.study.page import Page, PageFigure, render_page
+from fastdaa.study.report_tables import tables
+from fastdaa.study.results import Results, read_results
+from fastdaa.study.wording import join, number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FIGURES = (
+    "hump",
+    "frontier",
+    "paths",
+    "beta_kl",
+    "fitted",
+    "correlations",
+    "length",
+    "likelihood",
+    "tilt",
+    "tree",
+    "estimators",
+)
+"""Modules of ``fastdaa.study.figures``, in the order of the page. Each has ``TITLE``, ``NEEDS`` and
+``pictures(results)``, which is empty where the study has no data for it."""
+PAGE = "index.html"
+
+
+def build_report(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    command: str | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Writes the page and its figures, and returns the page's path.
+
+    Args:
+        source: a study's folder, or a table of one's own runs (``.jsonl`` or ``.csv``, see
+            :mod:`fastdaa.study.columns`). Laws are fitted to such a table here.
+        output: folder of ``index.html`` and ``figures/``; by default the study's folder, or
+            ``<table>_report`` beside the table.
+        command: the command line, for the page's last table.
+        console: shows progress there.
+
+    Raises:
+        FileNotFoundError: no such folder or table.
+        ValueError: a file that cannot be read, named with its line where there is one.
+    """
+    source = Path(source)
+    results = read_results(source)
+    if output is None:
+        output = source.with_name(f"{source.stem}_report") if source.is_file() else source
+    folder = Path(output)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    pictures, missing = collect_pictures(results)
+    figures = _draw_all(pictures, folder / "figures", console)
+    claims = judge_claims(results) if results.is_study else []
+    page = Page(
+        title=_title(results),
+        lead=describe(results, claims),
+        claims=[claim for claim in claims if claim.verdict != "no data"],
+        figures=figures,
+        tables=tables(results),
+        missing=missing | _missing_claims(claims),
+        missing_title="Not run" if results.is_study else "Not in this table",
+        facts=facts_of(results, command),
+    )
+    path = folder / PAGE
+    partial = folder / f".{PAGE}.{os.getpid()}.partial"
+    try:
+        partial.write_text(render_page(page), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def collect_pictures(results: Results) -> tuple[list[Picture], dict[str, str]]:
+    """All pictures that the data allow; and the titles of the others with what they need."""
+    found: list[Picture] = []
+    missing: dict[str, str] = {}
+    for name in FIGURES:
+        module = import_module(f"fastdaa.study.figures.{name}")
+        pictures = module.pictures(results)
+        found += pictures
+        if not pictures:
+            missing[module.TITLE] = module.NEEDS
+    return found, missing
+
+
+def _draw_all(
+    pictures: Sequence[Picture], folder: Path, console: Console | None
+) -> list[PageFigure]:
+    from rich.progress import Progress
+
+    figures = []
+    with Progress(console=console, transient=True, disable=console is None) as progress:
+        for picture in progress.track(pictures, description="figures"):
+            wide = render(picture, "wide")
+            save_png(wide, folder / f"{picture.name}.png")
+            figures.append(
+                PageFigure(
+                    picture.name,
+                    picture.title,
+                    picture.sentence,
+                    to_svg(wide),
+                    to_svg(render(picture, "narrow")),
+                )
+            )
+    return figures
+
+
+def _title(results: Results) -> str:
+    if results.in_world or not results.rows:
+        return "Over-optimisation in a world with a known reward"
+    return "Quality against KL"
+
+
+def describe(results: Results, claims: Sequence[Judged]) -> str:
+    """What was run, and how many claims came out how."""
+    rows = results.rows
+    parts = []
+    if rows:
+        runs = len({row["run"] for row in rows})
+        losses = join(list(split(rows, series_name)))
+        text = f"{runs} runs with {len(rows)} checkpoints ({losses}"
+        betas, seeds = distinct(rows, "beta"), distinct(rows, "seed")
+        if betas:
+            text += f"; beta from {betas[0]:g} to {betas[-1]:g}"
+        if seeds:
+            text += f"; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        parts.append(text + ").")
+        best = max(rows, key=lambda row: row["score"])
+        parts.append(
+            f"The best checkpoint, {best['run']} at step {best['checkpoint']}, scores "
+            f"{number(best['score'], sign=results.in_world)} at a KL of {number(best['kl'])} nats "
+            "a sequence."
+        )
+    judged = [claim for claim in claims if claim.verdict != "no data"]
+    if judged:
+        counts = [
+            f"{sum(claim.verdict == verdict for claim in judged)} {verdict}"
+            for verdict in ("reproduced", "partly", "not reproduced")
+        ]
+        parts.append(f"Of {len(judged)} claims that the data can judge: {join(counts)}.")
+    if results.in_world:
+        parts.append(
+            "KL and gold reward are exact, by enumeration; gold is 0 for the reference policy, and "
+            "its unit is the standard deviation of the reward under that policy."
+        )
+    return " ".join(parts)
+
+
+def _missing_claims(claims: Sequence[Judged]) -> dict[str, str]:
+    """Claims without data, each under its text."""
+    needs = "Not measured: needs "
+    return {
+        f"Claim “{claim.paper}”": claim.measured.removeprefix(needs).rstrip(".")
+        for claim in claims
+        if claim.verdict == "no data"
+    }
+
+
+def facts_of(results: Results, command: str | None) -> dict[str, str]:
+    """Settings, versions, commit, command, seconds and cores; those of the report where the study
+    left none."""
+    rows, study = results.rows, results.settings
+    facts: dict[str, str] = {}
+    for column in ("preset", "size", "loss", "algorithm", "beta", "length_alpha", "seed", "lr"):
+        values = distinct(rows, column)
+        if values:
+            facts[column] = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    for name, value in study.get("settings", {}).items():
+        if name not in ("runs", "seeds"):
+            facts[name] = str(value)
+    steps: Mapping[str, Any] = study.get("steps", {})
+    for name, step in steps.items():
+        if step.get("result"):
+            facts[f"step {name}"] = f"{step['result']}, {step['seconds']:.0f} s"
+    for name, errors in study.get("failed", {}).items():
+        facts[f"failed in {name}"] = str(errors)
+    trained = [max(r.get("seconds") or 0.0 for r in run) for run in split(rows, "run").values()]
+    if any(trained):
+        facts["training seconds"] = f"{sum(trained):.0f}, summed over runs"
+    if study.get("seconds"):
+        facts["seconds"] = f"{study['seconds']:.0f}, all steps"
+    where = study if study.get("versions") else environment()
+    facts["versions"] = ", ".join(f"{name} {value}" for name, value in where["versions"].items())
+    facts["commit"] = where.get("commit") or "not from a checkout"
+    workers = f", {study['workers']} workers of one thread" if study.get("workers") else ""
+    facts["cores"] = f"{where['cores']}{workers}"
+    facts["machine"] = str(where["machine"])
+    if study.get("command"):
+        facts["command"] = str(study["command"])
+    if command:
+        facts["command of this page"] = command
+    return facts

@@ -1,0 +1,287 @@
+"""The table of a study: one row a checkpoint of a run, written as JSON lines, read from CSV too.
+
+:mod:`fastdaa.study.columns` says what the columns are.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+
+from fastdaa.study.columns import LABELS, OPTIONAL, REQUIRED, Row, check_row, is_number
+from fastdaa.validation import check_choice
+
+Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+class Table(Sequence[Row]):
+    """Checked rows, in the order of the files. Rows are plain dictionaries; do not change them."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self._rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Table: ...
+    def __getitem__(self, index: int | slice) -> Row | Table:
+        if isinstance(index, slice):
+            return Table(self._rows[index])
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Table({len(self)} rows, {len({row['run'] for row in self})} runs)"
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that has a value in at least one row, known ones first."""
+        present = {name for row in self for name, value in row.items() if value is not None}
+        return [name for name in (*REQUIRED, *OPTIONAL) if name in present] + sorted(
+            present.difference(REQUIRED, OPTIONAL)
+        )
+
+    def where(self, condition: Callable[[Row], bool] | None = None, **equal: Any) -> Table:
+        """Rows that fulfil ``condition`` and have the given values; a set or a list means any of.
+
+        Example: ``table.where(loss="dpo", seed=[0, 1])``.
+        """
+
+        def kept(row: Row) -> bool:
+            for name, wanted in equal.items():
+                value = row.get(name)
+                many = isinstance(wanted, (list, tuple, set, frozenset))
+                if not (value in wanted if many else value == wanted):
+                    return False
+            return condition is None or condition(row)
+
+        return Table(row for row in self if kept(row))
+
+    def by(self, *columns: str) -> dict[tuple[Any, ...], Table]:
+        """Rows grouped by columns, sorted by their values, None last.
+
+        Without columns it is one group with the key ``()``.
+
+        Raises:
+            ValueError: a column that no row has.
+        """
+        known = {name for row in self for name in row}
+        for name in columns:
+            if len(self) and name not in known:
+                raise ValueError(
+                    f"group: expected columns of the table ({', '.join(self.columns)}), got {name}"
+                )
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self:
+            groups.setdefault(tuple(row.get(name) for name in columns), []).append(row)
+        return {key: Table(groups[key]) for key in sorted(groups, key=_sortable)}
+
+    def final(self) -> Table:
+        """The last checkpoint of every run: rows marked ``final``, else the highest checkpoint."""
+        chosen = []
+        for run in self.by("run").values():
+            marked = [row for row in run if row.get("final")]
+            chosen.extend(marked or [max(run, key=lambda row: row["checkpoint"])])
+        return Table(chosen)
+
+    def numbers(self, column: str) -> np.ndarray:
+        """A column as fp64 ``[rows]``, NaN where it is unknown.
+
+        Raises:
+            ValueError: a value that is no number.
+        """
+        values = [row.get(column) for row in self]
+        for row, value in zip(self, values, strict=True):
+            if value is not None and not is_number(value):
+                raise ValueError(f"{column} of run {row['run']}: expected numbers, got {value!r}")
+        return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def read_table(
+    paths: Paths, *, columns: Mapping[str, str] | None = None, duplicates: str = "error"
+) -> Table:
+    """Read and check one or more tables.
+
+    Args:
+        paths: ``.jsonl`` files, or ``.csv`` files with a header (empty cells are unknown values).
+        columns: names in the files by the names here, e.g. ``{"kl": "objective/kl"}``.
+        duplicates: what to do with a second row of the same run and checkpoint: ``"error"``, or
+            ``"last"`` to keep the later one (a resumed run that repeats its checkpoints).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty table, or a row with a missing or impossible value; the message names
+            file and line.
+    """
+    check_choice("duplicates", duplicates, ("error", "last"))
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    renamed = {theirs: ours for ours, theirs in (columns or {}).items()}
+    kept: dict[tuple[str, int], tuple[str, Row]] = {}
+    files = [Path(path) for path in paths]
+    for file in files:
+        for where, raw in _rows_of(file):
+            row = check_row(_rename(raw, renamed, where), where)
+            key = (row["run"], row["checkpoint"])
+            if key in kept and duplicates == "error":
+                raise ValueError(
+                    f"{where}: expected one row for each run and checkpoint, got run {key[0]!r} "
+                    f"checkpoint {key[1]} again (first at {kept[key][0]})"
+                )
+            kept[key] = where, row
+    if not kept:
+        listed = ", ".join(map(str, files)) or "no file"
+        raise ValueError(f"{listed}: expected at least one row, got an empty table")
+    return Table(row for _, row in kept.values())
+
+
+def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Append checked rows to a JSON-lines table, each line in one write.
+
+    Several processes may append to the same file. What an interrupted process left of a last line
+    is cut off first.
+
+    Raises:
+        ValueError: a row that does not fit the table; nothing is written then.
+    """
+    lines = [_line(row, f"row {number}") for number, row in enumerate(rows, 1)]
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _cut_unfinished_line(file)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        for line in lines:
+            os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def write_table(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Write a whole JSON-lines table, atomically.
+
+    Raises:
+        ValueError: a row that does not fit the table; nothing is written then.
+    """
+    content = b"".join(_line(row, f"row {number}") for number, row in enumerate(rows, 1))
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sortable(key: tuple[Any, ...]) -> list[tuple[bool, bool, Any]]:
+    return [
+        (value is None, not is_number(value), value if is_number(value) else str(value))
+        for value in key
+    ]
+
+
+def _rename(raw: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> Row:
+    """The row under our names; a column of ours that another one replaces is dropped."""
+    for theirs in renamed:
+        if theirs not in raw:
+            raise ValueError(
+                f"{where}: expected a column {theirs}, got the columns {', '.join(raw) or 'none'}"
+            )
+    taken = set(renamed.values())
+    row = {name: value for name, value in raw.items() if name not in taken}
+    # A source column is kept under its own name too: it may serve two purposes.
+    return row | {ours: raw[theirs] for theirs, ours in renamed.items()}
+
+
+def _rows_of(file: Path) -> Iterator[tuple[str, Row]]:
+    """Raw rows with the place that error messages name."""
+    if not file.is_file():
+        raise FileNotFoundError(f"table: expected an existing .jsonl or .csv file, got {file}")
+    if file.suffix.lower() == ".csv":
+        yield from _csv_rows(file)
+    elif file.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+        yield from _json_rows(file)
+    else:
+        raise ValueError(f"table: expected a .jsonl or .csv file, got {file}")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: expected one JSON object, got {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for cells in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in cells or None in cells.values():
+                raise ValueError(
+                    f"{where}: expected {len(reader.fieldnames or ())} cells as in the header"
+                )
+            yield where, {name: _cell(name, text) for name, text in cells.items()}
+
+
+def _cell(name: str, text: str) -> Any:
+    """The value of a CSV cell; what is no number where one is due is refused later."""
+    text = text.strip()
+    if not text:
+        return None
+    if name == "run" or name in LABELS:
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if name == "final" and text in ("0", "1"):
+        return text == "1"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _line(row: Mapping[str, Any], where: str) -> bytes:
+    checked = check_row(row, where)
+    ordered = {name: checked[name] for name in (*REQUIRED, *OPTIONAL) if name in checked}
+    return (json.dumps(ordered | checked, allow_nan=False) + "\n").encode()
+
+
+def _cut_unfinished_line(file: Path) -> None:
+    """Leave the file ending in a whole line."""
+    if not file.is_file() or not file.stat().st_size:
+        return
+    with file.open("rb+") as content:
+        content.seek(-1, os.SEEK_END)
+        if content.read(1) == b"\n":
+            return
+        content.seek(0)
+        data = content.read()
+        start = data.rfind(b"\n") + 1
+        try:
+            json.loads(data[start:])
+        except ValueError:
+            content.truncate(start)
+        else:
+            content.write(b"\n")

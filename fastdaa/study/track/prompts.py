@@ -1,0 +1,154 @@
+"""The prompts that a policy answers: distinct, held out, tokenised as the training data are."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from fastdaa.data.collate import TOKEN_FIELDS
+from fastdaa.data.encode import encode_pairs
+from fastdaa.data.reports import SkipReport
+from fastdaa.data.sources import check_records, rows_of
+from fastdaa.data.validate import BadRow
+from fastdaa.study.track.settings import TrackSettings
+
+logger = logging.getLogger(__name__)
+_CLOSING_TOKENS = 4
+"""A chat template closes a turn within so many tokens of its end."""
+
+
+class Prompt(NamedTuple):
+    """One prompt and the answer that the data prefer."""
+
+    number: int
+    """Its place among the prompts of the run: 0, 1, ..."""
+    ids: list[int]
+    text: str | list[dict[str, Any]]
+    """As in the data: text, or the messages of a conversation."""
+    reference: str
+    """The chosen answer, as text."""
+
+
+class PromptSet(NamedTuple):
+    """What is asked, and how an answer ends."""
+
+    prompts: list[Prompt]
+    end_ids: list[int]
+    """Tokens that end an answer."""
+
+    def batches(self, size: int) -> list[list[Prompt]]:
+        """Prompts of similar length together, so that little is padded."""
+        ordered = sorted(self.prompts, key=lambda prompt: (len(prompt.ids), prompt.number))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    text: str | list[dict[str, Any]]
+    reference: str
+    chosen_ids: list[int]
+
+
+def held_out_prompts(
+    pairs: Any,
+    tokenizer: Any,
+    settings: TrackSettings,
+    *,
+    longest: int | None = None,
+    end_ids: Iterable[int] = (),
+) -> PromptSet:
+    """Choose ``settings.prompts`` different prompts of ``pairs`` by ``settings.seed``.
+
+    Args:
+        pairs: a ``datasets.Dataset`` of pairs: text, conversations or token ids.
+        tokenizer: the policy's.
+        longest: prompts of more tokens are left out.
+        end_ids: tokens that end an answer, beside the tokenizer's EOS and the special token with
+            which every chosen answer ends (chat templates that close a turn have one).
+
+    Raises:
+        ValueError: no tokenizer, or no prompt that is short enough. A warning is logged where
+            there are fewer prompts than wanted.
+    """
+    if tokenizer is None:
+        raise ValueError("track: expected a tokenizer (processing_class), got None")
+    order = list(range(len(pairs)))
+    random.Random(settings.seed).shuffle(order)
+    chosen: dict[tuple[int, ...], _Row] = {}
+    too_long = 0
+    for row in _rows(pairs, order, tokenizer):
+        if longest is not None and len(row.ids) > longest:
+            too_long += 1
+        elif row.ids:
+            chosen.setdefault(tuple(row.ids), row)
+        if len(chosen) == settings.prompts:
+            break
+    if not chosen:
+        raise ValueError(
+            f"track: expected a prompt of at most {longest} tokens to leave room for an answer, "
+            f"got none among {len(pairs)} pairs"
+        )
+    if len(chosen) < settings.prompts:
+        logger.warning(
+            "track: %d different prompts instead of %d (%d pairs, %d with too long a prompt)",
+            len(chosen), settings.prompts, len(pairs), too_long,
+        )  # fmt: skip
+    rows = list(chosen.values())
+    ends = {*end_ids, *_closing(rows, tokenizer)}
+    if isinstance(tokenizer.eos_token_id, int):
+        ends.add(tokenizer.eos_token_id)
+    prompts = [Prompt(number, row.ids, row.text, row.reference) for number, row in enumerate(rows)]
+    return PromptSet(prompts, sorted(ends))
+
+
+def _rows(pairs: Any, order: Sequence[int], tokenizer: Any) -> Iterator[_Row]:
+    """Usable rows in a random order."""
+    if all(field in pairs.column_names for field in TOKEN_FIELDS):
+        for place in order:
+            row = pairs[place]
+            ids, answer = list(row["prompt_ids"]), list(row["chosen_ids"])
+            yield _Row(ids, _decode(tokenizer, ids), _decode(tokenizer, answer), answer)
+        return
+    # A few at a time: prompts may be far fewer than pairs.
+    for start in range(0, len(order), _READ_AT_ONCE):
+        part = pairs.select(order[start : start + _READ_AT_ONCE])
+        checked = list(check_records(rows_of(part, "track"), "skip", SkipReport()))
+        encoded = encode_pairs(checked, tokenizer)
+        for (_, pair, _), (_, tokens) in zip(checked, encoded, strict=True):
+            if not isinstance(tokens, BadRow):
+                yield _Row(
+                    list(tokens.prompt), pair["prompt"], _text(pair["chosen"]), list(tokens.chosen)
+                )
+
+
+_READ_AT_ONCE = 64
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _text(answer: str | list[dict[str, Any]]) -> str:
+    """The text of a completion: of several messages the assistant's contents."""
+    if isinstance(answer, str):
+        return answer
+    parts = []
+    for message in answer:
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "".join(block["text"] for block in content)
+        parts.append(content)
+    return "\n".join(part for part in parts if part)
+
+
+def _closing(rows: Sequence[_Row], tokenizer: Any) -> set[int]:
+    """The special token that stands last in every chosen answer, if it is always the same."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {token for token, entry in added.items() if entry.special}
+    last = [
+        next((t for t in reversed(row.chosen_ids[-_CLOSING_TOKENS:]) if t in special), None)
+        for row in rows
+    ]
+    return {last[0]} if last and last[0] is not None and len(set(last)) == 1 else set()

@@ -1,0 +1,41 @@
+"""Small pieces of the report's sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+NO_VALUE = "n/a"
+
+
+def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
+    """A number with a fixed count of decimals, and never ``-0.00``."""
+    if value is None:
+        return NO_VALUE
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
+
+
+def count(number_of: int, thing: str) -> str:
+    """``1 fit``, ``2 fits``; ``2 policies`` for ``policy``."""
+    if number_of == 1:
+        return f"1 {thing}"
+    return f"{number_of} {thing[:-1]}ies" if thing.endswith("y") else f"{number_of} {thing}s"
+
+
+def join(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def span(values: Sequence[float], digits: int = 2) -> str:
+    """``0.10 to 0.25``, or the one value."""
+    low, high = number(min(values), digits), number(max(values), digits)
+    return low if low == high else f"{low} to {high}"
+
+
+def preset_suffix(preset: Any) -> str:
+    """What follows a title: the preset's name, if there is one."""
+    return "" if preset is None else f", preset {preset}"

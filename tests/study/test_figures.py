@@ -1,0 +1,245 @@
+"""Figures: legible in both layouts, nothing on top of each other, and sentences from the data."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from fastdaa.study.figures import beta_kl, correlations, frontier, hump, length, likelihood, paths
+from fastdaa.study.figures.fitted import fits, fitted_curves
+from fastdaa.study.figures.style import DARK, WIDTHS, Layout, Picture, render, save_png, to_svg
+from fastdaa.study.fit import FitSettings, fit_table
+from fastdaa.study.report import FIGURES, collect_pictures
+from fastdaa.study.results import Results
+from fastdaa.study.table import Table
+
+synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_study.py")))
+LAYOUTS: tuple[Layout, ...] = ("wide", "narrow")
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    rows = Table(synthetic["study_rows"](seeds=2))
+    return Results(
+        rows=rows,
+        fits=fit_table(rows, FitSettings(repeats=100)),
+        tree=synthetic["tree_content"](),
+        tilt=tuple(synthetic["tilt_rows"]()),
+        estimators=synthetic["estimators_content"](),
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(results: Results) -> dict[str, Picture]:
+    found, missing = collect_pictures(results)
+    assert missing == {}
+    return {picture.name: picture for picture in found}
+
+
+NAMES = [
+    "hump-H", "frontier-losses-H", "frontier-sizes-H", "frontier-length-H", "paths-H", "beta-kl",
+    "fits-H", "correlations-H", "length-H", "likelihood", "tilt", "tree", "estimators",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(pictures: dict[str, Picture]) -> Callable[[str, Layout], Figure]:
+    """Pictures by name and layout, each drawn once."""
+
+    @cache
+    def draw(name: str, layout: Layout) -> Figure:
+        figure = render(pictures[name], layout)
+        figure.draw_without_rendering()
+        return figure
+
+    return draw
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_overlaps(
+    drawn: Callable[[str, Layout], Figure], name: str, layout: Layout
+) -> None:
+    figure = drawn(name, layout)
+    assert figure.get_figwidth() <= WIDTHS[layout]
+    boxes = [ax.get_tightbbox() for ax in figure.axes if ax.get_visible()]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    width, height = figure.bbox.width, figure.bbox.height
+    for place, box in enumerate(boxes):
+        assert box is not None
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        for other in boxes[place + 1 :]:
+            assert other is not None
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            down = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across <= 1 or down <= 1, f"{name}: two parts share {across:.0f} x {down:.0f}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_axes_are_labelled_and_legible(drawn: Callable[[str, Layout], Figure], name: str) -> None:
+    figure = drawn(name, "narrow")
+    for ax in figure.axes:
+        assert ax.get_xlabel() or ax.get_xticklabels(), name
+        assert ax.get_ylabel(), name
+    texts: list[Any] = figure.findobj(lambda part: isinstance(part, Text) and part.get_text())
+    assert min(text.get_fontsize() for text in texts if text.get_visible()) >= 8
+
+
+def test_units(drawn: Callable[[str, Layout], Figure]) -> None:
+    ax = drawn("hump-H", "wide").axes[0]
+    assert ax.get_xlabel() == "√KL to the reference (√nats)"
+    assert ax.get_ylabel() == "gold reward\n(reference std. deviations)"
+
+
+def test_modules_say_what_they_need() -> None:
+    for name in FIGURES:
+        module = import_module(f"fastdaa.study.figures.{name}")
+        assert module.pictures(Results()) == []
+        assert module.TITLE and "by `fastdaa study" in module.NEEDS
+
+
+def test_svg_follows_the_reader(pictures: dict[str, Picture]) -> None:
+    svg = to_svg(render(pictures["likelihood"], "narrow"))
+    assert "prefers-color-scheme:dark" in svg
+    body = svg.split("</style>", 1)[1]
+    # Every colour is a variable: what is left in hexadecimal would not change on a dark page.
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", body)) == set()
+    assert all(dark in svg for dark in DARK.values())
+    assert svg == to_svg(render(pictures["likelihood"], "narrow"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_colour_outside_the_palette(drawn: Callable[[str, Layout], Figure], name: str) -> None:
+    body = to_svg(drawn(name, "wide")).split("</style>", 1)[1]
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", body)) == set()
+
+
+def test_png_has_twice_the_size(pictures: dict[str, Picture], tmp_path: Path) -> None:
+    figure = render(pictures["likelihood"], "wide")
+    save_png(figure, tmp_path / "a.png")
+    header = (tmp_path / "a.png").read_bytes()[:24]
+    assert header[:4] == b"\x89PNG"
+    width = int.from_bytes(header[16:20], "big")
+    assert width == round(200 * figure.get_figwidth())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def rows_of(**columns: list[Any]) -> list[dict[str, Any]]:
+    """Finished runs, one a place in the lists."""
+    count = len(next(iter(columns.values())))
+    return [
+        {"run": str(place), "checkpoint": 1, "seed": 0, "loss": "dpo"}
+        | {name: values[place] for name, values in columns.items()}
+        for place in range(count)
+    ]
+
+
+RISING = rows_of(kl=[1.0, 4.0, 9.0], score=[0.5, 1.0, 1.5], beta=[1.0, 0.5, 0.1])
+FALLING = rows_of(kl=[1.0, 4.0, 9.0], score=[0.5, 1.0, 0.25], beta=[1.0, 0.5, 0.1])
+SENTENCES: list[tuple[str, Callable[[], str], str]] = [
+    (
+        "hump", lambda: hump.sentence(FALLING),
+        "Quality rises and then falls: DPO is best at √KL 2.00 (beta 0.5) with +1.00 and loses "
+        "0.75 beyond it.",
+    ),
+    (
+        "no hump", lambda: hump.sentence(RISING),
+        "No fall beyond noise inside the range for DPO (best +1.50 at √KL 3.00, farthest +1.50 at "
+        "3.00).",
+    ),
+    ("one run", lambda: hump.sentence(FALLING[:1]), "Too few runs to tell for DPO."),
+    (
+        "frontier", lambda: frontier.sentence({"a": RISING, "b": FALLING}),
+        "Best mean quality: a +1.50 at √KL 3.00 and b +1.00 at √KL 2.00.",
+    ),
+    (
+        "beta", lambda: beta_kl.sentence({"H": FALLING}),
+        "Preset H: from beta 1 down to 0.1, DPO from 1.00 to 9.00 nats.",
+    ),
+    (
+        "paths", lambda: paths.sentence({"DPO": [paths.Path("1", [0.5, 1], [1, 2], [2.0, 1.0])]}),
+        "DPO: its farthest run (√KL 2.00) is best at 50% of training.",
+    ),
+    (
+        "correlations", lambda: correlations.sentence(correlations.clouds(
+            rows_of(kl=[1.0, 2.0, 3.0], score=[1.0, 2.0, 3.0], accuracy=[0.9, 0.8, 0.7]))),
+        "Correlation of quality with accuracy: DPO -1.00 (n = 3).",
+    ),
+    (
+        "length", lambda: length.sentence(
+            {"d12": rows_of(kl=[1.0, 2.0], score=[0, 0], length_r2_pairs=[0.5, 0.7])},
+            ["length_r2_pairs"]),
+        "Mean R² of log-ratio on length on held-out pairs: d12 0.60.",
+    ),
+    (
+        "likelihood", lambda: likelihood.sentence(
+            {None: rows_of(kl=[1.0] * 3, score=[0] * 3, kl_forward=[1.0, 2.0, 3.0],
+                           chosen_logratio=[0.5, -1.0, -2.5])}),
+        "Chosen answers became less likely in 2 of 3 runs; their mean log-ratio correlates with "
+        "the forward KL at r = -1.00 and lies above minus that KL in 3.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [case[1:] for case in SENTENCES], ids=[case[0] for case in SENTENCES]
+)
+def test_sentences_by_hand(make: Callable[[], str], expected: str) -> None:
+    assert make() == expected
+
+
+def test_every_sentence_is_computed(pictures: dict[str, Picture]) -> None:
+    for picture in pictures.values():
+        assert re.search(r"\d", picture.sentence), picture.name
+        assert picture.sentence.endswith("."), picture.name
+
+
+def test_fits_of_the_plain_sweep_alone(results: Results) -> None:
+    found = fits(results)
+    # Two presets, three losses, two seeds, six laws; no other sizes, no R-DPO.
+    assert len(found) == 2 * 3 * 2 * 6
+    assert {fit.series for fit in found} == {"DPO", "IPO", "SLiC"}
+    assert len(fitted_curves(results, "H", "DPO")) == 2
+
+
+def test_fits_without_constant_columns() -> None:
+    """`fits.json` leaves out columns with one value; they are the table's."""
+    rows = Table(synthetic["study_rows"](presets=("H",), seeds=1, regularised=False))
+    plain = rows.where(size="d32")
+    results = Results(rows=plain, fits=fit_table(plain, FitSettings(repeats=100)))
+    assert set(results.fits["groups"][0]["group"]) == {"loss"}
+    assert len(fitted_curves(results, "H", "IPO")) == 1
+
+
+def test_fitted_curve_goes_through_the_law() -> None:
+    rows = Table(
+        rows_of(kl=[0.25, 1.0, 2.25, 4.0, 6.25, 9.0],
+                score=[d * (1.0 - 0.25 * d) for d in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)])
+    )  # fmt: skip
+    results = Results(rows=rows, fits=fit_table(rows, FitSettings(repeats=100)))
+    ((x, y),) = fitted_curves(results, None, "DPO", law="d")
+    assert x[[0, -1]] == pytest.approx([0.5, 3.0])
+    assert y == pytest.approx(x * (1.0 - 0.25 * x))
+
+
+def test_run_without_a_world_has_no_zero_line() -> None:
+    rows = Table(
+        [{"run": "a", "checkpoint": k, "kl": float(k), "score": 50.0 - k} for k in range(1, 5)]
+    )
+    pictures, missing = collect_pictures(Results(rows=rows))
+    assert {picture.name for picture in pictures} == {"hump", "paths"}
+    assert "Mass outside the data, in the tree problem" in missing
+    figure: Figure = render(pictures[0], "wide")
+    assert figure.axes[0].get_ylim()[0] > 40
+    assert pictures[0].sentence == (
+        "a is best at √KL 1.00 with 49.000 and ends at √KL 2.00 with 46.000."
+    )

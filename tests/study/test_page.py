@@ -1,0 +1,240 @@
+"""The page: one file, nothing from elsewhere, missing parts named, any table welcome."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import runpy
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastdaa.cli import main
+from fastdaa.study.claims import Judged
+from fastdaa.study.fit import FitSettings, fit_table
+from fastdaa.study.page import Page, PageFigure, PageTable, render_page
+from fastdaa.study.report import FIGURES, build_report
+from fastdaa.study.table import Table
+
+synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_study.py")))
+
+
+class Reader(HTMLParser):
+    """Addresses that a browser would load, open elements, and the text."""
+
+    VOID = ("meta", "link", "img", "source", "br", "input")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.alts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "data", "action", "poster") and value:
+                self.addresses.append(value)
+            if name == "alt" and value:
+                self.alts.append(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def assert_self_contained(page: str) -> None:
+    reader = Reader(page)
+    assert reader.open == []
+    assert reader.addresses
+    for address in reader.addresses:
+        assert address.startswith(("#", "data:image/svg+xml;base64,")), address[:80]
+        if address.startswith("data:"):
+            svg = base64.b64decode(address.split(",", 1)[1]).decode()
+            loaded = re.findall(r'(?:href|src)="([^"]*)"', svg)
+            assert all(target.startswith("#") for target in loaded)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study in which only a sweep, the fits and the tree were done."""
+    folder = tmp_path_factory.mktemp("study")
+    rows = synthetic["study_rows"](presets=("H",), seeds=1, regularised=False)
+    synthetic["write_rows"](folder, rows)
+    fits = fit_table(Table(rows), FitSettings(repeats=100))
+    (folder / "fits.json").write_text(json.dumps(fits))
+    (folder / "tree.json").write_text(json.dumps(synthetic["tree_content"]()))
+    settings = {
+        "settings": {"seeds": [0, 1], "runs": []},
+        "steps": {"tree": {"seconds": 12.3, "settings": {}, "result": "18 trainings"}},
+        "failed": {"tilt": "ValueError: no reward model"},
+        "seconds": 345.6,
+        "workers": 2,
+        "versions": {"fastdaa": "9.8.7", "torch": "2.13.0"},
+        "commit": "abc1234",
+        "cores": 2,
+        "machine": "Some CPU",
+    }
+    (folder / "study.json").write_text(json.dumps(settings))
+    build_report(folder, command="fastdaa study report study_output")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(study: Path) -> str:
+    return (study / "index.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+    assert_self_contained(page)
+
+
+def test_figures_lie_beside_the_page(study: Path, page: str) -> None:
+    names = {path.stem for path in (study / "figures").glob("*.png")}
+    assert {"hump-H", "tree", "fits-H", "beta-kl"} <= names
+    assert all(f'<section id="{name}">' in page for name in names)
+    assert not list(study.rglob("*.partial"))
+
+
+def test_each_figure_has_a_narrow_twin_and_words(page: str) -> None:
+    reader = Reader(page)
+    assert page.count("<picture>") == page.count('media="(max-width: 640px)"') == len(reader.alts)
+    assert all(len(alt) > 40 for alt in reader.alts)
+
+
+def test_missing_parts_are_named(page: str) -> None:
+    listed = page.partition('<section id="missing">')[2].partition("</section>")[0]
+    assert "<h2>Not run</h2>" in listed
+    for part in ("tilt.jsonl", "estimators.json"):
+        assert part in listed
+    assert "tree.json" not in listed
+
+
+def test_claims_table(page: str) -> None:
+    table = page.partition('<table class="claims">')[2].partition("</table>")[0]
+    assert "Paper&#x27;s claim" in table or "Paper's claim" in table
+    assert "What we measured" in table and "Reproduced or not" in table
+    assert {"✓ reproduced", "✗ not reproduced"} <= set(re.findall(r">([✓✗◐] [a-z ]+)<", table))
+
+
+@pytest.mark.parametrize(
+    "fact",
+    ["fastdaa 9.8.7, torch 2.13.0", "abc1234", "2, 2 workers of one thread", "346, all steps",
+     "fastdaa study report study_output", "Some CPU", "ValueError: no reward model",
+     "18 trainings, 12 s", "0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2"],
+)  # fmt: skip
+def test_facts(page: str, fact: str) -> None:
+    facts = Reader(page.partition('<section id="facts">')[2].partition("</section>")[0]).text
+    assert fact in facts
+
+
+def test_tables_scroll_in_their_own_box(page: str) -> None:
+    assert page.count("<table") == page.count('<div class="scroll" role="region"')
+    assert ".scroll { overflow-x: auto;" in page
+    assert "prefers-color-scheme: dark" in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+
+
+def test_numbers(page: str) -> None:
+    numbers = page.partition('<section id="numbers">')[2].partition("</section>")[0]
+    for title in ("Ends of training, preset H", "Fitted laws", "Tree problem", "known solutions"):
+        assert title in numbers
+
+
+def test_text_is_escaped() -> None:
+    evil = '<script>alert("x")</script>'
+    page = render_page(
+        Page(
+            title=evil,
+            lead=evil,
+            claims=[Judged("a", evil, evil, "partly")],
+            figures=[PageFigure("a", evil, evil, "<svg/>", "<svg/>")],
+            tables=[PageTable(evil, evil, [evil], [[evil]])],
+            missing={evil: evil},
+            facts={evil: evil},
+        )
+    )
+    assert_self_contained(page)
+
+
+OWN = [
+    {"run": f"run {name}", "checkpoint": 10 * k, "kl": 0.3 * k,
+     "score": 0.5 + 0.1 * k - 0.012 * k * k}
+    for name in ("<a>", "b")
+    for k in range(1, 9)
+]  # fmt: skip
+
+
+def test_own_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "track.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in OWN))
+    assert main(["study", "report", str(table)]) == 0
+    written = tmp_path / "track_report" / "index.html"
+    assert str(written) in capsys.readouterr().out
+    page = written.read_text(encoding="utf-8")
+    assert_self_contained(page)
+    text = Reader(page).text
+    assert "run <a> is best at √KL 1.10 with 0.708" in text
+    assert "Not in this table" in text
+    assert "gold" not in text.lower().partition("not in this table")[0]
+    # No world and no tree: the papers' claims are not at stake.
+    assert 'id="claims"' not in page
+    assert {path.stem for path in written.parent.glob("figures/*.png")} == {"hump", "paths", "fits"}
+
+
+def test_csv_and_output(tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    lines = ["run,checkpoint,kl,score"] + [f"a,{k},{k}.5,{k % 3}" for k in range(1, 5)]
+    table.write_text("\n".join(lines))
+    assert build_report(table, tmp_path / "there") == tmp_path / "there" / "index.html"
+
+
+def test_tree_alone(tmp_path: Path) -> None:
+    (tmp_path / "tree.json").write_text(json.dumps(synthetic["tree_content"]()))
+    page = build_report(tmp_path).read_text(encoding="utf-8")
+    assert_self_contained(page)
+    assert 'id="tree"' in page and "points.jsonl" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "words"),
+    [
+        ({}, FileNotFoundError, "expected points.jsonl, fits.json"),
+        ({"points.jsonl": "{}\n"}, ValueError, r"points.jsonl:1: expected a value for run"),
+        ({"tree.json": "[1]"}, ValueError, r"tree.json: expected a JSON object, got list"),
+        ({"tilt.jsonl": "{}\nnope\n"}, ValueError, r"tilt.jsonl:2: expected a JSON object"),
+    ],
+    ids=["empty folder", "bad row", "no object", "bad line"],
+)
+def test_bad_input(
+    tmp_path: Path, files: dict[str, str], error: type[Exception], words: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=words):
+        build_report(tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "report", str(tmp_path / "none")]) == 2
+    assert "expected a study's folder or a table, got" in capsys.readouterr().err
+
+
+def test_figure_modules_are_known() -> None:
+    folder = Path(__file__).resolve().parents[2] / "fastdaa" / "study" / "figures"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__", "style"} == set(FIGURES)
