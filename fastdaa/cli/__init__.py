@@ -12,9 +12,9 @@ from collections.abc import Sequence
 _COMMANDS = {
     "train": "train a policy on preference pairs",
     "doctor": "show versions, devices, and how a model would be trained",
-    "demo": "train, align and plot a small policy on the CPU, start to end",
+    "demo": "over-optimise a known reward on the CPU: a small sweep, its law, a page",
     "bench": "measure speed and memory against other implementations",
-    "study": "compare objectives in controlled experiments",
+    "study": "measure over-optimisation: quality against KL, scaling laws, a page",
 }
 _INTERRUPTED = 130
 _USAGE_ERROR = 2
