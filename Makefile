@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes side by side: one a core, at most four, each with one thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && n=4; echo "$$n")
-# Where `make gpu-check` leaves its JSON lines.
+# Where `make gpu-check` leaves its JSON lines, and `make bench` its own and their page.
 RESULTS ?= benchmarks/results
+BENCH_OUTPUT ?= bench_output
+# Seconds for the timed steps of `make bench`, which it spreads over its cases.
+STEP_BUDGET ?= 200
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
@@ -19,6 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet
 TEST_READY := $(VENV)/.fastdaa-test
 DEV_READY := $(VENV)/.fastdaa-dev
+BENCH_READY := $(VENV)/.fastdaa-bench
 PINS := requirements/torch.txt requirements/triton.txt requirements/base.txt requirements/test.txt
 
 # `make gpu-check PYTHON=python3` uses that interpreter as it is, and installs nothing.
@@ -27,7 +31,7 @@ GPU_PYTHON := $(PYTHON)
 GPU_NEEDS :=
 else
 GPU_PYTHON := $(BIN)/python
-GPU_NEEDS := $(TEST_READY)
+GPU_NEEDS := $(BENCH_READY)
 endif
 
 help: ## this list
@@ -58,7 +62,12 @@ $(DEV_READY): $(TEST_READY) requirements/dev.txt
 	@$(PIP_INSTALL) -r requirements/dev.txt
 	@touch $@
 
-demo: $(TEST_READY) ## train, align and plot a small policy on the CPU (under five minutes)
+$(BENCH_READY): $(TEST_READY) requirements/bench.txt
+	@echo "[setup bench] liger-kernel, cut-cross-entropy"
+	@$(PIP_INSTALL) --no-deps -r requirements/bench.txt
+	@touch $@
+
+demo: $(TEST_READY) ## a small over-optimisation sweep, its law and its page (under five minutes)
 	@$(BIN)/python -m fastdaa.cli demo
 
 test: $(TEST_READY) ## every test that needs no GPU
@@ -76,15 +85,20 @@ format: $(DEV_READY) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(TEST_READY) ## the whole training step beside TRL's, on the CPU (about ten minutes)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m fastdaa.benchmarks.step_vs_trl $(BENCH_FLAGS)
+# Every benchmark runs, whatever the others did; Ctrl-C keeps finished rows and ends all.
+bench: $(BENCH_READY) ## head, loss, step, memory, accuracy beside their peers, and a page (under ten minutes)
+	@failed=; for kind in head loss memory accuracy step; do echo "[bench] $$kind"; \
+	  what="--selection cpu"; code=0; \
+	  [ $$kind != step ] || what="--selection quick --budget $(STEP_BUDGET)"; \
+	  OMP_WAIT_POLICY=passive $(BIN)/python -m fastdaa.cli bench $$kind $$what \
+	    --output $(BENCH_OUTPUT)/$$kind.jsonl $(BENCH_FLAGS) || code=$$?; \
+	  [ $$code -ne 130 ] || exit 130; [ $$code -eq 0 ] || failed="$$failed $$kind"; \
+	done; \
+	$(BIN)/python -m fastdaa.cli bench report $(BENCH_OUTPUT)/*.jsonl --output $(BENCH_OUTPUT)/page; \
+	[ -z "$$failed" ] || { echo "bench: failed:$$failed" >&2; exit 1; }
 
 gpu-check: $(GPU_NEEDS) ## GPU tests and benchmarks on a CUDA machine (PYTHON=... uses that Python as it is)
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: expected a CUDA device, torch " + torch.__version__ + " sees none")'
-	@mkdir -p $(RESULTS)
-	@$(GPU_PYTHON) -c 'import platform, torch; print("gpu-check:", torch.cuda.get_device_name(), "torch", torch.__version__, "Python", platform.python_version())'
-	PYTHONPATH=$(CURDIR) timeout 240 $(GPU_PYTHON) -m pytest -m gpu -W default -p no:cacheprovider $(PYTEST_FLAGS)
-	PYTHONPATH=$(CURDIR) timeout 240 $(GPU_PYTHON) -m fastdaa.benchmarks.step_vs_trl --device cuda --hidden 2048 --layers 16 --vocab 128256 --output $(RESULTS)/step_cuda.jsonl $(BENCH_FLAGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastdaa.benchmarks.gpu_check --results $(RESULTS) $(BENCH_FLAGS)
 
 wheel: $(TEST_READY) ## wheel and sdist in dist/
 	rm -rf build dist

@@ -6,13 +6,18 @@ tree. Neither folder may hold an ``__init__.py``: from the repository root it wo
 Hugging Face package ``kernels`` (tests/test_package.py).
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 setup(
     packages=[
         *find_packages(include=["fastdaa", "fastdaa.*"]),
         "fastdaa.kernels",
         "fastdaa.benchmarks",
+        # Folders below benchmarks/; committed results stay in the repository.
+        *(
+            f"fastdaa.benchmarks.{name}"
+            for name in find_namespace_packages("benchmarks", exclude=["results*", "*__pycache__"])
+        ),
     ],
     package_dir={"fastdaa.kernels": "kernels", "fastdaa.benchmarks": "benchmarks"},
     package_data={

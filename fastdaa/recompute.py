@@ -51,8 +51,8 @@ class Recompute(torch.autograd.Function):
         ctx.plan = plan
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.operand = operand_dtype(hidden_states, weight)
-        more = values or (state.m.new_empty(0),) * 3
-        more = tuple(value.clone() for value in more)
+        absent = state.m.new_empty(0)
+        more = list(values) if values is not None else [absent.clone() for _ in range(3)]
         ctx.mark_non_differentiable(*more)
         return state.logps, *more
 

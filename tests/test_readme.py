@@ -122,6 +122,10 @@ def unknown_words(words: list[str]) -> list[str]:
     command = [word for word in words[:1] if not word.startswith("-")]
     if command and not re.search(rf"\b{re.escape(command[0])}\b", help_of()):
         return command
+    # `bench` and `study` have sub-commands of their own, each on a line of their help.
+    action = words[1] if command and len(words) > 1 else "-"
+    if re.search(rf"^ +{re.escape(action)} ", help_of(*command), re.M) and action.isalpha():
+        command = [*command, action]
     flags = {word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)}
     listed = set(re.findall(r"--?[A-Za-z][\w-]*", help_of(*command)))
     return sorted(flags - listed)

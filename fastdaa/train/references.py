@@ -57,7 +57,7 @@ class ModelReference:
 
     def __init__(self, model: nn.Module, max_bytes: int | None = None, engine: str = "auto"):
         self.model = model
-        self.options = {"max_bytes": max_bytes, "engine": engine}
+        self.options: dict[str, Any] = {"max_bytes": max_bytes, "engine": engine}
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the model."""
@@ -82,7 +82,7 @@ class AdapterReference:
         self, policy: Callable[[], nn.Module], max_bytes: int | None = None, engine: str = "auto"
     ):
         self.policy = policy
-        self.options = {"max_bytes": max_bytes, "engine": engine}
+        self.options: dict[str, Any] = {"max_bytes": max_bytes, "engine": engine}
 
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the starting point of the policy."""

@@ -1,0 +1,1 @@
+"""``fastdaa bench KIND --compare REF``: two versions of this project in one run."""

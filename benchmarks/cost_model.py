@@ -1,0 +1,124 @@
+"""FLOP and bytes of a way through the head; :class:`fastdaa.benchmarks.roof.Roof` makes them time.
+
+Derived on ``docs/cost_model.md``. ``U = 2 N V D`` FLOP is one product of the head. Bytes are those
+of elementwise passes over tiles of logits and over sums of gradients: what a product reads and
+writes itself is part of its measured rate. Nothing overlaps and nothing stays in a cache, so the
+model is meant for GPUs; on CPUs tiles are kept in the last-level cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from fastdaa.benchmarks.cases import Case
+from fastdaa.planner import HeadPlan, plan_head
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TRL_TOKENS, _TRL_COLUMNS = 4096, 32768
+
+
+class Cost(NamedTuple):
+    """Work of one run."""
+
+    flop: float
+    """Of the products."""
+    bytes: float
+    """Of the passes beside them."""
+    dtype: str
+    """Of the products."""
+
+
+def floor(case: Case, products: int) -> Cost:
+    """So many products and nothing else."""
+    return Cost(products * case.unit, 0.0, case.dtype)
+
+
+def materialised(case: Case, device: str) -> Cost:
+    """Logits in the dtype of the inputs, widened; eager log-softmax, gather, and their backward.
+
+    Bytes a logit: widening reads ``w`` and writes 4; log-softmax reads 8 and writes 4; backward
+    fills 4, reads 12 and writes 4, and narrows again. A softcap adds three passes forward (24) and
+    four backward (40).
+    """
+    w = _WIDTH[case.dtype]
+    forward = 12 + (0 if w == 4 else 4 + w) + (24 if case.softcap else 0)
+    backward = 20 + (0 if w == 4 else 4 + w) + (40 if case.softcap else 0)
+    passes = forward + backward * case.wants_grad + forward * _online(case)
+    products = 1 + case.wants_grad + case.wants_head_grad + _online(case)
+    return Cost(products * case.unit, passes * case.tokens * case.vocab, case.dtype)
+
+
+def vocabulary_chunks(case: Case, device: str) -> Cost | None:
+    """TRL's head on CUDA: tiles of 4096 x 32768 in the dtype of the inputs, one kernel a pass.
+
+    Bytes a logit: forward reads ``w``; backward reads and writes ``w``. The weight's gradient is
+    filled (4), read and written (8) once every 4096 tokens, and rounded (4 + w); that of the
+    hidden states is read and written (8) for every 32768 columns. None on CPU, where its passes
+    are plain PyTorch.
+    """
+    if device != "cuda":
+        return None
+    w, n, v, d = _WIDTH[case.dtype], case.tokens, case.vocab, case.hidden
+    logit = w + 2 * w * case.wants_grad + w * _online(case)
+    total = float(logit * n * v)
+    if case.wants_grad:
+        total += n * d * (4 + 8 * math.ceil(v / _TRL_COLUMNS) + 4 + w)
+    if case.wants_head_grad:
+        total += v * d * (4 + 8 * math.ceil(n / _TRL_TOKENS) + 4 + w)
+    products = 1 + 2 * case.wants_grad + case.wants_head_grad + _online(case)
+    return Cost(products * case.unit, total, case.dtype)
+
+
+def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None = None) -> Cost:
+    """A path of fastdaa with the tiles that its planner chooses."""
+    plan = plan_head(
+        case.vocab, device, hidden_grad=case.wants_grad, head_grad=case.wants_head_grad,
+        loss_inside=path == "single_pass", impl=path, max_bytes=max_bytes,
+    )  # fmt: skip
+    # CPUs have no half-precision product with an fp32 result: operands are widened there.
+    dtype = "float32" if device == "cpu" else case.dtype
+    w = _WIDTH[dtype]
+    statistics, gradient, recomputed = _logit_passes(engine, w, case.softcap is not None)
+    logit = {
+        "score": statistics,
+        "frozen": statistics + gradient,
+        "single_pass": statistics + gradient,
+        "recompute": statistics + recomputed + gradient,
+    }[path] + statistics * _online(case)
+    products = plan.gemms - (path in ("single_pass", "recompute") and not case.head_grad)
+    total = logit * case.tokens * case.vocab + _gradient_sums(case, path, plan, w)
+    return Cost((products + _online(case)) * case.unit, total, dtype)
+
+
+def _logit_passes(engine: str, w: int, softcap: bool) -> tuple[int, int, int]:
+    """Bytes a logit: statistics, gradient after them, and what a recomputed tile needs besides."""
+    if engine == "triton":
+        return 4, 4 + w, 0  # statistics leave the logits as they are
+    # amax 4; subtract 8; exp 8; sum 4. Times coefficients 8, and the cast for the products.
+    statistics, gradient, recomputed = 24, 8 + (0 if w == 4 else 4 + w), 24
+    if softcap:
+        # Divide, tanh, multiply: 24. The slope: 5 passes of 8, and 12 to multiply by it.
+        statistics, gradient, recomputed = statistics + 24, gradient + 52, recomputed + 24
+    return statistics, gradient, recomputed
+
+
+def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
+    """Bytes of the fp32 sums of gradients beside their products."""
+    if path == "score":
+        return 0.0
+    n, v, d = case.tokens, case.vocab, case.hidden
+    # A half-precision product is written, read and added; in fp32 it is added by the product.
+    add = 8 if w == 4 else 16
+    # Filled with zeros, multiplied by the loss's own gradient, rounded to the tensor's dtype.
+    ends = 4 + 8 * (path == "single_pass") + (0 if w == 4 else 4 + w)
+    parts = math.ceil(n / plan.tile_rows)
+    if path == "frozen":
+        return n * d * (16.0 + 4 + w)  # written, normalised, and scaled in backward
+    columns = math.ceil(v / plan.tile_columns) if path == "recompute" else 1
+    total = float(n * d * (ends + add * columns))
+    return total + v * d * (ends + add * parts) * case.wants_head_grad
+
+
+def _online(case: Case) -> int:
+    return int(case.is_loss and case.reference == "online")

@@ -1,0 +1,72 @@
+"""``fastdaa bench report``: pictures and one page from the rows of earlier runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdaa.benchmarks.reading import Result
+    from fastdaa.benchmarks.report.figures import Picture
+
+_COMMITTED = Path(__file__).parents[1] / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The files to read and the folder to fill."""
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of `fastdaa bench` (default: the committed results of this checkout)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("bench_report"),
+        metavar="DIR",
+        help="gets index.html and figures/*.png (default: bench_report)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the page and the pictures; 0.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a broken line, with its file and number; no row at all.
+    """
+    from fastdaa.benchmarks.report.drawing import draw
+    from fastdaa.benchmarks.report.page import build
+    from fastdaa.benchmarks.rows import read_rows
+
+    files = options.files or sorted(_COMMITTED.glob("*.jsonl"))
+    if not files:
+        raise ValueError("expected FILE... (there are no committed results here), got none")
+    rows = [row for file in files for row in read_rows(file)]
+    drawn: list[Picture] = []
+
+    def keep(kind: str, results: Sequence[Result], prefix: str) -> list[Picture]:
+        found = draw(kind, results, prefix)
+        drawn.extend(found)
+        return found
+
+    page = build(rows, [file.name for file in files], keep)
+    folder = options.output / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in drawn:
+        _write(folder / f"{picture.name}.png", picture.png())
+    _write(options.output / "index.html", page.encode())
+    print(f"{options.output / 'index.html'} ({len(rows)} rows, {len(drawn)} pictures)")
+    return 0
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of a file or nothing of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)

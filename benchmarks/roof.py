@@ -1,0 +1,55 @@
+"""The roof of this machine, measured in the same run: products a second and bytes a second."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fastdaa.benchmarks.cost_model import Cost
+from fastdaa.benchmarks.measure import time_once
+
+_ROUNDS = 5
+# Large enough for the best rate, small enough for a moment.
+_PRODUCT = {"cpu": 1536, "cuda": 8192}
+_COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the hardware gave to a square matrix product and to a copy."""
+
+    flops: dict[str, float]
+    """FLOP a second by dtype."""
+    bandwidth: float
+    """Bytes a second, reads and writes of a copy together."""
+
+    def seconds(self, cost: Cost) -> float | None:
+        """Products and the passes between them one after the other; None for a dtype that was not
+        measured."""
+        rate = self.flops.get(cost.dtype)
+        return None if rate is None else cost.flop / rate + cost.bytes / self.bandwidth
+
+
+def measure_roof(device: str, dtypes: tuple[str, ...]) -> Roof:
+    """Median rates over a few runs: ``[n, n] x [n, n]`` (n = 8192 on CUDA, 1536 on CPU) in every
+    dtype, and a copy of 4 GiB (CPU: 256 MiB)."""
+    size = _PRODUCT[device]
+    flops = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = _median(partial(torch.mm, a, b, out=out), device)
+        flops[dtype] = 2 * size**3 / seconds
+    source = torch.zeros(_COPIED[device] // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = _median(lambda: target.copy_(source), device)
+    return Roof(flops, 2 * _COPIED[device] / seconds)
+
+
+def _median(run: Callable[[], object], device: str) -> float:
+    run()
+    return statistics.median(time_once(run, device) for _ in range(_ROUNDS))

@@ -1,0 +1,173 @@
+"""One row: one contender on one case, as a line of JSON. Files only grow, so runs can be continued.
+
+A row's identity (:func:`row_key`) is everything that decides its numbers but chance: kind, case and
+its parameters, contender and its version, seed, threads, settings, code and device. A row whose
+identity is in the output file already is not measured again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+KINDS = ("head", "loss", "step", "memory", "accuracy")
+STATUSES = ("ok", "wrong", "absent", "failed", "skipped")
+Row = dict[str, Any]
+
+# What a reader may rely on; everything but the first six may be None.
+_FIELDS = (
+    "kind", "case", "case_params", "contender", "version", "status", "reason", "error", "seconds",
+    "peak_bytes", "floor", "floor_seconds", "expected_seconds", "speedup_over_reference", "seed",
+    "threads", "machine", "time", "command",
+)  # fmt: skip
+
+
+def make_row(
+    kind: str,
+    case: str,
+    contender: str,
+    status: str,
+    *,
+    case_params: dict[str, Any],
+    version: str,
+    machine: dict[str, Any],
+    seed: int,
+    threads: int,
+    command: str,
+    settings: dict[str, Any] | None = None,
+    **values: Any,
+) -> Row:
+    """A row with every field of the schema; fields that are not given are None.
+
+    Args:
+        status: ``"ok"``; ``"wrong"``: beyond the gate's limits; ``"absent"``: not installed or not
+            for this device; ``"failed"``: an exception; ``"skipped"``: cannot do this case.
+        settings: what else was asked for (repeats, ...), part of the row's identity.
+        values: further fields; seconds, bytes and errors as plain numbers.
+
+    Raises:
+        ValueError: an unknown kind or status, or a speed-up of a row that is not ``"ok"``.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if status not in STATUSES:
+        raise ValueError(f"status: expected one of {', '.join(STATUSES)}, got {status!r}")
+    if status != "ok" and values.get("speedup_over_reference") is not None:
+        raise ValueError(f"speedup_over_reference: expected None for status {status!r}")
+    row: Row = dict.fromkeys(_FIELDS)
+    row.update(
+        kind=kind, case=case, case_params=case_params, contender=contender, version=version,
+        status=status, seed=seed, threads=threads, machine=machine, command=command,
+        settings=settings or {},
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    row.update(values)
+    return row
+
+
+def row_key(row: Row) -> str:
+    """The row's identity, as a short hash."""
+    machine = row.get("machine") or {}
+    params = {k: v for k, v in (row.get("case_params") or {}).items() if k not in _MEASURED}
+    parts = [
+        row["kind"], row["case"], params, row["contender"], row.get("version"), row.get("seed"),
+        row.get("threads"), row.get("settings") or {}, machine.get("device"),
+        machine.get("commit"), machine.get("changes"), machine.get("torch"),
+    ]  # fmt: skip
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Parameters of a case that are known only once it has run.
+_MEASURED = ("entropy",)
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows, one line each, and have them on the disk when this returns."""
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in map(_finite, rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file. Raises ``ValueError`` with file and line for one that is no row."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            got = f"got {line[:60]!r}"
+            raise ValueError(f"{path}:{number}: expected a JSON object, {got}") from error
+        needed = ("kind", "case", "contender", "status")
+        missing = [n for n in needed if not isinstance(row, dict) or n not in row]
+        if missing:
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with {', '.join(missing)}, got "
+                f"{line[:60]!r}"
+            )
+        rows.append(row)
+    return rows
+
+
+class RowFile:
+    """The output of a run: what it holds from before, and where finished rows go.
+
+    Args:
+        path: JSON lines, or None to keep nothing.
+        fresh: move an older file aside (``NAME.1``, ``NAME.2``, ...) and begin anew.
+    """
+
+    def __init__(self, path: Path | None, *, fresh: bool = False):
+        self.path = path
+        if path is not None and fresh and path.exists():
+            path.rename(_aside(path))
+        before = read_rows(path) if path is not None and path.exists() else []
+        # What failed or was absent may work by now.
+        self.finished = {row_key(row): row for row in before if row["status"] in ("ok", "wrong")}
+        self._known = {(row_key(row), row["status"], row.get("reason")) for row in before}
+
+    def find(self, row: Row) -> Row | None:
+        """The row of that identity from an earlier run."""
+        return self.finished.get(row_key(row))
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Keep rows for good, but do not say twice that somebody is absent."""
+        new = []
+        for row in rows:
+            key = row_key(row)
+            if row["status"] in ("ok", "wrong"):
+                self.finished[key] = row
+            elif (key, row["status"], row.get("reason")) in self._known:
+                continue
+            self._known.add((key, row["status"], row.get("reason")))
+            new.append(row)
+        if self.path is not None and new:
+            append_rows(self.path, new)
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as text: JSON has no other way to say them."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

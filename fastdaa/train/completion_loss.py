@@ -1,0 +1,72 @@
+"""Negative log-likelihood of tokens from hidden states and head, without logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdaa.head import LmHead
+from fastdaa.logps import head_logps_and_stats
+from fastdaa.outputs import TokenStats
+from fastdaa.planner import plan_head
+from fastdaa.single_pass import Chunk, SinglePass, single_pass_plan
+from fastdaa.tiles import blocks
+
+
+class CompletionLoss(NamedTuple):
+    """What :func:`completion_loss` returns."""
+
+    total: Tensor
+    """Scalar with gradient: the negative log-probs of all tokens added up, in nats."""
+    logps: Tensor
+    """``[N]`` log-probs of the tokens, detached."""
+    stats: TokenStats | None
+    """Token statistics, if asked for."""
+
+
+def completion_loss(
+    rows: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    *,
+    stats: bool = False,
+    impl: str = "auto",
+    engine: str = "auto",
+    max_bytes: int | None = None,
+) -> CompletionLoss:
+    """``-sum(log p(targets))``, differentiable towards ``rows`` and head.
+
+    Every token has the coefficient -1, so loss and gradients come from one computation of the
+    logits (3U with a trained head).
+
+    Args:
+        rows: ``[N, D]`` hidden states that predict ``targets``.
+        head: the LM head.
+        targets: ``[N]`` int64.
+        stats: also entropy, top-1 hits and mean logit of every token.
+        impl, engine, max_bytes: as in :func:`fastdaa.pair_loss`.
+    """
+    grad = torch.is_grad_enabled()
+    plan = plan_head(
+        head.planned_width, rows.device, hidden_grad=grad and rows.requires_grad,
+        head_grad=grad and head.trained, loss_inside=True, impl=impl, engine=engine,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+    if plan.path != "single_pass":
+        logps, values = head_logps_and_stats(
+            rows, head, targets, stats=stats, impl=plan.path, engine=engine, max_bytes=max_bytes
+        )
+        return CompletionLoss(-logps.double().sum().to(logps.dtype), logps.detach(), values)
+    plan = single_pass_plan(plan, head)
+    chunks = [Chunk(tokens, tokens) for tokens in blocks(len(targets), plan.tile_rows)]
+    loss, _, logps, *columns = SinglePass.apply(
+        rows, head.weight, head.bias, targets, head.detach(), plan, chunks, _negative, 1, stats
+    )
+    return CompletionLoss(loss, logps, TokenStats(*columns) if stats else None)
+
+
+def _negative(token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Losses of the tokens and their derivatives by the log-probs."""
+    return -token_logps, torch.full_like(token_logps, -1.0)

@@ -1,0 +1,141 @@
+"""Reward models: Bradley-Terry on packed pairs, one number read at the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdaa.data import PairCollator, PairRows
+from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.prepare import check_dataset, check_tokens, tokenize_dataset
+from fastdaa.train.reward_models import (
+    check_padding,
+    check_reward_model,
+    last_tokens,
+    load_reward_model,
+)
+from fastdaa.train.stage_config import RewardConfig
+from fastdaa.train.stages import StageTrainer
+
+
+class RewardTrainer(StageTrainer):
+    """Trains a sequence classifier with one output to prefer what the pairs prefer.
+
+    The loss of a pair is ``-log sigmoid(r_chosen - r_rejected)`` (Bradley-Terry), plus
+    ``center_rewards_coefficient (r_chosen + r_rejected)^2``. Pairs lie in a row as in preference
+    training, the prompt of a pair computed once.
+
+    Args:
+        model: see :func:`~fastdaa.train.reward_models.load_reward_model`; or such a model. Its
+            padding token has to be one that no completion ends with.
+        args: the settings.
+        train_dataset: ``datasets.Dataset`` of preference pairs, see ``docs/data.md``; token columns
+            are taken as they are.
+        eval_dataset: the same to evaluate on, or a dictionary of such.
+        processing_class: the tokenizer.
+        options: ``callbacks``, and anything else that ``Trainer`` takes.
+
+    Raises:
+        ValueError, TypeError: settings, datasets and models that do not fit together; all of them
+            before any training.
+    """
+
+    unit = "pairs"
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **options: Any,
+    ):
+        if isinstance(model, str):
+            model = load_reward_model(model, processing_class)
+        check_reward_model(model)
+        check_padding(model, processing_class)
+        super().__init__(
+            model,
+            RewardConfig(output_dir="reward_output") if args is None else args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **options,
+        )
+
+    def make_collator(self, pad_token_id: int) -> PairCollator:
+        """Batches of pairs."""
+        return PairCollator(self.layout, pad_token_id, self.args.tokens_per_pack)
+
+    def rows_of(self, dataset: Any, name: str) -> Any:
+        """Any dataset of pairs as the loader wants it, tokenised and checked."""
+        if isinstance(dataset, PairRows):
+            return dataset
+        check_dataset(dataset, name)
+        settings: Any = self.args
+        dataset = tokenize_dataset(dataset, self.processing_class, settings, name)
+        check_tokens(dataset, self.vocabulary, name)
+        self._check_padding(dataset, name)
+        return PairRows(dataset)
+
+    def _check_padding(self, dataset: Any, name: str) -> None:
+        """Saved, the model reads the last token that is not padding: completions must not end so.
+
+        Raises:
+            ValueError: one does.
+        """
+        pad = causal_lm(self.model).config.get_text_config().pad_token_id
+        for field in ("chosen_ids", "rejected_ids"):
+            for ids in dataset.with_format(None, columns=[field])[field]:
+                if ids and ids[-1] == pad:
+                    raise ValueError(
+                        f"{name}: expected completions that do not end with {pad}, the model's "
+                        f"padding token, got one in {field}; give the model another pad_token_id, "
+                        "or its path and a tokenizer, and one is added"
+                    )
+
+    def items_of(self, pack: Mapping[str, Any]) -> int:
+        """Pairs."""
+        return len(pack["counts"]) // 2
+
+    def run_pack(self, model: nn.Module, pack: Mapping[str, Any], store: MetricStore) -> Tensor:
+        """Bradley-Terry losses of the pairs of a pack, added up."""
+        core = causal_lm(model)
+        rewards, aux_loss = run_head_task(model, pack, lambda hidden: _read(core, hidden, pack))
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        losses = -F.logsigmoid(chosen - rejected)
+        weight = self.args.center_rewards_coefficient
+        if weight:
+            losses = losses + weight * (chosen + rejected).square()
+        store.add(_metrics(chosen.detach(), rejected.detach()))
+        total = losses.sum()
+        if aux_loss is not None:
+            pairs = self.items_of(pack)
+            coefficient = getattr(core.config.get_text_config(), "router_aux_loss_coef", 0.0)
+            total = total + coefficient * pairs * aux_loss
+        return total
+
+
+def _read(core: Any, hidden_states: Tensor, pack: Mapping[str, Any]) -> Tensor:
+    """Rewards ``[S]`` fp32 at the last tokens of the sequences of a pack."""
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return core.score(flat.index_select(0, last_tokens(pack)))[:, 0].float()
+
+
+def _metrics(chosen: Tensor, rejected: Tensor) -> Sums:
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/center": 0.5 * (chosen + rejected),
+    }
+    totals = torch.stack([value.sum() for value in values.values()])
+    return Sums(tuple(values), totals, (float(len(chosen)),) * len(values))

@@ -1,0 +1,141 @@
+"""Sequence classifiers with one output: loading them, checking them, where they are read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdaa.train.backbone import backbone_of, causal_lm
+
+PAD_TOKEN = "<|pad|>"
+_PROBE_TOKENS = 5
+
+
+def load_reward_model(
+    source: str, tokenizer: Any = None, *, dtype: Any = torch.float32, **options: Any
+) -> PreTrainedModel:
+    """A sequence classifier with one output, from a causal language model or from such a one.
+
+    Of a causal language model the backbone is taken, and a new linear ``score`` put on it. The
+    model gets the tokenizer's padding token where that is one that ends nothing; else
+    ``tokenizer`` and model get a new one: transformers reads the score at the last token that is
+    not padding, so where padding is EOS it would pass by every EOS.
+
+    Args:
+        source: a folder or hub id.
+        tokenizer: is changed where it has no padding token of its own.
+        dtype: of the weights.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: weights of the backbone are missing, or it has another number of outputs.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with _quiet_about_missing_weights():
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=dtype, output_loading_info=True, **options
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
+    if missing or report.get("mismatched_keys"):
+        raise ValueError(
+            f"model: expected {source} to have all weights of {type(model).__name__} with one "
+            f"output, got none for {', '.join(missing[:3]) or 'its own number of outputs'}"
+        )
+    if tokenizer is not None:
+        give_padding(model, tokenizer)
+    return model
+
+
+def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
+    """A padding token that ends nothing, the same in model and tokenizer."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad == eos:
+        unknown = tokenizer.unk_token
+        if unknown is not None and unknown != tokenizer.eos_token:
+            tokenizer.pad_token = unknown
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        pad = tokenizer.pad_token_id
+        embedding: Any = model.get_input_embeddings()
+        if pad >= embedding.weight.shape[0]:
+            model.resize_token_embeddings(pad + 1, mean_resizing=False)
+    model.config.pad_token_id = pad
+    model.config.get_text_config().pad_token_id = pad
+
+
+@torch.no_grad()
+def check_reward_model(model: nn.Module) -> None:
+    """Compare ``score(hidden state of the last token)`` with the model's own output.
+
+    Raises:
+        TypeError: no model of transformers.
+        ValueError: it has no linear ``score`` with one output, or its own output is something else.
+    """
+    core: Any = causal_lm(model)
+    name, score = type(core).__name__, getattr(core, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1:
+        raise ValueError(
+            f"model: expected a sequence classifier with a linear `score` of 1 output, got {name}"
+            + (f" with {score.out_features}" if isinstance(score, nn.Linear) else "")
+        )
+    pad = core.config.get_text_config().pad_token_id
+    if any(parameter.is_meta for parameter in core.parameters()):
+        return
+    rows = core.get_input_embeddings().weight.shape[0]
+    ids = [token for token in range(min(rows, _PROBE_TOKENS + 1)) if token != pad]
+    tokens = torch.tensor([ids[:_PROBE_TOKENS]], device=core.device)
+    training = [module for module in core.modules() if module.training]
+    core.eval()
+    try:
+        expected = core(input_ids=tokens, use_cache=False).logits[0, 0].float()
+        backbone = backbone_of(core)
+        got = core.score(backbone(input_ids=tokens, use_cache=False).last_hidden_state[0, -1])
+    finally:
+        for module in training:
+            module.training = True
+    tolerance = 1e-4 if core.dtype == torch.float32 else 5e-2
+    if not bool((got[0].float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)):
+        raise ValueError(
+            f"{name}: expected score(hidden state of the last token) to be its output, but they "
+            f"are {float(got[0]):.4g} and {float(expected):.4g}"
+        )
+
+
+def check_padding(model: nn.Module, tokenizer: Any = None) -> None:
+    """Raise ``ValueError`` for a model that could not score a batch, or would pass by every EOS."""
+    pad = causal_lm(model).config.get_text_config().pad_token_id
+    if pad is None or pad == getattr(tokenizer, "eos_token_id", None):
+        got = "None" if pad is None else f"{pad}, which is EOS"
+        raise ValueError(
+            f"model: expected a pad_token_id in the configuration that ends nothing, got {got}; "
+            "fastdaa.train.reward_models.give_padding adds one"
+        )
+
+
+def last_tokens(pack: Mapping[str, Any]) -> Tensor:
+    """``[S]`` int64: the last token of every sequence of a pack, in the flattened row."""
+    if "segments" in pack:
+        return pack["segments"]["cu_q"][1:].long() - 1
+    mask: Tensor = pack["attention_mask"]
+    starts = torch.arange(len(mask), device=mask.device) * mask.shape[1]
+    return starts + mask.sum(dim=1) - 1
+
+
+@contextlib.contextmanager
+def _quiet_about_missing_weights() -> Iterator[None]:
+    # That `score` is new and the LM head is left out is the point, not worth a table of warnings.
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,93 @@
+"""The cost model by hand, and the page that shows its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdaa.benchmarks import cost_model
+from fastdaa.benchmarks.cases import Case
+from fastdaa.benchmarks.contenders import ALL
+from fastdaa.benchmarks.cost_model import Cost
+from fastdaa.benchmarks.roof import Roof, measure_roof
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost_model.md"
+CASE = Case("llama3-8b", 8192, dtype="bfloat16")
+H200 = Roof({"bfloat16": 790e12}, 4.3e12)
+
+
+def test_unit_by_hand() -> None:
+    assert CASE.unit == 2 * 8192 * 128256 * 4096
+    assert CASE.unit / 790e12 == pytest.approx(10.9e-3, rel=1e-3)
+
+
+def test_trl_by_hand() -> None:
+    n, v, d = 8192, 128256, 4096
+    logits, weight, hidden = 6 * n * v, v * d * (4 + 2 * 8 + 6), n * d * (4 + 4 * 8 + 6)
+    cost = cost_model.vocabulary_chunks(CASE, "cuda")
+    assert cost == Cost(4 * CASE.unit, logits + weight + hidden, "bfloat16")
+    assert cost_model.vocabulary_chunks(CASE, "cpu") is None
+
+
+def test_single_pass_by_hand() -> None:
+    n, v, d = 8192, 128256, 4096
+    case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
+    sums = (v + n) * d * (4 + 8 + 6)
+    chunks = v * d * 16 * 4 + n * d * 16
+    cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
+    assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + sums + chunks, "bfloat16")
+
+
+def test_half_precision_on_cpu_is_fp32_work() -> None:
+    case = Case("tiny", 64, dtype="bfloat16")
+    cost = cost_model.tiled(case, "recompute", "torch", "cpu")
+    assert cost.dtype == "float32"
+    assert Roof({"bfloat16": 1.0}, 1.0).seconds(cost) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "contender", "case"),
+    [
+        ("PyTorch, log-probs", "pytorch", CASE),
+        ("TRL, log-probs", "trl", CASE),
+        ("recompute, triton", "fastdaa-recompute-triton", CASE),
+        ("recompute, torch", "fastdaa-recompute", CASE),
+        ("frozen, triton", "fastdaa-frozen-triton",
+         Case("llama3-8b", 8192, "logps", "bfloat16", False)),
+        ("score, triton", "fastdaa-score-triton", Case("llama3-8b", 8192, "score", "bfloat16")),
+        ("single pass of a pair loss, triton", "fastdaa-single-pass-triton",
+         Case("llama3-8b", 8192, "dpo", "bfloat16")),
+        ("single pass of a pair loss, torch", "fastdaa-single-pass",
+         Case("llama3-8b", 8192, "dpo", "bfloat16")),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "," in value else "",
+)  # fmt: skip
+def test_the_page_shows_these_numbers(line: str, contender: str, case: Case) -> None:
+    (c,) = (c for c in ALL if c.name == contender)
+    cost = c.cost(case, "cuda")
+    assert cost is not None
+    seconds = H200.seconds(cost)
+    assert seconds is not None
+    products = cost.flop / 790e12
+    numbers = (
+        f"| {c.gemms(case)}U, {1e3 * products:.1f} ms | {cost.bytes / 1e9:.1f} GB "
+        f"| {1e3 * seconds:.1f} | {seconds / products:.2f} |"
+    )
+    (found,) = (text for text in PAGE.read_text().splitlines() if text.startswith(f"| {line}"))
+    assert found.endswith(numbers)
+
+
+def test_the_model_counts_the_products_of_the_contender() -> None:
+    for case in (CASE, Case("llama3-8b", 512, "dpo", "bfloat16", reference="online")):
+        for contender in ALL:
+            cost = contender.cost(case, "cuda") if contender.applies(case) else None
+            if cost is not None:
+                assert cost.flop == contender.gemms(case) * case.unit, contender.name
+
+
+def test_roof_of_this_machine() -> None:
+    roof = measure_roof("cpu", ("float32",))
+    assert 1e9 < roof.flops["float32"] < 1e14
+    assert 1e8 < roof.bandwidth < 1e13
+    assert roof.seconds(Cost(roof.flops["float32"], roof.bandwidth, "float32")) == pytest.approx(2)
