@@ -108,10 +108,9 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     if path == "score":
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
-    # A half-precision product is written, read and added; in fp32 it is added by the product.
-    add = 8 if w == 4 else 16
-    # Filled with zeros, multiplied by the loss's own gradient, rounded to the tensor's dtype.
-    ends = 4 + 8 * (path == "single_pass") + (0 if w == 4 else 4 + w)
+    add = 8  # read and written by the product that adds to it
+    # Filled with zeros; multiplied by the loss's own gradient and rounded in one pass.
+    ends = 4 + (4 + w) * (path == "single_pass" or w != 4)
     parts = math.ceil(n / plan.tile_rows)
     if path == "frozen":
         return n * d * (16.0 + 4 + w)  # written, normalised, and scaled in backward

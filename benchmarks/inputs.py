@@ -2,10 +2,10 @@
 
 Random hidden states give nearly uniform predictions, which no trained model makes and which
 flatter methods that skip small probabilities. ``peaked`` inputs have logits up to about 40: every
-row prefers one token, with three others 2, 4 and 6 below it, above a background of deviation 3.
-The target is the preferred one in 87 % of the rows, and for a quarter of the rows the preference
-drowns in the background. The mean entropy (about 1.5 to 2 nats) is computed by the gate's oracle
-and stated in every row.
+row prefers one token, with three others 4, 6 and 8 below it, above a background of deviation 3
+that shuffles them a little and drowns the weakest preferences. The target is drawn among the four.
+It has a probability above one half in about two rows of three; the mean entropy is about 1.3 nats
+(flat: about 10). The gate's oracle computes it, and every row states it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from fastdaa.benchmarks.cases import Case
 
 _BACKGROUND = 3.0
-_PREFERENCE = (8.0, 40.0)
-_GAPS = (0.0, 2.0, 4.0, 6.0)
+_PREFERENCE = (10.0, 40.0)
+_GAPS = (0.0, 4.0, 6.0, 8.0)
 # What the reference's hidden states differ by: about 0.3 nat a token.
 _REFERENCE_NOISE = 0.3
 _ROWS = 512

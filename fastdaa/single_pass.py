@@ -92,7 +92,8 @@ class SinglePass(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A scale; the saved sums stay as they are, so that backward can run again."""
         grads = tuple(
-            None if t is None else (t * grad_loss).to(dtype)
+            # Into the dtype of the result at once: the weight's product would be a second [V, D].
+            None if t is None else torch.mul(t, grad_loss, out=torch.empty_like(t, dtype=dtype))
             for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None, None, None, None

@@ -33,8 +33,8 @@ def test_trl_by_hand() -> None:
 def test_single_pass_by_hand() -> None:
     n, v, d = 8192, 128256, 4096
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
-    sums = (v + n) * d * (4 + 8 + 6)
-    chunks = v * d * 16 * 4 + n * d * 16
+    sums = (v + n) * d * (4 + 6)
+    chunks = v * d * 8 * 4 + n * d * 8
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + sums + chunks, "bfloat16")
 
