@@ -18,6 +18,7 @@ ACTIONS = (
     "correlate",
     "report",
     "track",
+    "online",
 )
 """In the order that help lists them. An action's module has ``HELP`` (one line),
 ``add_arguments(parser)`` and ``run(options) -> int``, and imports what is slow in functions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,7 +154,11 @@ def pytest_run(*words: str, head: str, code: str = "") -> subprocess.CompletedPr
         {code}
         sys.exit(pytest.main({["-p", "no:cacheprovider", "-q", *words, "benchmarks/"]!r}))
     """
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    # A worker of pytest-xdist tells its children that they are workers, and those time nothing.
+    env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +143,8 @@ def test_a_process_that_fails_says_how(
     monkeypatch: pytest.MonkeyPatch, function: Any, message: str
 ) -> None:
     monkeypatch.setattr(workers, "_PRELOAD", [])
+    # The process finds this file's functions by the name that pytest gives it from the root.
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
     worker = Worker("x", function, device="cpu")
     try:
         assert worker.begin() == "ready"

@@ -136,7 +136,7 @@ def spoilt(table, **changes):
         ({"outside": 1.0}, {"outside_falls_with_beta", "ipo_least"}),
         ({"margin": 1.1}, {"ipo_target"}),
     ],
-    ids=lambda value: "-".join(value),
+    ids=lambda value: "-".join(sorted(value)),
 )
 def test_checks_can_fail(small, changes, failing):
     checks = check_cells(spoilt(small["table"], **changes))
