@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastdaa.train import checkpoints
 from fastdaa.train.callbacks import read_metrics
-from fastdaa.train.checkpoints import is_complete, last_complete
+from fastdaa.train.checkpoints import is_complete, remove_incomplete
 
 STEPS = 6
 KILLED = -signal.SIGKILL
@@ -134,11 +134,16 @@ def test_a_half_checkpoint_pushes_out_no_whole_one(run, tmp_path):
     assert run(tmp_path, max_steps=2, save_total_limit=1) == 0
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-notes").mkdir()
     assert run(tmp_path, resume=True, max_steps=3, save_steps=3, save_total_limit=1) == 0
-    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    assert left == ["checkpoint-3", "checkpoint-notes"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert is_complete(tmp_path / "checkpoint-3")
+
+
+def test_only_half_checkpoints_are_removed(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-notes", "other"):
+        (tmp_path / name).mkdir()
+    remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-notes", "other"]
 
 
 def test_half_checkpoints_stay_where_nobody_asked_for_a_limit(run, tmp_path):
