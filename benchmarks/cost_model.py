@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from fastdaa.benchmarks.cases import Case
 from fastdaa.planner import HeadPlan, plan_head
 
@@ -70,14 +72,27 @@ def vocabulary_chunks(case: Case, device: str) -> Cost | None:
     return Cost(products * case.unit, total, case.dtype)
 
 
+def plan_of(
+    case: Case, path: str, device: str, *, impl: str, engine: str = "auto",
+    max_bytes: int | None = None,
+) -> HeadPlan:  # fmt: skip
+    """What fastdaa's planner decides for a case that is to show ``path``, if asked for ``impl``."""
+    return plan_head(
+        case.vocab, device, hidden_grad=case.wants_grad, head_grad=case.wants_head_grad,
+        loss_inside=path == "single_pass", impl=impl, engine=engine, max_bytes=max_bytes,
+        tokens=case.tokens, operand=getattr(torch, _operand(case, device)),
+    )  # fmt: skip
+
+
+def _operand(case: Case, device: str) -> str:
+    """CPUs have no half-precision product with an fp32 result: operands are widened there."""
+    return "float32" if device == "cpu" else case.dtype
+
+
 def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None = None) -> Cost:
     """A path of fastdaa with the tiles that its planner chooses."""
-    plan = plan_head(
-        case.vocab, device, hidden_grad=case.wants_grad, head_grad=case.wants_head_grad,
-        loss_inside=path == "single_pass", impl=path, max_bytes=max_bytes,
-    )  # fmt: skip
-    # CPUs have no half-precision product with an fp32 result: operands are widened there.
-    dtype = "float32" if device == "cpu" else case.dtype
+    plan = plan_of(case, path, device, impl=path, max_bytes=max_bytes)
+    dtype = _operand(case, device)
     w = _WIDTH[dtype]
     statistics, gradient, recomputed = _logit_passes(engine, w, case.softcap is not None)
     logit = {
@@ -108,6 +123,9 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     if path == "score":
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
+    if plan.kept_tokens:
+        # Products of fp32 are rounded; the hidden states are also made a factor.
+        return n * d * (4.0 + w + 2 * w) + v * d * (4.0 + w) * case.wants_head_grad
     add = 8  # read and written by the product that adds to it
     # Filled with zeros; multiplied by the loss's own gradient and rounded in one pass.
     ends = 4 + (4 + w) * (path == "single_pass" or w != 4)

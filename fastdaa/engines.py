@@ -51,11 +51,13 @@ class RowTile(Protocol):
         """
 
     def gradient(
-        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
-    ) -> Tensor:
+        self, state: RowState, targets: Tensor, coefficients: Tensor,
+        picked: Tensor | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Gradient of ``sum(coefficients * logps)`` by the raw products, wide or in ``operand``.
 
-        Of the rows ``picked [a]`` only if given; all arguments are those of all rows.
+        Of the rows ``picked [a]`` only if given; all other arguments are those of all rows. Into
+        ``out`` of dtype ``operand``, which lies elsewhere, if given.
         """
 
     @staticmethod
@@ -81,8 +83,9 @@ class TorchTile:
         return take_statistics(self.z, targets, stats, self.head.shard)
 
     def gradient(
-        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
-    ) -> Tensor:
+        self, state: RowState, targets: Tensor, coefficients: Tensor,
+        picked: Tensor | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :class:`RowTile`; wide, in the memory of the tile unless rows are picked."""
         z, slope = self.z, self.slope
         if picked is not None:
@@ -96,7 +99,8 @@ class TorchTile:
             p, norm = z, torch.exp(-state.log_s)
         first_token = self.head.first_token + self.columns.start
         dz = logit_gradient(p, state.logps, targets, coefficients, first_token, norm)
-        return scale_tile(dz, slope)
+        dz = scale_tile(dz, slope)
+        return dz if out is None else out.copy_(dz)
 
     @staticmethod
     def column_sums(gradient: Tensor) -> Tensor:
@@ -135,13 +139,13 @@ class TritonTile:
         return state, TokenStats(rows.entropy, rows.top1, rows.mean_logit)
 
     def gradient(
-        self, state: RowState, targets: Tensor, coefficients: Tensor, picked: Tensor | None = None
-    ) -> Tensor:
+        self, state: RowState, targets: Tensor, coefficients: Tensor,
+        picked: Tensor | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :class:`RowTile`; in ``operand``, over the logits unless rows are picked."""
         from fastdaa.kernels.row_gradient import write_row_gradient
 
-        out = None
-        if picked is not None:
+        if picked is not None and out is None:
             shape = (picked.shape[0], self.z.shape[1])
             out = self.z.new_empty(shape, dtype=self.operand)
         return write_row_gradient(

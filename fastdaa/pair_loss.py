@@ -16,8 +16,8 @@ from fastdaa.logps import head_logps_and_stats
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
-from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.single_pass import SinglePass, chunks_of_pairs, single_pass_plan
+from fastdaa.planner import HeadPlan
+from fastdaa.single_pass import chunks_of_pairs, plan_loss, single_pass
 from fastdaa.validation import check_head_inputs, check_indices
 
 
@@ -57,7 +57,7 @@ def pair_loss(
         impl: ``"auto"`` or the path to take, as in :func:`fastdaa.token_logps`, and
             ``"single_pass"``.
         engine: what works on tiles of logits, as in :func:`fastdaa.token_logps`.
-        max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
+        max_bytes: bytes of logits held at a time; None for the default of the device.
 
     Returns:
         The loss and, detached, what it was made of.
@@ -77,13 +77,9 @@ def pair_loss(
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
     rows = flat.index_select(0, selection.rows)
     check_head_inputs(rows, head.weight, selection.targets, head.bias)
-    grad = torch.is_grad_enabled()
-    plan = plan_head(
-        head.planned_width, rows.device,
-        hidden_grad=grad and rows.requires_grad, head_grad=grad and head.trained,
-        loss_inside=True, coupled=objective.coupled, impl=impl, engine=engine,
-        max_bytes=max_bytes,
-    )  # fmt: skip
+    plan = plan_loss(
+        rows, head, coupled=objective.coupled, impl=impl, engine=engine, max_bytes=max_bytes
+    )
     batch = PairBatch(
         selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
         plan.engine,
@@ -103,10 +99,8 @@ def _single_pass(
     rows: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool
 ) -> PairLossOutput:
     selection = batch.selection
-    plan = single_pass_plan(plan, head)
-    loss, losses, logps, *columns = SinglePass.apply(
-        rows, head.weight, head.bias, selection.targets, head.detach(), plan,
-        chunks_of_pairs(selection.counts, plan.tile_rows), batch.evaluate, batch.totals.pairs,
-        stats,
-    )  # fmt: skip
+    chunks = chunks_of_pairs(selection.counts, plan.chunk_tokens)
+    loss, losses, logps, *columns = single_pass(
+        rows, head, selection.targets, plan, chunks, batch.evaluate, batch.totals.pairs, stats
+    )
     return batch.output(loss, losses, logps, TokenStats(*columns) if stats else None)

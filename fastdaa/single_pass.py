@@ -2,7 +2,8 @@
 
 For every sequence-level objective ``dL/dz_i = g_i (onehot_i - p_i)`` with coefficients ``g`` that
 are known as soon as the log-probs of a pair are. A chunk of whole pairs therefore goes from logits
-to statistics to coefficients to gradients while its logits are at hand.
+to statistics to coefficients to gradients while its logits are at hand. Half-precision gradients of
+all logits, where they fit, wait for the coefficients instead: :mod:`fastdaa.kept`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from fastdaa.engines import RowState, RowTile
 from fastdaa.head import LmHead
+from fastdaa.kept import Kept
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan
+from fastdaa.planner import HeadPlan, plan_head
 from fastdaa.recompute import HeadGradients, WideGradients
 from fastdaa.score import join
 from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
@@ -57,10 +59,37 @@ def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:
 
 def single_pass_plan(plan: HeadPlan, head: LmHead) -> HeadPlan:
     """The plan with the chunks that fit beside what the engine holds for this head."""
-    if head.softcap is None or plan.engine != "torch":
+    if head.softcap is None or plan.engine != "torch" or plan.kept_tokens:
         return plan
     # The slope of the cap is held beside the logits: half as many fit.
     return replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
+
+
+def plan_loss(
+    rows: Tensor, head: LmHead, *, coupled: bool, impl: str, engine: str, max_bytes: int | None
+) -> HeadPlan:
+    """The plan of a call that hands over its loss, for the scored rows ``[N, D]`` of its batch."""
+    grad = torch.is_grad_enabled()
+    plan = plan_head(
+        head.planned_width, rows.device, hidden_grad=grad and rows.requires_grad,
+        head_grad=grad and head.trained, loss_inside=True, coupled=coupled, impl=impl,
+        engine=engine, max_bytes=max_bytes,
+        # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
+        tokens=rows.shape[0] if head.shard is None else None, operand=Logits(rows, head).operand,
+    )  # fmt: skip
+    return single_pass_plan(plan, head) if plan.path == "single_pass" else plan
+
+
+def single_pass(
+    rows: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
+    objective: ChunkObjective, pairs: int, stats: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What :class:`SinglePass` returns, by the plan's way; chunks of ``plan.chunk_tokens``."""
+    call = (rows, head.weight, head.bias, targets, head.detach(), plan)
+    if not plan.kept_tokens:
+        return SinglePass.apply(*call, chunks, objective, pairs, stats)
+    (everything,) = chunks
+    return Kept.apply(*call, lambda logps: objective(logps, everything), pairs, stats)
 
 
 class SinglePass(torch.autograd.Function):

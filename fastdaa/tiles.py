@@ -136,6 +136,13 @@ class Logits:
         return self.engine(self.head, z, columns, self.operand)
 
 
+def fp16_scale(largest: Tensor) -> Tensor:
+    """The power of two that brings entries up to ``largest`` into the range of fp16."""
+    # All may be 0; the scale has to stay finite then.
+    largest = largest.clamp(min=_SMALLEST_COEFFICIENT)
+    return torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest)))
+
+
 class GradientFactor:
     """Keeps gradient tiles inside the range of the products' dtype, and undoes it.
 
@@ -148,10 +155,7 @@ class GradientFactor:
         self.operand = logits.operand
         self.scale: Tensor | None = None
         if self.operand == torch.float16 and coefficients.numel():
-            largest = coefficients.abs().amax() * steepest_slope(logits.head)
-            # All may be 0; the scale has to stay finite then.
-            largest = largest.clamp(min=_SMALLEST_COEFFICIENT)
-            self.scale = torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest)))
+            self.scale = fp16_scale(coefficients.abs().amax() * steepest_slope(logits.head))
 
     def scaled(self, coefficients: Tensor) -> Tensor:
         """The coefficients that gradient tiles are made with."""

@@ -57,6 +57,7 @@ def _gradient(
     cap: bool = False,
     entropy: bool = False,
     picked: bool = False,
+    beside: bool = False,
     m: str = ":16",
 ) -> list[Entry]:
     vectors = ("m_ptr", "log_s_ptr", "logps_ptr", "coefficients_ptr")
@@ -74,7 +75,8 @@ def _gradient(
     }  # fmt: skip
     constants = {
         "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "HAS_ROWS": picked,
-        "IN_PLACE": not picked, **{name: None for name, kind in optional.items() if kind is None},
+        "IN_PLACE": not (picked or beside),
+        **{name: None for name, kind in optional.items() if kind is None},
     }  # fmt: skip
     return _each(
         f"row_gradient/{name}", _write_row_gradient_kernel, arguments, constants,
@@ -107,6 +109,7 @@ ENTRIES: list[Entry] = [
     *_gradient("bias-softcap", bias=True, cap=True),
     *_gradient("entropy-bias-softcap", bias=True, cap=True, entropy=True),
     *_gradient("picked-rows", picked=True),
+    *_gradient("beside", beside=True),
     *_columns("bf16", "bf16"),
     *_columns("fp32", "fp32"),
     *_columns("odd-vocabulary", "bf16", m=""),

@@ -100,6 +100,35 @@ def shared_pairs_path() -> Path:
     return SHARED_PAIRS
 
 
+@pytest.fixture
+def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set[torch.dtype]]:
+    """``half_factors(dtype)``: products as on a GPU; returns the dtypes of factors that they see.
+
+    Products of half-precision factors with fp32 results exist on GPUs only. The products of fastdaa
+    are replaced by an exact model, so that what surrounds them runs as it does there.
+    """
+    from fastdaa import frozen, kept, recompute, tiles
+
+    seen: set[torch.dtype] = set()
+
+    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        seen.update((a.dtype, b.dtype))
+        return a.float() @ b.float()
+
+    def add_half_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        total.add_(product(a, b))
+
+    def start(dtype: torch.dtype) -> set[torch.dtype]:
+        monkeypatch.setattr(tiles, "add_half_product", add_half_product)
+        for module in (tiles, frozen, kept, recompute):
+            monkeypatch.setattr(module, "product", product)
+        for module in (tiles, recompute):
+            monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
+        return seen
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def within_budget() -> Callable[..., None]:
     """The one tolerance rule: no more than twice the error of plain torch in the same dtypes.

@@ -7,8 +7,8 @@ torch.compile, 15 launches on another device than the current one: a GPU and the
 22 sequence boundaries that count padding: the packing of the collator, see test_data_packing.py.
 18 adapters on the head and 19 empty sharded weights: see test_head.py.
 
-Products of half-precision factors with fp32 results exist on GPUs only; ``half_factors`` replaces
-the product by an exact model of it, so that what surrounds it runs as it does there.
+Products of half-precision factors with fp32 results exist on GPUs only; the fixture
+``half_factors`` is an exact model of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ import math
 import pytest
 import torch
 
-import fastdaa.frozen
-import fastdaa.recompute
-import fastdaa.tiles
 from fastdaa import (
     LOSSES,
     LmHead,
@@ -69,29 +66,6 @@ def pairs(counts, dtype=torch.float32, v=67, d=16):
     )
     hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(v, d) * 0.5).to(dtype)
     return hidden.requires_grad_(), weight.requires_grad_(), selection
-
-
-@pytest.fixture
-def half_factors(monkeypatch):
-    """``half_factors(dtype)``: products as under a GPU's autocast; returns the dtypes they see."""
-    dtypes = set()
-
-    def product(a, b, out=None):
-        dtypes.update((a.dtype, b.dtype))
-        return a.float() @ b.float()
-
-    def add_half_product(total, a, b):
-        total.add_(product(a, b))
-
-    def start(dtype):
-        monkeypatch.setattr(fastdaa.tiles, "add_half_product", add_half_product)
-        for module in (fastdaa.tiles, fastdaa.frozen, fastdaa.recompute):
-            monkeypatch.setattr(module, "product", product)
-        for module in (fastdaa.tiles, fastdaa.recompute):
-            monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
-        return dtypes
-
-    return start
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"engines"},
     {"tiles", "objective_kernel"},
     {"score"},
-    {"frozen", "recompute"},
+    {"frozen", "recompute", "kept"},
     {"single_pass", "divergence", "compiled_logps"},
     {"logps"},
     {"pair_batch"},

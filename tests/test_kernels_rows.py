@@ -579,26 +579,6 @@ class Linear:
         return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
 
 
-@pytest.fixture
-def half_factors(monkeypatch):
-    """Products of half-precision factors with fp32 results, as on a GPU, by an exact model."""
-    import fastdaa.frozen
-    import fastdaa.recompute
-    import fastdaa.tiles
-
-    def add_half_product(total, a, b):
-        total.add_(a.float() @ b.float())
-
-    def start(dtype):
-        monkeypatch.setattr(fastdaa.tiles, "add_half_product", add_half_product)
-        for module in (fastdaa.tiles, fastdaa.frozen, fastdaa.recompute):
-            monkeypatch.setattr(module, "product", lambda a, b, out=None: a.float() @ b.float())
-        for module in (fastdaa.tiles, fastdaa.recompute):
-            monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
-
-    return start
-
-
 @pytest.mark.parametrize("path", ["frozen", "recompute", "single_pass"])
 @pytest.mark.parametrize(
     ("dtype", "scale", "options"),

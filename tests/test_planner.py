@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastdaa import HeadPlan, plan_head
 
@@ -70,6 +71,37 @@ def test_a_path_that_cannot_serve_raises(call, message):
         plan(**call)
 
 
+KEPT = (2 << 30) // (2 * V)  # tokens whose half-precision gradients take 2 GiB
+
+
+@pytest.mark.parametrize(
+    ("call", "kept", "path"),
+    [
+        pytest.param({"tokens": KEPT}, KEPT, "single_pass", id="fits"),
+        pytest.param({"tokens": KEPT + 1}, 0, "single_pass", id="too-many"),
+        pytest.param({}, 0, "single_pass", id="tokens-unknown"),
+        pytest.param({"tokens": 0}, 0, "single_pass", id="no-tokens"),
+        pytest.param({"tokens": 9, "operand": torch.float32}, 0, "single_pass", id="fp32"),
+        pytest.param({"tokens": 9, "operand": None}, 0, "single_pass", id="dtype-unknown"),
+        pytest.param({"tokens": 9, "operand": torch.float16}, 0, "single_pass", id="fp16"),
+        pytest.param({"tokens": 9, "loss_inside": False}, 0, "recompute", id="loss-outside"),
+        pytest.param({"tokens": 9, "head_grad": False}, 0, "frozen", id="frozen"),
+        pytest.param({"tokens": 9, "impl": "recompute"}, 0, "recompute", id="asked-for-another"),
+        pytest.param({"tokens": 9, "coupled": True}, 9, "single_pass", id="coupled"),
+        pytest.param({"tokens": KEPT + 1, "coupled": True}, 0, "recompute", id="coupled-too-many"),
+        pytest.param({"tokens": 8, "max_bytes": 32 * V}, 8, "single_pass", id="within-half"),
+        pytest.param({"tokens": 9, "max_bytes": 32 * V}, 0, "single_pass", id="beyond-half"),
+    ],
+)  # fmt: skip
+def test_bf16_gradients_are_kept_where_they_fit(call, kept, path):
+    made = plan(device="cuda", **{"loss_inside": True, "operand": torch.bfloat16, **call})
+    assert (made.kept_tokens, made.path) == (kept, path)
+    assert made.chunk_tokens == (kept or made.tile_rows)
+    if kept:
+        assert made.tile_rows == made.block_rows
+        assert made.kept_bytes + made.tile_bytes <= call.get("max_bytes", (2 << 30) + (512 << 20))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("path", ["score", "frozen", "single_pass", "recompute"])
 @pytest.mark.parametrize("vocab_size", [1, 50257, 262144])
@@ -95,4 +127,15 @@ def test_explain_names_path_cost_tile_and_reason():
     assert line == (
         "single_pass (3U, tiles of 100 tokens x 50257 vocabulary entries = 19 MiB): "
         "the head is trained and the loss is known within a chunk of pairs"
+    )
+
+
+def test_explain_names_what_is_kept():
+    made = plan(
+        device="cuda", loss_inside=True, tokens=8192, operand=torch.bfloat16, engine="triton"
+    )
+    assert made.explain() == (
+        "single_pass (3U, gradients of the logits of 8192 tokens kept = 2004 MiB, tiles of 1046 "
+        "tokens x 128256 vocabulary entries = 512 MiB): the head is trained and the gradients of "
+        "the batch's logits fit in memory; engine triton: asked for"
     )

@@ -11,14 +11,13 @@ from torch import Tensor
 from fastdaa import __version__
 from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.contenders.base import Absent, Outputs, TokenScorer, with_gradients
-from fastdaa.benchmarks.cost_model import Cost, tiled
+from fastdaa.benchmarks.cost_model import Cost, plan_of, tiled
 from fastdaa.benchmarks.inputs import HeadInputs
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import TokenSelection
 from fastdaa.pair_loss import pair_loss
-from fastdaa.planner import plan_head
 
 
 class Fastdaa(TokenScorer):
@@ -68,12 +67,10 @@ class Fastdaa(TokenScorer):
 
     def detail(self, inputs: HeadInputs) -> str | None:
         """The plan, in its own words."""
-        case = inputs.case
         asked, auto = (
-            plan_head(
-                case.vocab, inputs.device, hidden_grad=case.wants_grad,
-                head_grad=case.wants_head_grad, loss_inside=self.path == "single_pass",
-                impl=impl, engine=self.engine, max_bytes=self.max_bytes,
+            plan_of(
+                inputs.case, self.path, inputs.device.type, impl=impl, engine=self.engine,
+                max_bytes=self.max_bytes,
             )
             for impl in (self.path, "auto")
         )  # fmt: skip

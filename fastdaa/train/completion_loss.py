@@ -10,8 +10,7 @@ from torch import Tensor
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps_and_stats
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import plan_head
-from fastdaa.single_pass import Chunk, SinglePass, single_pass_plan
+from fastdaa.single_pass import Chunk, plan_loss, single_pass
 from fastdaa.tiles import blocks
 
 
@@ -48,22 +47,14 @@ def completion_loss(
         stats: also entropy, top-1 hits and mean logit of every token.
         impl, engine, max_bytes: as in :func:`fastdaa.pair_loss`.
     """
-    grad = torch.is_grad_enabled()
-    plan = plan_head(
-        head.planned_width, rows.device, hidden_grad=grad and rows.requires_grad,
-        head_grad=grad and head.trained, loss_inside=True, impl=impl, engine=engine,
-        max_bytes=max_bytes,
-    )  # fmt: skip
+    plan = plan_loss(rows, head, coupled=False, impl=impl, engine=engine, max_bytes=max_bytes)
     if plan.path != "single_pass":
         logps, values = head_logps_and_stats(
             rows, head, targets, stats=stats, impl=plan.path, engine=engine, max_bytes=max_bytes
         )
         return CompletionLoss(-logps.double().sum().to(logps.dtype), logps.detach(), values)
-    plan = single_pass_plan(plan, head)
-    chunks = [Chunk(tokens, tokens) for tokens in blocks(len(targets), plan.tile_rows)]
-    loss, _, logps, *columns = SinglePass.apply(
-        rows, head.weight, head.bias, targets, head.detach(), plan, chunks, _negative, 1, stats
-    )
+    chunks = [Chunk(tokens, tokens) for tokens in blocks(len(targets), plan.chunk_tokens)]
+    loss, _, logps, *columns = single_pass(rows, head, targets, plan, chunks, _negative, 1, stats)
     return CompletionLoss(loss, logps, TokenStats(*columns) if stats else None)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
-from fastdaa.train.base import PairTrainer
 from fastdaa.train.callbacks import Curves, default_callbacks, use_progress
 from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.pack_loop import PackLoop
 from fastdaa.train.prepare import (
     check_dataset,
     choose_layout,
@@ -27,21 +24,24 @@ from fastdaa.train.prepare import (
 from fastdaa.train.sharding import check_one_device, check_parallelism
 from fastdaa.train.stage_config import StageConfig
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _ROWS_AT_ONCE = 4096
 
 
 class PooledStore(MetricStore):
     """Metrics of an evaluation, in which every token or pair counts the same."""
 
-    def pool(self) -> None:
-        """Makes one of all micro-batches."""
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The averages over all micro-batches as one."""
         for sums in self.rows:
             self.add(sums)
-        self.rows = [*self.batch.values()]
-        self.batch = {}
+        self.rows, self.batch = [*self.batch.values()], {}
+        return super().read(accelerator)
 
 
-class StageTrainer(PairTrainer):
+class StageTrainer(PackLoop):
     """Trains on batches of packs, each of which has a sum of losses and a number of items.
 
     The loss is the mean over the items (tokens or pairs) of a whole optimiser step, over all
@@ -62,8 +62,7 @@ class StageTrainer(PairTrainer):
 
     # compute_loss divides by the items of the whole step.
     loss_is_scaled_for_ga = True
-    unit: ClassVar[str]
-    """What a row of the dataset is, in the plural, for the names of rates."""
+    store_type = PooledStore
     args: StageConfig  # type: ignore[assignment]
     layout: Any
     layout_reason: str
@@ -97,7 +96,6 @@ class StageTrainer(PairTrainer):
         self.model_accepts_loss_kwargs = True
         check_parallelism(self)
         use_progress(self)
-        self._stores = {"train": MetricStore(), "eval": MetricStore()}
         self._prepare_policy()
         self.data_collator = self.make_collator(_pad_token(processing_class))
         self.train_dataset = each(self.train_dataset, self.rows_of, "train_dataset")
@@ -164,81 +162,6 @@ class StageTrainer(PairTrainer):
             losses.append(0.0 * total if repeated else total)
         loss = torch.stack(losses).sum() / divisor
         return (loss, {}) if return_outputs else loss
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Forward and backward, pack by pack, so that one pack's activations live at a time."""
-        store = self._stores["train"]
-        store.begin_batch()
-        packs, left = self._evened(inputs["packs"]), len(inputs["packs"])
-        # DeepSpeed steps by itself after as many backwards as there are micro-batches.
-        groups = [packs] if self.is_deepspeed_enabled else [[pack] for pack in packs]
-        losses = []
-        for index, group in enumerate(groups):
-            part = {**inputs, "packs": group, "counted": left}
-            left -= len(group)
-            # DDP ranks may have different numbers of packs; they meet in the last backward. FSDP
-            # meets in each: the gradients of whole weights would not fit.
-            meets = index + 1 == len(groups) or self.is_fsdp_enabled
-            with contextlib.nullcontext() if meets else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        store.end_batch(inputs)
-        return torch.stack(losses).sum()
-
-    def _evened(self, packs: list[Any]) -> list[Any]:
-        """As many packs on every rank, where a forward is a collective; the last is repeated."""
-        if not self.is_fsdp_enabled or self.args.tokens_per_pack is None:
-            return packs
-        mine = torch.tensor(len(packs), device=self.args.device)
-        most = int(self.accelerator.gather(mine).max())
-        return packs + packs[-1:] * (most - len(packs))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Loss and metrics of an evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
-        self._stores["eval"].begin_batch()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        self._stores["eval"].end_batch(inputs)
-        return loss.detach(), None, None
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        *args: Any,
-        metric_key_prefix: str = "eval",
-        **kwargs: Any,
-    ) -> Any:
-        """The Trainer's loop; loss and metrics are means over the whole set, not over batches."""
-        began = time.perf_counter()
-        store = self._stores["eval"] = PooledStore()
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        store.pool()
-        values = self._named(store.read(self.accelerator))
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
-        self._stores["train"].throughput.leave_out(time.perf_counter() - began)
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the interval to a row with a training loss."""
-        if "loss" in logs:
-            logs.update(self._named(self._stores["train"].read(self.accelerator)))
-            self._settle_tokens()
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-        super().log(logs, start_time)
-
-    def _named(self, values: dict[str, float]) -> dict[str, float]:
-        old, new = "throughput/pairs_per_second", f"throughput/{self.unit}_per_second"
-        return {new if name == old else name: value for name, value in values.items()}
 
     @property
     def vocabulary(self) -> int:

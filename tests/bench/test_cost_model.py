@@ -33,8 +33,16 @@ def test_trl_by_hand() -> None:
 def test_single_pass_by_hand() -> None:
     n, v, d = 8192, 128256, 4096
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
+    rounded, factor = (v + n) * d * 6, n * d * 4
+    cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
+    assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + rounded + factor, "bfloat16")
+
+
+def test_single_pass_in_chunks_by_hand() -> None:
+    n, v, d = 16384, 128256, 4096  # 4 GiB of half-precision gradients are not kept
+    case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
     sums = (v + n) * d * (4 + 6)
-    chunks = v * d * 8 * 4 + n * d * 8
+    chunks = v * d * 8 * 8 + n * d * 8
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + sums + chunks, "bfloat16")
 
@@ -60,6 +68,8 @@ def test_half_precision_on_cpu_is_fp32_work() -> None:
          Case("llama3-8b", 8192, "dpo", "bfloat16")),
         ("single pass of a pair loss, torch", "fastdaa-single-pass",
          Case("llama3-8b", 8192, "dpo", "bfloat16")),
+        ("single pass of 16384 tokens, triton", "fastdaa-single-pass-triton",
+         Case("llama3-8b", 16384, "dpo", "bfloat16")),
     ],
     ids=lambda value: value if isinstance(value, str) and "," in value else "",
 )  # fmt: skip

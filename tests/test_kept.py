@@ -1,0 +1,271 @@
+"""The single pass that keeps half-precision gradients of logits until the backward pass.
+
+A GPU's products are modelled by the fixture ``half_factors``. An explicit budget asks for chunks
+of pairs in place of it, so each test can run both.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastdaa import LmHead, Objective, PairLogps, TokenSelection, kept, pair_loss, planner, tiles
+from fastdaa.single_pass import plan_loss
+from fastdaa.train.completion_loss import completion_loss
+
+# What the interpreter's numpy says about masked -inf - -inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+COUNTS = (6, 4, 1, 3, 8, 2, 0, 5)
+V, D = 131, 24
+CHUNKED = 4 * V * 10
+EVERYTHING = {"softcap": 3.0, "logit_scale": 1.4, "temperature": 0.7}
+
+
+class Linear:
+    """Sends any gradient through a pair loss: the reference is the coefficients."""
+
+    needs_ref, coupled, has_token_level = True, False, False
+
+    def __call__(self, policy: PairLogps, ref: PairLogps, totals, token_losses):
+        return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
+
+
+def tensors(dtype, counts=COUNTS, v=V, d=D, bias=False):
+    """Leaves ``[hidden states, weight, bias]``, with logits of a few nats, and a selection."""
+    n = sum(counts)
+    targets = torch.randint(v, (n,))
+    made = [torch.randn(n, d), torch.randn(v, d) * 0.6, torch.randn(v) if bias else None]
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in made]
+    return leaves, TokenSelection(torch.arange(n), targets, torch.tensor(counts), tuple(counts))
+
+
+def run(leaves, selection, objective, *, options=None, scale=1.0, **kwargs):
+    """Output and gradients of ``scale * loss``."""
+    copies = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
+    kwargs.setdefault("ref_logps", torch.linspace(-30, -5, len(selection.counts)))
+    out = pair_loss(
+        copies[0], LmHead(*copies[1:], **(options or {})), selection, objective, **kwargs
+    )
+    wanted = [t for t in copies if t is not None]
+    return out, torch.autograd.grad(out.loss, wanted, torch.tensor(scale, dtype=out.loss.dtype))
+
+
+def planned(leaves, engine="auto", max_bytes=None, coupled=False):
+    return plan_loss(
+        leaves[0], LmHead(*leaves[1:]), coupled=coupled, impl="auto", engine=engine,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+
+
+def truth(leaves, selection, objective, **kwargs):
+    wide = [None if t is None else t.detach().double() for t in leaves]
+    return run(wide, selection, objective, impl="reference", **kwargs)
+
+
+def relative(got, want) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine", "options"),
+    [
+        pytest.param(torch.bfloat16, "torch", {}, id="bf16"),
+        pytest.param(torch.bfloat16, "torch", EVERYTHING, id="bf16-everything"),
+        pytest.param(torch.bfloat16, "triton", EVERYTHING, id="bf16-triton-everything"),
+    ],
+)
+def test_losses_are_those_of_chunks_and_gradients_those_of_fp64(
+    half_factors, dtype, engine, options
+):
+    leaves, selection = tensors(dtype, bias=bool(options))
+    call = (leaves, selection, Objective.parse("dpo", beta=0.1))
+    _, wide = truth(*call, options=options)
+    half_factors(dtype)
+    assert planned(leaves).kept_tokens == sum(COUNTS)
+    assert planned(leaves, max_bytes=CHUNKED).kept_tokens == 0
+    ours, grads = run(*call, options=options, engine=engine, stats=True)
+    chunked, others = run(*call, options=options, engine=engine, stats=True, max_bytes=CHUNKED)
+    for name in ("loss", "losses", "token_logps"):
+        assert torch.equal(getattr(ours, name), getattr(chunked, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(ours.stats, chunked.stats, strict=True))
+    # Three roundings; the interpreter truncates to bf16, which does not average out.
+    limit = 2 * torch.finfo(dtype).eps
+    for leaf, got, other, want in zip(
+        (t for t in leaves if t is not None), grads, others, wide, strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        assert relative(got, want) < min(limit, 1.5 * relative(other, want) + limit / 8)
+
+
+@pytest.mark.parametrize("peak", [1.0, 10.0, 40.0])
+def test_gradients_are_as_good_as_those_of_materialised_logits(half_factors, peak):
+    """``(hidden @ weight.T).float()`` and autograd."""
+    dtype = torch.bfloat16
+    counts, v, d = (24,) * 16, 3000, 96
+    n, coefficients = sum(counts), torch.randn(16)
+    weight = (torch.randn(v, d) * d**-0.5).to(dtype)
+    targets = torch.randint(v, (n,))
+    hidden = (weight[targets].float() * peak * 0.8 + torch.randn(n, d) * peak / 8).to(dtype)
+    selection = TokenSelection(torch.arange(n), targets, torch.tensor(counts), counts)
+    call = ([hidden, weight, None], selection, Linear())
+    _, wide = truth(*call, ref_logps=coefficients)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    logits = (leaves[0] @ leaves[1].T).float()
+    logps = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    (logps * coefficients.repeat_interleave(24)).sum().backward()
+    half_factors(dtype)
+    _, grads = run(*call, ref_logps=coefficients)
+    for got, leaf, want in zip(grads, leaves, wide, strict=True):
+        assert relative(got, want) <= relative(leaf.grad, want)
+
+
+def test_backward_runs_twice_with_the_same_bits(half_factors):
+    dtype = torch.bfloat16
+    half_factors(dtype)
+    leaves, selection = tensors(dtype, bias=True)
+    out = pair_loss(leaves[0], LmHead(*leaves[1:]), selection, Objective.parse("simpo"))
+    first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(out.loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(g.any() for g in first)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_rows_without_a_coefficient_have_a_gradient_of_exactly_zero(half_factors, engine):
+    dtype = torch.bfloat16
+    half_factors(dtype)
+    leaves, selection = tensors(dtype)
+    ref = torch.tensor([1.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    _, grads = run(leaves, selection, Linear(), ref_logps=ref, engine=engine)
+    active = ref.repeat_interleave(selection.lengths) != 0
+    assert (grads[0][~active] == 0).all() and grads[0][active].any(1).all()
+    _, grads = run(leaves, selection, Linear(), ref_logps=torch.zeros(8), engine=engine)
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("counts", [(4, 0, 0, 3), (0, 0, 0, 0)], ids=str)
+def test_empty_completions_and_empty_batches_are_finite(half_factors, counts):
+    half_factors(torch.bfloat16)
+    leaves, selection = tensors(torch.bfloat16, counts)
+    out, grads = run(leaves, selection, Objective.parse("dpo"))
+    assert out.losses.isfinite().all() and all(g.isfinite().all() for g in grads)
+    assert bool(grads[1].any()) == bool(sum(counts))
+
+
+def test_tiles_and_slices_of_any_size_give_the_same(half_factors, monkeypatch):
+    half_factors(torch.bfloat16)
+    leaves, selection = tensors(torch.bfloat16, bias=True)
+    call = (leaves, selection, Objective.parse("dpo"))
+    whole, expected = run(*call)
+    monkeypatch.setattr(planner, "_CPU_BYTES", (4 * V * 5, 4 * V * 5))  # a pair has up to 10 tokens
+    monkeypatch.setattr(kept, "_SLICE_ROWS", 8)
+    monkeypatch.setattr(kept, "_SLICE_BYTES", 4 * D * 8)
+    assert planned(leaves).tile_rows == 5
+    out, grads = run(*call)
+    assert torch.equal(out.token_logps, whole.token_logps)
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_only_the_wanted_gradients_are_made(half_factors, wanted):
+    half_factors(torch.bfloat16)
+    leaves, selection = tensors(torch.bfloat16, bias=True)
+    objective, ref = Objective.parse("dpo"), torch.zeros(len(COUNTS))
+    _, expected = run(leaves, selection, objective, ref_logps=ref)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    pair_loss(
+        leaves[0], LmHead(*leaves[1:]), selection, objective, ref_logps=ref, impl="single_pass"
+    ).loss.backward()
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, expected[i]) if i in wanted else leaf.grad is None
+
+
+def test_gradients_have_the_dtypes_of_their_tensors(half_factors):
+    """As under autocast: fp32 tensors, products in half precision."""
+    leaves, selection = tensors(torch.float32, bias=True)
+    call = (leaves, selection, Objective.parse("dpo"))
+    _, wide = truth(*call)
+    assert half_factors(torch.bfloat16) == set()
+    _, grads = run(*call)
+    for got, want in zip(grads, wide, strict=True):
+        assert got.dtype == torch.float32 and relative(got, want) < 6e-3
+
+
+@pytest.mark.parametrize("name", ["kto", "aot"])
+def test_losses_that_couple_the_batch_cost_3u_where_it_fits(half_factors, name):
+    half_factors(torch.bfloat16)
+    leaves, selection = tensors(torch.bfloat16)
+    assert planned(leaves, coupled=True).path == "single_pass"
+    assert planned(leaves, coupled=True, max_bytes=CHUNKED).path == "recompute"
+    call = (leaves, selection, Objective.parse(name))
+    ours, grads = run(*call)
+    other, expected = run(*call, impl="recompute")
+    assert torch.equal(ours.losses, other.losses)
+    for got, want in zip(grads, expected, strict=True):
+        assert relative(got, want.double()) < 8e-3
+    with pytest.raises(ValueError, match="cannot serve a loss that couples the pairs"):
+        run(*call, impl="single_pass", max_bytes=CHUNKED)
+
+
+def test_the_loss_of_completions_takes_this_way(half_factors):
+    half_factors(torch.bfloat16)
+    leaves, selection = tensors(torch.bfloat16)
+    results = []
+    for max_bytes in (None, CHUNKED):
+        out = completion_loss(
+            leaves[0], LmHead(leaves[1]), selection.targets, max_bytes=max_bytes, stats=True
+        )
+        results.append((out.logps, *torch.autograd.grad(out.total, leaves[:2])))
+    assert torch.equal(results[0][0], results[1][0])
+    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative(got, want.double()) < 8e-3
+
+
+def peak_bytes(call) -> int:
+    """The most that ``call()`` holds at a time beyond what was there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
+    """Chunks of pairs hold an fp32 sum of the weight's gradient as well: 2 MiB here."""
+    half_factors(torch.bfloat16)
+    # Without the model's own copies of the factors in fp32.
+    for module in (tiles, kept):
+        monkeypatch.setattr(module, "product", lambda a, b, out=None: torch.mm(a, b).float())
+    counts, v, d, tile_rows = (64,) * 8, 2048, 256, 32
+    monkeypatch.setattr(planner, "_CPU_BYTES", (4 * v * tile_rows, 0))
+    monkeypatch.setattr(kept, "_SLICE_BYTES", 4 * d * 128)
+    leaves, selection = tensors(torch.bfloat16, counts, v, d)
+    plan = planned(leaves)
+    assert (plan.kept_bytes, plan.tile_rows) == (2 * 512 * v, tile_rows)
+    outputs, grads = [], []
+
+    def forward():
+        out = pair_loss(
+            leaves[0], LmHead(leaves[1]), selection, Objective.parse("dpo"),
+            ref_logps=torch.zeros(8),
+        )  # fmt: skip
+        outputs.append(out.loss)
+
+    def step():
+        forward()
+        grads.extend(torch.autograd.grad(outputs.pop(), leaves[:2]))
+
+    forward()
+    small, rows = 128 << 10, 2 * leaves[0].numel()
+    # The model rounds a product before it widens it: half a tile more.
+    assert peak_bytes(forward) - plan.kept_bytes < rows + 1.5 * plan.tile_bytes + small
+    outputs.clear()
+    extra = peak_bytes(step) - sum(2 * g.numel() for g in grads)
+    assert extra - plan.kept_bytes < 2 * rows + 1.5 * kept._SLICE_BYTES + small
