@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
+    "sft": "teach a model the completions of a dataset",
+    "reward": "train a reward model on preference pairs",
+    "online": "improve a policy on its own completions: APA, PPO, AWR",
     "doctor": "show versions, devices, and how a model would be trained",
     "demo": "over-optimise a known reward on the CPU: a small sweep, its law, a page",
     "bench": "measure speed and memory against other implementations",

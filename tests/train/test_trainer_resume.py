@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastdaa.train import checkpoints
 from fastdaa.train.callbacks import read_metrics
-from fastdaa.train.checkpoints import is_complete, remove_incomplete
+from fastdaa.train.checkpoints import is_complete, last_complete, remove_incomplete
 
 STEPS = 6
 KILLED = -signal.SIGKILL

@@ -1,0 +1,177 @@
+"""``fastdaa online``: reads options, builds what they name, and calls the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastdaa.cli import building
+from fastdaa.cli.online_arguments import OnlineArguments, parse
+from fastdaa.cli.stages import INTERRUPTED, print_continuation
+from fastdaa.cli.train import _log_lines
+
+if TYPE_CHECKING:
+    from fastdaa.online.config import OnlineConfig
+    from fastdaa.online.loop import OnlineTrainer
+    from fastdaa.online.prompts import Prompts
+
+
+class _Data(NamedTuple):
+    train: Prompts
+    held_out: Prompts | None
+
+    def original(self, ids: Any) -> Any:
+        """The prompt as it is in the data."""
+        found = self.train.original(ids)
+        return self.held_out.original(ids) if found is None and self.held_out else found
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
+    arguments, config = parse(argv)
+    if arguments.pipeline:
+        from fastdaa.cli.pipeline import run_pipeline
+
+        return run_pipeline(arguments, config, argv)
+    with _log_lines(True):
+        return train_online(arguments, config, argv)
+
+
+def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
+    """One run of the loop, from its options to its saved policy."""
+    checkpoint = check_paths(arguments, config)
+    trainer = build(arguments, config)
+    try:
+        result = trainer.train(resume=False if checkpoint is None else checkpoint)
+        interrupted = result.interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        where = f"iteration {trainer.place.iteration}, step {trainer.place.steps}"
+        print_continuation("online", argv, str(config.output_dir), where)
+        return INTERRUPTED
+    trainer.save_model(str(config.output_dir))
+    _print_summary(result.metrics, str(config.output_dir))
+    return 0
+
+
+def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
+    """Checks every local path before anything slow, and finds the checkpoint to resume from."""
+    if arguments.reward is not None and ":" not in arguments.reward:
+        building._check_model_path("reward", arguments.reward)
+    names: Any = SimpleNamespace(
+        output_dir=config.output_dir, resume_from_checkpoint=arguments.resume_from_checkpoint
+    )
+    return building.check_paths(arguments, names)
+
+
+def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
+    """Everything that a run needs, from the options that name it."""
+    import torch
+    from transformers import set_seed
+
+    from fastdaa.online.held_out import HeldOut
+    from fastdaa.online.loop import OnlineTrainer
+    from fastdaa.online.prompts import chat_ending
+    from fastdaa.online.reward_sources import load_reward
+
+    accelerated = torch.cuda.is_available() and not arguments.use_cpu
+    device = torch.device("cuda" if accelerated else "cpu")
+    set_seed(config.seed)
+    tokenizer = building.load_tokenizer(arguments)
+    data = _load_prompts(arguments, config, tokenizer)
+    ending = chat_ending(tokenizer) if data.train.conversational else None
+    assert arguments.reward is not None
+    rewards = load_reward(
+        arguments.reward, tokenizer, data.original, ending=ending, device=device,
+        dtype=getattr(torch, arguments.dtype, arguments.dtype),
+    )  # fmt: skip
+    policy: Any = building.load_model(arguments.model, arguments)
+    building.check_vocabulary(policy, tokenizer)
+    policy, reference = policy.to(device), None
+    if arguments.ref_model is not None:
+        given: Any = building.load_model(arguments.ref_model, arguments)
+        reference = given.to(device)
+    peft_config = building.lora_config(arguments)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        # A copy of the whole model is the reference; the adapter starts as nothing.
+        policy = get_peft_model(policy, peft_config)
+    rollouts = _rollouts(arguments, config, policy, tokenizer, ending)
+    evaluate = None
+    if data.held_out is not None:
+        asked = list(islice(cycle(data.held_out.ids), arguments.eval_rollouts))
+        evaluate = HeldOut(asked, every=arguments.eval_steps, seed=config.seed)
+    return OnlineTrainer(
+        policy, rollouts, rewards, data.train.ids, config, reference=reference,
+        tokenizer=tokenizer, evaluate=evaluate,
+    )  # fmt: skip
+
+
+def _load_prompts(arguments: OnlineArguments, config: OnlineConfig, tokenizer: Any) -> _Data:
+    from fastdaa.cli.stages import load_splits
+    from fastdaa.data.examples import load_examples
+    from fastdaa.online.prompts import read_prompts
+
+    def load(source: Any, **options: Any) -> Any:
+        return load_examples(source, prompts_only=True, **options)
+
+    settings = SimpleNamespace(
+        eval_strategy="no", on_bad_row=arguments.on_bad_row, seed=config.seed, data_seed=None
+    )
+    parts = load_splits(arguments, settings, load)
+    read: dict[str, Any] = {
+        "max_length": arguments.max_prompt_length, "on_bad_row": arguments.on_bad_row,
+    }  # fmt: skip
+    train = read_prompts(parts[0], tokenizer, "prompts", **read)
+    if parts[1] is None:
+        return _Data(train, None)
+    return _Data(train, read_prompts(parts[1], tokenizer, "held-out prompts", **read))
+
+
+def _rollouts(
+    arguments: OnlineArguments, config: OnlineConfig, policy: Any, tokenizer: Any, ending: Any
+) -> Any:
+    from fastdaa.online.generation import Sampling, TransformersRollouts, end_tokens
+
+    ends = {*end_tokens(policy, tokenizer)}
+    if ending is not None and ending.end_id is not None:
+        ends.add(ending.end_id)
+    if not ends:
+        raise ValueError("model: expected an EOS token that ends completions, got none")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    sampling = Sampling(tuple(sorted(ends)), pad, config.max_new_tokens, config.temperature)
+    if arguments.rollouts == "vllm":
+        from fastdaa.online.vllm_rollouts import VllmRollouts
+
+        return VllmRollouts(arguments.model, sampling, memory=arguments.vllm_memory)
+    return TransformersRollouts(sampling, batch_size=arguments.generation_batch_size)
+
+
+_SHOWN = (
+    ("objective/raw_scores", "reward of rollouts"),
+    ("eval/scores", "reward on held-out prompts"),
+    ("eval/ref_scores", "reward of the reference there"),
+    ("objective/kl", "KL of rollouts (nats a completion)"),
+    ("eval/kl", "KL on held-out prompts (nats a completion)"),
+    ("policy/token_entropy", "entropy (nats a token)"),
+    ("completions/finished", "share of finished completions"),
+    ("rollout_tokens_per_second", "rollout tokens per second"),
+    ("update_tokens_per_second", "update tokens per second"),
+)
+
+
+def _print_summary(metrics: dict[str, float], folder: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "last iteration")
+    for key, title in _SHOWN:
+        if key in metrics:
+            table.add_row(title, f"{metrics[key]:,.4g}")
+    console = Console()
+    console.print(table)
+    console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)

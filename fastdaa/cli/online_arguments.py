@@ -1,0 +1,132 @@
+"""The options of ``fastdaa online`` beside those of the algorithm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdaa.cli.arguments import _build
+from fastdaa.cli.stages import StageArguments, parse_options
+from fastdaa.online.config import OnlineConfig
+from fastdaa.validation import check_choice, check_positive
+
+ROLLOUT_SOURCES = ("transformers", "vllm")
+_WHAT = (
+    "Improves a policy on its own completions: APA, PPO or AWR. With --pipeline, fine-tuning and a "
+    "reward model come first, from the same preference pairs."
+)
+
+
+@dataclass
+class OnlineArguments(StageArguments):
+    """What ``fastdaa online`` builds before it calls the loop."""
+
+    _argument_group_name = "models and prompts"
+
+    model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
+    dataset: str = field(
+        metadata={
+            "help": "Prompts: a file, folder or hub id of prompts, prompts with completions, "
+            "preference pairs or conversations."
+        }
+    )
+    reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "A reward model (folder or hub id), or a function of prompts and completions: "
+            "module:function or file.py:function."
+        },
+    )
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Reference. Default: the policy as it is at the start."}
+    )
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Longer prompts are left out."}
+    )
+    eval_steps: int = field(
+        default=10, metadata={"help": "Iterations between two measurements on held-out prompts."}
+    )
+    eval_rollouts: int = field(
+        default=64,
+        metadata={"help": "Completions of a measurement, of the held-out prompts in turn."},
+    )
+    rollouts: str = field(
+        default="transformers",
+        metadata={"help": "What generates.", "choices": ROLLOUT_SOURCES},
+    )
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Prompts that are answered at a time."}
+    )
+    vllm_memory: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM may use."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay off accelerators."})
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "Stop at a row that cannot be used, or count such rows.",
+            "choices": ("error", "skip"),
+        },
+    )
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": ""})
+    pipeline: bool = field(
+        default=False,
+        metadata={
+            "help": "First `fastdaa sft` and `fastdaa reward` on dataset, which holds preference "
+            "pairs, in output_dir/sft and output_dir/reward. Stages that are done are skipped."
+        },
+    )
+    sft_options: dict[str, Any] | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Pipeline: options of the first stage, as JSON."},
+    )
+    reward_options: dict[str, Any] | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Pipeline: options of the second stage, as JSON."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rollouts", self.rollouts, ROLLOUT_SOURCES)
+        check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
+        for name in ("max_prompt_length", "eval_steps", "eval_rollouts", "generation_batch_size"):
+            check_positive(name, getattr(self, name))
+        if not 0 < self.vllm_memory <= 1:
+            raise ValueError(f"vllm_memory: expected a share up to 1, got {self.vllm_memory}")
+        self.sft_options = _mapping("sft_options", self.sft_options)
+        self.reward_options = _mapping("reward_options", self.reward_options)
+        if self.reward is None and not self.pipeline:
+            raise ValueError(
+                "reward: expected --reward with a model or a function, or --pipeline to train one"
+            )
+
+
+def parse(argv: Sequence[str]) -> tuple[OnlineArguments, OnlineConfig]:
+    """Reads a command line of ``fastdaa online``.
+
+    Raises:
+        ValueError: an unknown option or key, with the nearest valid one, or a bad value.
+        OSError: the YAML file cannot be read.
+    """
+    (arguments,), values = parse_options("online", [OnlineArguments, OnlineConfig], argv, _WHAT)
+    config = _build(OnlineConfig, values)
+    if config.output_dir in (None, "none"):
+        raise ValueError("output_dir: expected a folder for checkpoints and the policy, got none")
+    return arguments, config
+
+
+def _mapping(name: str, given: Any) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name}: expected a JSON object such as '{{\"num_train_epochs\": 1}}', got "
+                f"{given!r} ({error})"
+            ) from error
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}: expected a mapping of options, got {given!r}")
+    return given

@@ -1,0 +1,152 @@
+"""``fastdaa online --pipeline``: fine-tuning, reward model and on-policy training in one command.
+
+A stage that has ended leaves ``stage.json`` with its options; the next run skips it if they are
+still the same. A stage that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdaa.cli.stages import INTERRUPTED, continuation
+from fastdaa.cli.train import _log_lines
+
+if TYPE_CHECKING:
+    from fastdaa.cli.online_arguments import OnlineArguments
+    from fastdaa.online.config import OnlineConfig
+
+logger = logging.getLogger(__name__)
+DONE_FILE = "stage.json"
+# Options that name data and how models are loaded, which all stages share.
+_SHARED = (
+    "dataset_name", "dataset_split", "eval_dataset", "eval_split", "test_size",
+    "max_train_samples", "dtype", "attn_implementation", "chat_template",
+)  # fmt: skip
+
+
+def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
+    """Runs the stages that are not done yet; 130 where a signal stopped one of them."""
+    from fastdaa.cli import online
+
+    root = Path(str(config.output_dir))
+    online.check_paths(replace(arguments, resume_from_checkpoint=None), config)
+    stages: list[tuple[str, str, dict[str, Any]]] = [
+        ("sft", arguments.model, _options(arguments.sft_options))
+    ]
+    policy = str(root / "sft")
+    if arguments.reward is None:
+        stages.append(("reward", policy, _options(arguments.reward_options)))
+    for command, model, options in stages:
+        folder = root / command
+        words = _stage_argv(arguments, config, model, folder, options)
+        if not _is_done(folder, words):
+            code = _run_stage(command, words)
+            if code:
+                if code == INTERRUPTED:
+                    print(f"To continue the pipeline:\n  {continuation('online', argv, None)}")
+                return code
+            _mark_done(folder, words)
+    last = replace(
+        arguments,
+        model=policy,
+        reward=arguments.reward or str(root / "reward"),
+        pipeline=False,
+        resume_from_checkpoint="true",
+    )
+    last.track = arguments.track
+    return _run_online(last, config, root / "online", argv)
+
+
+def _run_online(
+    arguments: OnlineArguments, config: OnlineConfig, folder: Path, argv: Sequence[str]
+) -> int:
+    from fastdaa.cli import online
+
+    settings = replace(config, output_dir=str(folder))
+    fixed = {key: value for key, value in settings.to_dict().items() if key != "output_dir"}
+    words = [arguments.model, str(arguments.reward), json.dumps(fixed, sort_keys=True)]
+    if _is_done(folder, words):
+        return 0
+    # Its continuation is the pipeline's own command.
+    with _log_lines(True):
+        logger.info("stage online: %s", settings.algorithm)
+        code = online.train_online(arguments, settings, argv)
+    if code == 0:
+        _mark_done(folder, words)
+    return code
+
+
+def _options(given: Any) -> dict[str, Any]:
+    assert isinstance(given, dict)
+    return given
+
+
+def _stage_argv(
+    arguments: OnlineArguments,
+    config: OnlineConfig,
+    model: str,
+    folder: Path,
+    options: dict[str, Any],
+) -> list[str]:
+    """The command line of a stage: what all stages share, and its own options over that."""
+    values: dict[str, Any] = {"seed": config.seed, "report_to": "none"}
+    values |= {name: getattr(arguments, name) for name in _SHARED}
+    for name in ("trust_remote_code", "use_cpu"):
+        values[name] = getattr(arguments, name) or None
+    values |= {"on_bad_row": arguments.on_bad_row, **options}
+    for name in ("model", "dataset", "output_dir", "use_peft"):
+        if name in options:
+            raise ValueError(
+                f"{folder.name}_options: expected no {name!r}: the pipeline sets models, data and "
+                "folders, and its first two stages train whole models"
+            )
+    words = ["--model", model, "--dataset", arguments.dataset, "--output_dir", str(folder)]
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def _run_stage(command: str, words: list[str]) -> int:
+    import importlib
+
+    with _log_lines(True):
+        logger.info("stage %s", command)
+    module = importlib.import_module(f"fastdaa.cli.{command}")
+    return int(module.run([*words, "--resume_from_checkpoint"]))
+
+
+def _is_done(folder: Path, words: list[str]) -> bool:
+    """Whether the stage has ended before, with the same options.
+
+    Raises:
+        ValueError: it has, with others.
+    """
+    try:
+        done = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError):
+        return False
+    if done != words:
+        changed = [f"{a} -> {b}" for a, b in zip(done, words, strict=False) if a != b]
+        raise ValueError(
+            f"{folder}: expected a stage of the same options, this one was done with others "
+            f"({'; '.join(changed[:3]) or 'more or fewer of them'}); delete it or choose another "
+            "output_dir"
+        )
+    with _log_lines(True):
+        logger.info("stage %s is done: %s", folder.name, folder)
+    return True
+
+
+def _mark_done(folder: Path, words: list[str]) -> None:
+    temporary = folder / f"{DONE_FILE}.tmp"
+    temporary.write_text(json.dumps({"options": words}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / DONE_FILE)

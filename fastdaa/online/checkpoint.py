@@ -1,0 +1,215 @@
+"""A checkpoint of an on-policy run: everything it needs to go on, there as a whole or not at all.
+
+``<output_dir>/checkpoint-<optimiser steps>/`` holds the weights of policy and critic, and
+``state.pt``: place in the run, optimiser, schedule, KL controller, running deviation, collapse
+monitor, random states and, in the middle of an iteration, its rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from fastdaa.online.config import OnlineConfig
+from fastdaa.online.types import Experience, Rollouts
+from fastdaa.train import checkpoints
+from fastdaa.train.backbone import causal_lm
+
+CONFIG_FILE, STATE_FILE, COMPLETE_FILE = "online_config.json", "state.pt", "trainer_state.json"
+# What may differ from the run that is resumed: it changes no number but by rounding.
+_FREE = {
+    *("output_dir", "iterations", "logging_steps", "save_steps", "save_total_limit"),
+    *("stop_on_collapse", "disable_tqdm", "tokens_per_pack", "attention", "impl"),
+    *("head_engine", "head_max_bytes"),
+}
+
+
+class Place(NamedTuple):
+    """How far a run is."""
+
+    iteration: int
+    """Iterations that are finished."""
+    minibatches: int
+    """Minibatches of the next one that are."""
+    steps: int
+    """Optimiser steps altogether."""
+    rollouts: int
+    """Completions that were sampled altogether."""
+
+
+def save_checkpoint(
+    config: OnlineConfig,
+    place: Place,
+    models: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    experience: Experience | None,
+) -> Path:
+    """Writes a checkpoint beside its place and moves it there; older ones beyond the limit go.
+
+    Args:
+        models: ``policy`` and ``critic``.
+        state: what else goes on, of tensors and plain values.
+        experience: of the iteration that is under way.
+    """
+    if config.output_dir is None:
+        raise ValueError("output_dir: expected a folder for the checkpoint, got None")
+    target = checkpoints.folder(config.output_dir, place.steps)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(models["policy"], str(partial / "model.safetensors"), metadata={"format": "pt"})
+    save_model(models["critic"], str(partial / "critic.safetensors"))
+    causal_lm(models["policy"]).config.save_pretrained(partial)
+    config.save(partial)
+    content = {
+        **state,
+        "place": tuple(place),
+        "experience": None if experience is None else flatten(experience),
+        "random": random_states(),
+    }
+    torch.save(content, partial / STATE_FILE)
+    text = json.dumps({"global_step": place.steps, **place._asdict()})
+    (partial / COMPLETE_FILE).write_text(text, encoding="utf-8")
+    if target.exists():
+        # The same step again, now with rollouts.
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
+        os.rename(partial, target)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(partial, target)
+    _remove_old(config)
+    return target
+
+
+def tidy(output_dir: str | Path) -> None:
+    """Removes what killed processes have left half-written in ``output_dir``."""
+    root = Path(output_dir)
+    for replaced in root.glob(".checkpoint-*.replaced"):
+        target = root / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, target)
+    for partial in root.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    checkpoints.remove_incomplete(root)
+
+
+class Loaded(NamedTuple):
+    """What :func:`load_checkpoint` read."""
+
+    place: Place
+    state: dict[str, Any]
+    experience: Experience | None
+
+
+def load_checkpoint(
+    folder: str | Path, config: OnlineConfig, models: Mapping[str, nn.Module]
+) -> Loaded:
+    """Weights into ``models``, random states into torch, numpy and Python; the rest is returned.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: it was made with other settings.
+    """
+    folder = Path(folder)
+    if not checkpoints.is_complete(folder) or not (folder / STATE_FILE).is_file():
+        raise FileNotFoundError(f"resume: expected a complete checkpoint, got {folder}")
+    _check_config(folder, config)
+    device = str(causal_lm(models["policy"]).device)
+    load_model(models["policy"], str(folder / "model.safetensors"), device=device)
+    load_model(models["critic"], str(folder / "critic.safetensors"), device=device)
+    content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    restore_random_states(content.pop("random"))
+    saved = content.pop("experience")
+    place = Place(*content.pop("place"))
+    return Loaded(place, content, None if saved is None else unflatten(saved))
+
+
+def _check_config(folder: Path, config: OnlineConfig) -> None:
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    now = config.to_dict()
+    free = set(_FREE)
+    if config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+        free -= {"iterations"}  # the schedule would be another one
+    changed = [
+        f"{name} {saved.get(name)!r} then, {value!r} now"
+        for name, value in now.items()
+        if name not in free and saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"resume: expected the settings of {folder}, got others ({'; '.join(changed)}); choose "
+            "another output_dir for a new run"
+        )
+
+
+def flatten(experience: Experience) -> dict[str, Any]:
+    """Experience as a dictionary of tensors."""
+    rollouts = experience.rollouts
+    return {
+        "prompt_ids": torch.cat(rollouts.prompt_ids),
+        "prompt_lengths": torch.tensor([len(ids) for ids in rollouts.prompt_ids]),
+        "completion_ids": torch.cat(rollouts.completion_ids),
+        "completion_lengths": rollouts.lengths,
+        **{name: getattr(rollouts, name) for name in ("finished", "scores", "raw_scores")},
+        **{name: getattr(experience, name) for name in Experience._fields[1:]},
+    }
+
+
+def unflatten(saved: Mapping[str, Tensor]) -> Experience:
+    """The experience of :func:`flatten`."""
+    prompts, completions = (
+        list(saved[f"{side}_ids"].split(saved[f"{side}_lengths"].tolist()))
+        for side in ("prompt", "completion")
+    )
+    rollouts = Rollouts(
+        prompts, completions, saved["finished"], saved["scores"], saved["raw_scores"]
+    )
+    return Experience(rollouts, *(saved[name] for name in Experience._fields[1:]))
+
+
+def random_states() -> dict[str, Any]:
+    """States of all global generators, which sources of rewards or dropout may use."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numbers = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    return {
+        "torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
+        "numpy": (kind, numbers, *rest),
+    }  # fmt: skip
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Puts the states of :func:`random_states` back."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _remove_old(config: OnlineConfig) -> None:
+    if not config.save_total_limit:
+        return
+    found = Path(str(config.output_dir)).glob("checkpoint-*")
+    complete = [path for path in found if checkpoints.is_complete(path)]
+    complete.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    for path in complete[: -config.save_total_limit]:
+        # First what says that it is whole, so that a half-deleted one is not taken for one.
+        checkpoints.invalidate(path)
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""From the policy to experience: sample, score, ask reference and critic, estimate advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdaa.online.advantages import gae
+from fastdaa.online.config import OnlineConfig
+from fastdaa.online.critic import Critic
+from fastdaa.online.packs import make_packs
+from fastdaa.online.rewards import RunningStd, sequence_sums, shape_scores, token_rewards
+from fastdaa.online.scoring import TokenScores, score_tokens, score_values
+from fastdaa.online.types import Completions, Experience, RewardSource, Rollouts, RolloutSource
+from fastdaa.train.backbone import causal_lm
+
+
+class Models(NamedTuple):
+    """The three networks."""
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: Critic
+
+
+class Collected(NamedTuple):
+    """Experience, and the metrics of its rollouts."""
+
+    experience: Experience
+    metrics: dict[str, float]
+
+
+def sample(
+    source: RolloutSource, policy: nn.Module, prompts: Sequence[Tensor], seed: int
+) -> Completions:
+    """Completions of the source, checked.
+
+    Raises:
+        ValueError: not one completion of at least one token for every prompt.
+    """
+    completions = source.sample(policy, prompts, seed)
+    found = len(completions.completion_ids)
+    if found != len(prompts) or len(completions.finished) != found:
+        raise ValueError(
+            f"rollouts: expected {len(prompts)} completions, one a prompt, got {found} and "
+            f"{len(completions.finished)} marks of whether they are finished"
+        )
+    empty = [index for index, ids in enumerate(completions.completion_ids) if len(ids) == 0]
+    if empty:
+        raise ValueError(f"rollouts: expected at least one token each, got none in {empty[:5]}")
+    return completions
+
+
+def score_rollouts(
+    source: RewardSource,
+    prompts: Sequence[Tensor],
+    completions: Completions,
+    config: OnlineConfig,
+    running: RunningStd | None,
+    tokenizer: Any = None,
+) -> Rollouts:
+    """Completions with their scores.
+
+    Raises:
+        ValueError: the source did not give one finite number a completion.
+    """
+    texts = None
+    if tokenizer is not None:
+        sides = (
+            tokenizer.batch_decode(list(side), skip_special_tokens=True)
+            for side in (prompts, completions.completion_ids)
+        )
+        texts = list(zip(*sides, strict=True))
+    raw = torch.as_tensor(source.score(prompts, completions.completion_ids, texts))
+    if raw.shape != (len(prompts),) or not bool(torch.isfinite(raw).all()):
+        raise ValueError(
+            f"reward: expected {len(prompts)} finite numbers, one a completion, got shape "
+            f"{list(raw.shape)} with {int((~torch.isfinite(raw)).sum())} that are not finite"
+        )
+    raw, finished = raw.detach().float().cpu(), completions.finished.bool().cpu()
+    scores = shape_scores(
+        raw, finished, running=running, clip=config.reward_clip,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )  # fmt: skip
+    return Rollouts(list(prompts), completions.completion_ids, finished, scores, raw)
+
+
+def assess(
+    models: Models, rollouts: Rollouts, config: OnlineConfig, kl_coef: float
+) -> tuple[Experience, TokenScores, TokenScores]:
+    """Experience, and the token scores of policy and reference behind it."""
+    policy, reference, critic = models
+    device = causal_lm(policy).device
+    lengths = rollouts.lengths
+    packs = make_packs(
+        rollouts.prompt_ids, rollouts.completion_ids,
+        # Without gradient nothing is kept: what a minibatch needs at once is enough.
+        tokens_per_pack=config.tokens_per_pack or _minibatch_tokens(rollouts, config),
+        attention=config.attention, device=device,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "temperature": config.temperature,
+        "engine": config.head_engine,
+        "max_bytes": config.head_max_bytes,
+    }
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        shared = critic if critic.shared else None
+        mine = score_tokens(policy, packs, lengths, critic=shared, **options)
+        theirs = score_tokens(reference, packs, lengths, **options)
+        values = mine.values if critic.shared else score_values(critic, packs, lengths)
+    assert values is not None
+    logratios = mine.logps - theirs.logps if config.algorithm == "ppo" else None
+    rewards = token_rewards(rollouts.scores, lengths, logratios=logratios, kl_coef=kl_coef)
+    advantages, returns = gae(
+        rewards, values, lengths, gamma=config.gamma, gae_lambda=config.gae_lambda
+    )
+    experience = Experience(rollouts, mine.logps, theirs.logps, values, advantages, returns)
+    return experience, mine, theirs
+
+
+def collect(
+    models: Models,
+    prompts: Sequence[Tensor],
+    sources: tuple[RolloutSource, RewardSource],
+    config: OnlineConfig,
+    *,
+    seed: int,
+    kl_coef: float,
+    running: RunningStd | None = None,
+    tokenizer: Any = None,
+) -> Collected:
+    """One iteration's experience, and what can be said of it.
+
+    Args:
+        prompts: one for every rollout.
+        seed: of the rollouts.
+        kl_coef: what a nat of KL costs, for PPO.
+        running: deviation of the scores so far, if they are scaled by it; takes in these.
+        tokenizer: for reward sources that read text.
+    """
+    began = time.perf_counter()
+    completions = sample(sources[0], models.policy, prompts, seed)
+    sampled = time.perf_counter()
+    rollouts = score_rollouts(sources[1], prompts, completions, config, running, tokenizer)
+    scored = time.perf_counter()
+    experience, mine, theirs = assess(models, rollouts, config, kl_coef)
+    metrics = _metrics(experience, mine, theirs, config, kl_coef)
+    tokens = int(rollouts.lengths.sum())
+    metrics |= {
+        "rollout_tokens_per_second": tokens / max(sampled - began, 1e-9),
+        "time/rollouts": sampled - began,
+        "time/reward": scored - sampled,
+        "time/models": time.perf_counter() - scored,
+    }
+    return Collected(experience, metrics)
+
+
+def _metrics(
+    experience: Experience,
+    mine: TokenScores,
+    theirs: TokenScores,
+    config: OnlineConfig,
+    kl_coef: float,
+) -> dict[str, float]:
+    rollouts, lengths = experience.rollouts, experience.lengths
+    kl = float(sequence_sums(mine.logps - theirs.logps, lengths).mean())
+    residual = experience.returns - experience.values
+    variance = float(experience.returns.var(correction=0))
+    explained = 1 - float(residual.var(correction=0)) / variance if variance > 0 else 0.0
+    score = float(rollouts.scores.mean())
+    metrics = {
+        "objective/kl": kl,
+        "objective/entropy": float(sequence_sums(mine.entropy, lengths).mean()),
+        "objective/scores": score,
+        "objective/raw_scores": float(rollouts.raw_scores.mean()),
+        "objective/rlhf_reward": score - (kl_coef * kl if config.algorithm == "ppo" else 0.0),
+        "policy/token_entropy": float(mine.entropy.mean()),
+        "policy/max_prob": float(mine.max_prob.mean()),
+        "ref/token_entropy": float(theirs.entropy.mean()),
+        "val/explained_variance": explained,
+        "completions/length": float(lengths.double().mean()),
+        "completions/finished": float(rollouts.finished.double().mean()),
+    }
+    if config.algorithm == "ppo":
+        metrics["objective/kl_coef"] = kl_coef
+    return metrics
+
+
+def _minibatch_tokens(rollouts: Rollouts, config: OnlineConfig) -> int:
+    total = int(rollouts.lengths.sum()) + sum(len(ids) for ids in rollouts.prompt_ids)
+    return max(1, total * config.minibatch // max(len(rollouts.prompt_ids), 1))

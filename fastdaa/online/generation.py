@@ -1,0 +1,169 @@
+"""Completions by ``generate`` of transformers, in batches of prompts of similar length."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from fastdaa.online.types import Completions
+from fastdaa.train.backbone import causal_lm
+from fastdaa.validation import check_positive
+
+
+class Sampling(NamedTuple):
+    """How completions are drawn: from the policy itself, no top-k, no top-p, no penalties."""
+
+    end_ids: tuple[int, ...]
+    """Tokens that end a completion."""
+    pad_id: int
+    """Fills rows; masked, so any id of the vocabulary does."""
+    max_new_tokens: int = 128
+    """A completion is cut after so many tokens."""
+    temperature: float = 1.0
+    """Divisor of the logits."""
+
+
+class TransformersRollouts:
+    """A :class:`~fastdaa.online.types.RolloutSource` on the policy's own device.
+
+    Prompts are sorted by length and padded on the left. The logits of a step are dropped with the
+    step.
+
+    Args:
+        sampling: how completions are drawn.
+        batch_size: prompts that are answered at a time.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, sampling: Sampling, *, batch_size: int = 64) -> None:
+        check_sampling(sampling)
+        check_positive("batch_size", batch_size)
+        self.sampling, self.batch_size = sampling, batch_size
+
+    def sample(self, model: Any, prompts: Sequence[Tensor], seed: int) -> Completions:
+        """One completion of every prompt; the same seed, prompts and weights give the same ones.
+
+        Random numbers and the model's training mode are outside as if nothing had been drawn.
+        """
+        order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
+        drawn: list[tuple[Tensor, bool]] = [(torch.empty(0), False)] * len(prompts)
+        with undisturbed(model), torch.no_grad():
+            for number, start in enumerate(range(0, len(order), self.batch_size)):
+                places = order[start : start + self.batch_size]
+                _seed(seed, number)
+                rows = _generate(model, [prompts[place] for place in places], self.sampling)
+                for place, row in zip(places, rows, strict=True):
+                    drawn[place] = cut(row, self.sampling.end_ids)
+        finished = torch.tensor([ended for _, ended in drawn], dtype=torch.bool)
+        return Completions([ids for ids, _ in drawn], finished)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ``ValueError`` for numbers out of range."""
+    check_positive("max_new_tokens", sampling.max_new_tokens)
+    check_positive("temperature", sampling.temperature)
+
+
+def cut(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, bool]:
+    """A row of generated tokens up to its first end, included, and whether it has one.
+
+    What follows an end is padding.
+    """
+    ends = torch.isin(ids, torch.tensor(list(end_ids), dtype=ids.dtype)).nonzero()
+    if not len(ends):
+        return ids.clone(), False
+    return ids[: int(ends[0]) + 1].clone(), True
+
+
+def end_tokens(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """Tokens that end a completion, as model and tokenizer say."""
+    core = causal_lm(model)
+    given = [
+        getattr(core.generation_config, "eos_token_id", None),
+        core.config.get_text_config().eos_token_id,
+        getattr(tokenizer, "eos_token_id", None),
+    ]
+    found = {token for entry in given for token in (entry if isinstance(entry, list) else [entry])}
+    return tuple(sorted(token for token in found if token is not None))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """``model`` is in eval mode, and random numbers drawn here are missed by nobody outside.
+
+    Covered are Python, NumPy and torch on the CPU and on the model's device. Eval mode also
+    switches activation checkpointing off, which would switch the generation cache off.
+    """
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    devices = [] if device.type == "cpu" else [device]
+    # fork_rng wants a device type even where there is none to fork.
+    kind = "cuda" if device.type == "cpu" else device.type
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        for module in training:
+            module.training = False
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module in training:
+            module.training = True
+
+
+def _seed(seed: int, batch: int) -> None:
+    mixed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def _generate(model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling) -> Tensor:
+    """Generated tokens ``[prompts, most]`` on the CPU, padded behind their ends."""
+    core = causal_lm(model)
+    device = next(core.parameters()).device
+    width = max(map(len, prompts))
+    rows = torch.full((len(prompts), width), sampling.pad_id)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, ids in enumerate(prompts):
+        rows[row, width - len(ids) :] = ids
+        mask[row, width - len(ids) :] = 1
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=float(sampling.temperature),
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.end_ids) or None,
+        pad_token_id=sampling.pad_id,
+        use_cache=True,
+    )
+    with _own_generation_config(core, config):
+        generate: Any = core.generate
+        output = generate(
+            input_ids=rows.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+    generated: Tensor = output[:, width:].cpu()
+    return generated
+
+
+@contextlib.contextmanager
+def _own_generation_config(core: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    # `generate` fills what a configuration leaves open from the model's, such as a repetition
+    # penalty: then the samples would not be the policy's.
+    before = core.generation_config
+    core.generation_config = config
+    try:
+        yield
+    finally:
+        core.generation_config = before

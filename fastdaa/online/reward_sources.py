@@ -1,0 +1,165 @@
+"""Rewards by a sequence classifier with one output: one of ours, or any of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastdaa.online.packs import make_packs
+from fastdaa.online.prompts import Ending
+from fastdaa.online.reward_functions import FunctionReward, Original, as_rewards
+from fastdaa.online.types import RewardSource
+from fastdaa.train.attention import enable_segments
+from fastdaa.train.backbone import install_head_task, run_head_task
+from fastdaa.train.reward_models import check_reward_model, last_tokens
+from fastdaa.train.support import supports_segments
+from fastdaa.validation import check_positive
+
+
+class ModelReward:
+    """A :class:`~fastdaa.online.types.RewardSource` that reads a model at the last token.
+
+    Where the model has the policy's tokenizer it gets the very tokens of prompt and completion, EOS
+    included, packed without padding; behind a conversation's EOS comes what its chat template
+    writes there, as in the pairs that it was trained on. Else prompt and completion are text,
+    joined (or rendered by the model's chat template, where it has one), tokenised by its own
+    tokenizer.
+
+    Args:
+        model: a sequence classifier with a linear ``score`` of one output.
+        tokenizer: its own, where it is not the policy's; None for the policy's tokens.
+        original: gives prompts as they are in the data, for chat templates.
+        ending: how the policy's chat template closes an answer; None for plain text.
+        tokens_per_pack: tokens of one forward.
+
+    Raises:
+        ValueError: a model that is none, or cannot take packed rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        original: Original | None = None,
+        *,
+        ending: Ending | None = None,
+        tokens_per_pack: int = 8192,
+    ) -> None:
+        check_positive("tokens_per_pack", tokens_per_pack)
+        check_reward_model(model)
+        support = supports_segments(model, probe=True)
+        if not support.ok:
+            raise ValueError(f"reward: expected a model for packed rows, but {support.reason}")
+        enable_segments(model)
+        install_head_task(model)
+        self._model: Any = model.eval().requires_grad_(False)
+        self._tokenizer, self._original = tokenizer, original
+        self._tokens_per_pack, self._ending = tokens_per_pack, ending
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompt_ids: Sequence[Tensor],
+        completion_ids: Sequence[Tensor],
+        texts: Sequence[tuple[str, str]] | None = None,
+    ) -> Tensor:
+        """``[S]`` fp32 rewards.
+
+        Raises:
+            ValueError: a model with a tokenizer of its own and no texts.
+        """
+        if self._tokenizer is not None:
+            prompt_ids, completion_ids = self._encode(prompt_ids, texts)
+        elif self._ending is not None and self._ending.tail:
+            tail = torch.tensor(self._ending.tail)
+            completion_ids = [
+                torch.cat([ids, tail]) if int(ids[-1]) == self._ending.end_id else ids
+                for ids in completion_ids
+            ]
+        rewards = torch.empty(len(prompt_ids))
+        device = self._model.device
+        for sequences, pack in make_packs(
+            prompt_ids, completion_ids, tokens_per_pack=self._tokens_per_pack, device=device
+        ):
+            last = last_tokens(pack)
+
+            def read(hidden_states: Tensor, last: Tensor = last) -> Tensor:
+                return self._model.score(hidden_states[0].index_select(0, last))[:, 0]
+
+            rewards[sequences] = run_head_task(self._model, pack, read).result.float().cpu()
+        return as_rewards(rewards, len(prompt_ids), "reward model")
+
+    def _encode(
+        self, prompt_ids: Sequence[Tensor], texts: Sequence[tuple[str, str]] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens of the model's own: all but the last stand for a prompt, as packs have them."""
+        if texts is None:
+            raise ValueError("reward: expected a tokenizer of the policy, to give the model text")
+        tokenizer = self._tokenizer
+        rows = []
+        for ids, (prompt, completion) in zip(prompt_ids, texts, strict=True):
+            given = prompt if self._original is None else self._original(ids) or prompt
+            if tokenizer.chat_template is not None:
+                turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+                messages = [*turns, {"role": "assistant", "content": completion}]
+                text = tokenizer.apply_chat_template(messages, tokenize=False)
+                row = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                joined = prompt + completion + (tokenizer.eos_token or "")
+                row = tokenizer(joined, verbose=False)["input_ids"]
+            rows.append(torch.tensor(row, dtype=torch.int64))
+        return [row[:-1] for row in rows], [row[-1:] for row in rows]
+
+
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Whether two tokenizers turn the same text into the same ids, as far as can be told.
+
+    A padding token of its own, as reward models get one, does not count.
+    """
+    names = {str(t.pad_token) for t in (first, second)}
+    return _vocabulary(first, names) == _vocabulary(second, names)
+
+
+def _vocabulary(tokenizer: Any, without: set[str]) -> dict[str, int]:
+    return {token: id for token, id in tokenizer.get_vocab().items() if token not in without}
+
+
+def load_reward(
+    given: str,
+    tokenizer: Any,
+    original: Original | None = None,
+    *,
+    ending: Ending | None = None,
+    device: Any = "cpu",
+    dtype: Any = torch.float32,
+    **options: Any,
+) -> RewardSource:
+    """The reward that ``given`` names: a function where it has a colon, else a model.
+
+    Args:
+        given: ``module:function``, ``path/to/file.py:function``, a folder or a hub id.
+        tokenizer: the policy's.
+        original: gives prompts as they are in the data.
+        ending: how the policy's chat template closes an answer; None for plain text.
+        device, dtype: of a model.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        ValueError, OSError: there is none.
+    """
+    if ":" in given:
+        return FunctionReward(given, original)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(given, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(given, dtype=dtype, **options)
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"reward: expected a model with 1 output, {given} has {model.config.num_labels}"
+        )
+    shared = same_tokenizer(own, tokenizer) and own.chat_template == tokenizer.chat_template
+    return ModelReward(model.to(device), None if shared else own, original, ending=ending)

@@ -1,0 +1,111 @@
+"""Measurements on held-out prompts: what they say, when, and that the run does not notice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastdaa.online.config import OnlineConfig
+from fastdaa.online.generation import Sampling, TransformersRollouts
+from fastdaa.online.held_out import HeldOut
+from fastdaa.online.loop import OnlineTrainer
+from fastdaa.online.scoring import score_tokens
+
+EOS = 2
+
+
+class CountReward:
+    """How often a token is in a completion."""
+
+    def score(self, prompt_ids, completion_ids, texts=None):
+        return torch.tensor([float((ids == 5).sum()) for ids in completion_ids])
+
+
+@pytest.fixture
+def make_trainer(tiny_policy, sequences):
+    def make(evaluate=None, **options):
+        settings = {
+            "output_dir": None, "iterations": 3, "rollouts_per_iteration": 4, "minibatch": 4,
+            "epochs": 1, "learning_rate": 1e-2, "max_new_tokens": 6, "disable_tqdm": True,
+            **options,
+        }  # fmt: skip
+        prompts, _ = sequences(6)
+        rollouts = TransformersRollouts(Sampling((EOS,), 0, 6))
+        return OnlineTrainer(
+            tiny_policy(), rollouts, CountReward(), prompts, OnlineConfig(**settings),
+            evaluate=evaluate,
+        )  # fmt: skip
+
+    return make
+
+
+def test_the_start_is_the_reference(make_trainer, sequences):
+    prompts, _ = sequences(5, seed=1)
+    measured = HeldOut(prompts, seed=3).measure(make_trainer())
+    assert measured["eval/scores"] == measured["eval/ref_scores"]
+    assert measured["eval/kl"] == 0 and 1 <= measured["eval/length"] <= 6
+
+
+def test_a_policy_that_has_moved(make_trainer, tiny_policy, sequences):
+    """KL by hand: log-ratios of the completions that the policy itself draws."""
+    prompts, _ = sequences(5, seed=1)
+    trainer, moved = make_trainer(), tiny_policy(1).state_dict()
+    trainer.models.policy.load_state_dict(moved)
+    measured = HeldOut(prompts, seed=3).measure(trainer)
+    drawn = trainer.sources[0].sample(trainer.models.policy, prompts, 3).completion_ids
+    ratios = []
+    for prompt, completion in zip(prompts, drawn, strict=True):
+        sums = []
+        for model in (tiny_policy(1), tiny_policy()):
+            with torch.no_grad():
+                logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0]
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            sums.append(logps.gather(1, completion[:, None]).sum())
+        ratios.append(sums[0] - sums[1])
+    assert measured["eval/kl"] == pytest.approx(float(torch.stack(ratios).mean()), rel=1e-4)
+    expected = CountReward().score(prompts, drawn).mean()
+    assert measured["eval/scores"] == pytest.approx(float(expected))
+
+
+def test_measured_when_due_and_unnoticed(make_trainer, sequences):
+    prompts, _ = sequences(5, seed=1)
+    calls = []
+    held_out = HeldOut(prompts, every=2)
+
+    def evaluate(trainer):
+        found = held_out(trainer)
+        calls.append((trainer.place.iteration, bool(found)))
+        return found
+
+    with_it, without = make_trainer(evaluate), make_trainer()
+    with_it.train()
+    without.train()
+    assert calls == [(1, False), (2, True), (3, True)]
+    other = copy.deepcopy(without.models.policy.state_dict())
+    for name, value in with_it.models.policy.state_dict().items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("prompts", "every", "message"),
+    [([], 1, "expected at least one to evaluate on"), ([torch.tensor([3])], 0, "every")],
+    ids=["no prompt", "never"],
+)
+def test_errors(prompts, every, message):
+    with pytest.raises(ValueError, match=message):
+        HeldOut(prompts, every=every)
+
+
+def test_scores_see_the_temperature_of_the_run(make_trainer, sequences, monkeypatch):
+    prompts, _ = sequences(2, seed=1)
+    seen = []
+
+    def spy(*args, **options):
+        seen.append(options["temperature"])
+        return score_tokens(*args, **options)
+
+    monkeypatch.setattr("fastdaa.online.held_out.score_tokens", spy)
+    HeldOut(prompts).measure(make_trainer(temperature=0.5))
+    assert seen == [0.5, 0.5]

@@ -1,0 +1,216 @@
+"""``fastdaa online`` from files: the whole pipeline, stopped, continued, and used afterwards."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fastdaa.cli import main
+from fastdaa.cli.online_arguments import parse
+from fastdaa.cli.stages import continuation
+from fastdaa.data.tokenise_examples import TokenizedPrompt
+from fastdaa.online.prompts import Ending, Prompts, chat_ending
+
+WORDS = [f"w{i}" for i in range(12)]
+CHAT = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> after ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+REWARD = """
+import os, signal
+CALLS = 0
+
+def count(prompts, completions):
+    return [text.split().count("w3") - 0.1 * len(text.split()) for text in completions]
+
+def stopping(prompts, completions):
+    global CALLS
+    CALLS += 1
+    if CALLS == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return count(prompts, completions)
+"""
+
+
+def make_tokenizer(**options):
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "after"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model and its tokenizer, a file of pairs, and reward functions."""
+    folder = tmp_path_factory.mktemp("files")
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+
+    def text(size):
+        picked = torch.randint(len(WORDS), (size,), generator=generator).tolist()
+        return " ".join(WORDS[i] for i in picked)
+
+    rows = [
+        {"prompt": text(3), "chosen": f" w3 {text(2)}", "rejected": f" {text(4)}"}
+        for _ in range(12)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def arguments(files, folder, **options):
+    options = {
+        "model": files / "model", "dataset": files / "pairs.jsonl", "output_dir": folder,
+        "iterations": 4, "rollouts_per_iteration": 8, "minibatch": 4, "max_new_tokens": 5,
+        "learning_rate": 0.01, "kl_lambda": 0.5, "seed": 1, "disable_tqdm": True,
+        **options,
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in options.items()]
+    return ["online", "--use_cpu", *words]
+
+
+STAGE = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+
+
+def pipeline(files, folder, **options):
+    stages = {"sft_options": json.dumps(STAGE), "reward_options": json.dumps(STAGE)}
+    return arguments(
+        files, folder, pipeline=True, test_size=3, eval_steps=2, **{**stages, **options}
+    )
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pipeline_in_one_command_and_again(files, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert main(pipeline(files, folder)) == 0
+    for stage in ("sft", "reward", "online"):
+        assert (folder / stage / "stage.json").is_file(), stage
+    AutoModelForCausalLM.from_pretrained(folder / "online")
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    assert reward.config.num_labels == 1
+    rows = rows_of(folder / "online")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    measured = [row["iteration"] for row in rows if "eval/scores" in row]
+    assert measured == [2, 4] and rows[-1]["eval/kl"] > 0
+    assert rows[1]["eval/ref_scores"] == rows[3]["eval/ref_scores"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(pipeline(files, folder)) == 0
+    said = capsys.readouterr().err
+    assert [f"stage {name} is done" in said for name in ("sft", "reward", "online")] == [True] * 3
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert main(pipeline(files, folder, kl_lambda=1.0)) == 2
+    assert "this one was done with others" in capsys.readouterr().err
+
+
+def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(files, whole, reward=f"{files}/reward.py:count")) == 0
+    assert main(arguments(files, folder, reward=f"{files}/reward.py:stopping")) == 130
+    printed = capsys.readouterr().out
+    assert "Interrupted at iteration" in printed and not (folder / "config.json").exists()
+    program, *argv = shlex.split(printed.strip().splitlines()[-1])
+    assert program == "fastdaa" and argv[-1] == "--resume_from_checkpoint"
+    assert main(argv) == 0
+    got, expected = (load_file(f / "model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    names = ("step", "iteration", "objective/scores", "objective/kl", "loss/policy")
+    kept, new = ([[row[n] for n in names] for row in rows_of(f)] for f in (whole, folder))
+    assert kept == new
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected --reward with a model or a function"),
+        ({"reward": "none/here/too"}, "reward: expected a path or a hub id"),
+        ({"reward": "x.py:f"}, "there is no x.py"),
+        ({"reward": "math:sqrt", "kl_lamda": 1}, "did you mean '--kl_lambda'"),
+        ({"reward": "math:sqrt", "algorithm": "dpo"}, "invalid choice: 'dpo'"),
+        ({"reward": "math:sqrt", "eval_steps": 0}, "eval_steps"),
+        ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
+        ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
+        ({"pipeline": True, "sft_options": '{"use_peft": true}'}, "expected no 'use_peft'"),
+    ],
+    ids=["no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "peft"],
+)
+def test_errors_in_one_line(files, tmp_path, capsys, options, message):
+    assert main(arguments(files, tmp_path / "out", **options)) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("fastdaa online: error: ") and message in printed
+
+
+def test_stages_are_commands_of_their_own(files, tmp_path, capsys):
+    options = [
+        f"--dataset={files}/pairs.jsonl", "--use_cpu", "--test_size=3", "--max_steps=2",
+        "--logging_steps=1", "--disable_tqdm=true",
+    ]  # fmt: skip
+    sft, reward = str(tmp_path / "sft"), str(tmp_path / "reward")
+    assert main(["sft", f"--model={files}/model", f"--output_dir={sft}", *options]) == 0
+    assert main(["reward", f"--model={sft}", f"--output_dir={reward}", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "token accuracy" in printed and "centre of rewards" in printed
+    assert rows_of(Path(reward))[-1]["train_runtime"] > 0
+    assert main(["reward", f"--model={sft}", f"--output_dir={reward}", "--lora_r=1"]) == 2
+
+
+def test_a_file_of_defaults(files, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {files}/model\ndataset: d/d\nreward: r/r\nalgorithm: ppo\n"
+        "kl_coef: 1e-2\nsft_options:\n  num_train_epochs: 2\n"
+    )
+    read, settings = parse(["--config", str(config), "--kl_coef=0.5"])
+    assert settings.algorithm == "ppo" and settings.kl_coef == 0.5
+    assert read.sft_options == {"num_train_epochs": 2} and read.reward == "r/r"
+
+
+def test_continuation_keeps_everything_else():
+    argv = ["--model", "m", "--resume_from_checkpoint", "old", "--seed=1"]
+    expected = "fastdaa sft --model m --seed=1 --resume_from_checkpoint"
+    assert continuation("sft", argv, "new") == expected
+    assert continuation("sft", argv, None) == "fastdaa sft --model m --seed=1"
+
+
+def test_prompts_and_how_a_chat_template_closes():
+    prompts = Prompts([TokenizedPrompt([1, 2], "a"), TokenizedPrompt([3], "b"),
+                       TokenizedPrompt([1, 2], "a")])  # fmt: skip
+    assert [ids.tolist() for ids in prompts.ids] == [[1, 2], [3]] and not prompts.conversational
+    assert prompts.original(torch.tensor([3])) == "b"
+    assert prompts.original(torch.tensor([4])) is None
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert chat_ending(tokenizer) == Ending(2, (6,))
+    tokenizer.chat_template = "{{ messages[0]['content'] }} </s> {{ messages[1]['content'] }}"
+    assert chat_ending(tokenizer) == Ending(None, ())
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ValueError, match="takes a question and its answer"):
+        chat_ending(tokenizer)
