@@ -93,7 +93,8 @@ def test_single_pass_waits_for_nothing_and_repeats_bitwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("impl", "limit_gib"), [("score", 1.2), ("frozen", 1.7), ("recompute", 2.6), ("single_pass", 2.1)]
+    ("impl", "limit_gib"),
+    [("score", 1.2), ("frozen", 1.7), ("recompute", 2.6), ("single_pass", 2.1)],
 )
 def test_memory_beyond_inputs_and_gradients(impl: str, limit_gib: float) -> None:
     lengths = (512,) * 16
