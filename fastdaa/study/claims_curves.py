@@ -49,7 +49,8 @@ def judge_hump(results: Results) -> Finding:
         parts = [
             f"{name} best {number(shape.best.score, sign=True)} at √KL "
             f"{number(shape.best.distance)}, {number(shape.farthest.score, sign=True)} at "
-            f"{number(shape.farthest.distance)}" + ("" if shape.interior else " (no hump)")
+            f"{number(shape.farthest.distance)}"
+            + ("" if shape.interior else " (no fall beyond noise)")
             for name, shape in shapes.items()
         ]
         measured.append((preset, "; ".join(parts) + "."))

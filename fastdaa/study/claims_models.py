@@ -102,7 +102,9 @@ def judge_length_regularised(results: Results) -> Finding:
         kept += shape.interior
         moved += abs(gain) > 2 * (stderr or 0.0)
         spread = "" if stderr is None else f" (standard error {number(stderr)}, {len(gains)} seeds)"
-        fall = f"falls by {number(shape.fall)} beyond its best" if shape.interior else "has no hump"
+        fall = "does not fall beyond noise"
+        if shape.interior:
+            fall = f"falls by {number(shape.fall)} beyond its best"
         measured.append(
             (
                 preset,
