@@ -16,7 +16,7 @@ from fastdaa.engines import RowState
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import wide_head_gradients
+from fastdaa.recompute import head_gradients
 from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
 
@@ -117,13 +117,8 @@ def _backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None
         (slopes,) = ctx.saved_tensors
         return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
     wanted = list(ctx.needs_input_grad[:3])
-    sums = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
-    dtypes = [t.dtype if isinstance(t, Tensor) else None for t in ctx.saved_tensors[:3]]
-    grads = [
-        total.to(dtype) if want and dtype is not None else None
-        for total, dtype, want in zip(sums, dtypes, wanted, strict=True)
-    ]
-    return *grads, *nothing
+    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
 
 
 _logps.register_autograd(_backward, setup_context=_setup)
@@ -148,15 +143,15 @@ def _gradients(
     max_bytes: int | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Wide gradients of hidden states, weight and bias; empty where not wanted."""
+    """Gradients of hidden states, weight and bias; empty where not wanted."""
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     plan = _plan(head, hidden_states, wanted[0], wanted[1] or wanted[2], impl, engine, max_bytes)
-    sums = wide_head_gradients(
+    grads = head_gradients(
         Logits(hidden_states, head, operand, plan.engine), targets, coefficients,
         RowState(m, log_s, logps), plan, (wanted[0], wanted[1], wanted[2]),
     )  # fmt: skip
     absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
-    return tuple(absent.clone() if t is None else t for t in sums)  # type: ignore[return-value]
+    return tuple(absent.clone() if t is None else t for t in grads)  # type: ignore[return-value]
 
 
 @_gradients.register_fake
@@ -166,17 +161,10 @@ def _(
     logit_scale: float, temperature: float, operand: torch.dtype, impl: str, engine: str,
     max_bytes: int | None, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_gradients((hidden_states, weight, bias), wanted, operand)
-
-
-def fake_gradients(
-    tensors: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool], operand: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors of the shapes of wide gradients, for tracing."""
-    wide = wide_dtype(operand)
+    absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
     return tuple(  # type: ignore[return-value]
-        tensors[0].new_empty(t.shape if want and t is not None else (_ABSENT,), dtype=wide)
-        for t, want in zip(tensors, wanted, strict=True)
+        torch.empty_like(t) if want and t is not None else absent.clone()
+        for t, want in zip((hidden_states, weight, bias), wanted, strict=True)
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import check_compilable, fake_gradients, wide_dtype
+from fastdaa.compiled_logps import check_compilable, wide_dtype
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.logps import pair_logps, sequence_logps
@@ -23,7 +23,7 @@ from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
 from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import WideGradients, wide_head_gradients
+from fastdaa.recompute import Gradients, head_gradients
 from fastdaa.score import score
 from fastdaa.single_pass import (
     chunks_of_pairs,
@@ -125,14 +125,14 @@ def _pair_loss(
 
 def _evaluate(
     logits: Logits, batch: PairBatch, plan: HeadPlan, wanted: tuple[bool, bool, bool], stats: bool
-) -> tuple[list[Tensor], WideGradients]:
+) -> tuple[list[Tensor], Gradients]:
     """Losses, log-probs, statistics and wide gradients on the path of the plan."""
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
     if plan.path == "single_pass":
         plan = single_pass_plan(plan, head)
         chunks = chunks_of_pairs(batch.selection.counts, plan.tile_rows)
         return run_single_pass(logits, targets, plan, chunks, batch.evaluate, wanted, stats)
-    grads: WideGradients = (None, None, None)
+    grads: Gradients = (None, None, None)
     if plan.path == "frozen":
         logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
         losses, coefficients = batch.evaluate(logps, batch.everything)
@@ -143,7 +143,7 @@ def _evaluate(
         values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
         losses, coefficients = batch.evaluate(logps, batch.everything)
         if plan.path == "recompute":
-            grads = wide_head_gradients(logits, targets, coefficients, state, plan, wanted)
+            grads = head_gradients(logits, targets, coefficients, state, plan, wanted, wide=True)
     return [losses, logps, *values], grads
 
 
@@ -178,8 +178,11 @@ def _(
     tokens = targets.shape[0]
     per_token = tokens if stats else 0
     shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *(((per_token,),) * 3)]
-    values = [rows.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes]
-    return *values, *fake_gradients((rows, weight, bias), wanted, operand)  # type: ignore[return-value]
+    shapes += [
+        t.shape if want and t is not None else (0,)
+        for t, want in zip((rows, weight, bias), wanted, strict=True)
+    ]
+    return tuple(rows.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

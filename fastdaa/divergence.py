@@ -159,7 +159,7 @@ class _Divergence(torch.autograd.Function):
 
 def _gradients(policy: Logits, coefficients: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     """Gradients of hidden states, weight and bias from whole rows of logits computed again."""
-    grads = HeadGradients(policy, ctx.needs_input_grad[:3])
+    grads = HeadGradients.zeros(policy, ctx.needs_input_grad[:3])
     factor = GradientFactor(policy, coefficients)
     scaled = factor.scaled(coefficients)
     columns = slice(0, policy.head.width)

@@ -62,7 +62,7 @@ class Recompute(torch.autograd.Function):
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
-        sums = wide_head_gradients(
+        grads = head_gradients(
             Logits(hidden_states, head, ctx.operand, ctx.plan.engine),
             targets,
             coefficients,
@@ -70,15 +70,14 @@ class Recompute(torch.autograd.Function):
             ctx.plan,
             ctx.needs_input_grad[:3],
         )
-        tensors = (hidden_states, weight, bias)
-        return *rounded(sums, tensors), None, None, None, None
+        return *grads, None, None, None, None
 
 
-WideGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of hidden states, weight and bias; None where not wanted."""
 
 
-def rounded(sums: WideGradients, tensors: tuple[Tensor, Tensor, Tensor | None]) -> WideGradients:
+def rounded(sums: Gradients, tensors: tuple[Tensor, Tensor, Tensor | None]) -> Gradients:
     """The sums in the dtypes of their tensors."""
     return tuple(  # type: ignore[return-value]
         total if total is None or t is None else total.to(t.dtype)
@@ -86,42 +85,77 @@ def rounded(sums: WideGradients, tensors: tuple[Tensor, Tensor, Tensor | None]) 
     )
 
 
-def wide_head_gradients(
+def head_gradients(
     logits: Logits,
     targets: Tensor,
     coefficients: Tensor,
     rows: RowState,
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
-) -> WideGradients:
-    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias."""
+    *,
+    wide: bool = False,
+) -> Gradients:
+    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias.
+
+    A slice of the weight's gradient is summed wide over all tokens, rounded and written once: no
+    wide ``[V, D]`` exists. ``wide`` leaves all of them unrounded.
+    """
     head, hidden_states = logits.head, logits.hidden_states
-    grads = HeadGradients(logits, wanted)
+    weight, bias = (
+        torch.empty_like(t, dtype=logits.wide if wide else t.dtype)
+        if t is not None and want
+        else None
+        for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
+    )
+    by_hidden = torch.zeros_like(hidden_states, dtype=logits.wide) if wanted[0] else None
     factor = GradientFactor(logits, coefficients)
     scaled = factor.scaled(coefficients)
     with without_autocast(hidden_states.device):
         for columns in blocks(head.width, plan.tile_columns):
-            weight = logits.columns(columns)
+            operand = logits.columns(columns)
+            sums = [_slice_sum(t, columns, logits.wide) for t in (weight, bias)]
+            grads = HeadGradients(logits, by_hidden, *sums)
             for r in blocks(hidden_states.shape[0], plan.tile_rows):
                 hidden = logits.rows(r)
-                tile = logits.row_tile(hidden, weight, columns)
+                tile = logits.row_tile(hidden, operand, columns)
                 state = RowState(rows.m[r], rows.log_s[r], rows.logps[r])
                 dz = tile.gradient(state, targets[r], scaled[r])
-                grads.add(dz, factor, hidden, weight, r, columns)
-    return grads.finish()
+                grads.add(dz, factor, hidden, operand, r, slice(0, operand.shape[0]))
+            for whole, part in zip((weight, bias), sums, strict=True):
+                if whole is not None and part is not None and part.dtype != whole.dtype:
+                    whole[columns] = part
+    if by_hidden is not None:
+        sum_over_shards(by_hidden, head)
+        by_hidden = by_hidden if wide else by_hidden.to(hidden_states.dtype)
+    return by_hidden, weight, bias
+
+
+def _slice_sum(whole: Tensor | None, columns: slice, wide: torch.dtype) -> Tensor | None:
+    """Zeros to sum a slice of a gradient in: its own memory where that is wide enough."""
+    if whole is None:
+        return None
+    part = whole[columns]
+    return part.zero_() if part.dtype == wide else torch.zeros_like(part, dtype=wide)
 
 
 class HeadGradients:
-    """Sums of the gradients of hidden states, weight and bias, wide until the end."""
+    """Wide sums of the gradients of hidden states, weight and bias; None where not wanted."""
 
-    def __init__(self, logits: Logits, wanted: tuple[bool, bool, bool]):
+    def __init__(
+        self, logits: Logits, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ):
         self.head, self.column_sums = logits.head, logits.engine.column_sums
-        head = self.head
-        tensors = (logits.hidden_states, head.weight, head.bias)
-        self.hidden, self.weight, self.bias = (
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+
+    @classmethod
+    def zeros(cls, logits: Logits, wanted: tuple[bool, bool, bool]) -> HeadGradients:
+        """Sums of the size of the tensors."""
+        tensors = (logits.hidden_states, logits.head.weight, logits.head.bias)
+        sums = (
             torch.zeros_like(t, dtype=logits.wide) if want and t is not None else None
             for t, want in zip(tensors, wanted, strict=True)
         )
+        return cls(logits, *sums)
 
     def add(
         self,
@@ -144,7 +178,7 @@ class HeadGradients:
         if self.weight is not None:
             factor.accumulate(self.weight[columns], tile.T, hidden)
 
-    def finish(self) -> WideGradients:
+    def finish(self) -> Gradients:
         """After the last tile: what other processes' parts of the vocabulary contribute."""
         if self.hidden is not None:
             sum_over_shards(self.hidden, self.head)

@@ -21,7 +21,7 @@ from fastdaa.head import LmHead
 from fastdaa.kept import Kept
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import HeadGradients, WideGradients
+from fastdaa.recompute import Gradients, HeadGradients
 from fastdaa.score import join
 from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
 
@@ -131,7 +131,7 @@ class SinglePass(torch.autograd.Function):
 def run_single_pass(
     logits: Logits, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
     objective: ChunkObjective, wanted: tuple[bool, bool, bool], stats: bool,
-) -> tuple[list[Tensor], WideGradients]:  # fmt: skip
+) -> tuple[list[Tensor], Gradients]:  # fmt: skip
     """Losses ``[B]``, log-probs ``[N]``, three statistics, and the gradients, wide."""
     run = _Run(logits, targets, plan, wanted, stats)
     device = logits.hidden_states.device
@@ -163,7 +163,7 @@ class _Run:
         stats: bool,
     ):
         self.logits, self.targets, self.plan, self.stats = logits, targets, plan, stats
-        self.grads = HeadGradients(logits, wanted)
+        self.grads = HeadGradients.zeros(logits, wanted)
         self.logps: list[Tensor] = []
         self.values: list[TokenStats] = []
         self.columns = slice(0, logits.head.width)

@@ -471,3 +471,30 @@ def test_target_ids_outside_the_vocabulary_raise_on_cpu(path, target):
     hidden, weight = H.clone().requires_grad_(path != "score"), W.clone()
     with pytest.raises((IndexError, RuntimeError)):
         token_logps(hidden, weight, torch.full((3,), target), impl=path)
+
+
+def test_recompute_never_holds_a_wide_gradient_of_the_whole_weight():
+    """Each slice of it is summed over all tokens, rounded and written once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    v, d = 3 * 4096 + 7, 64
+    largest = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                largest.append(out.numel())
+            return out
+
+    hidden = torch.randn(5, d, requires_grad=True)
+    weight = torch.randn(v, d).bfloat16().requires_grad_()
+    targets = torch.randint(0, v, (5,))
+    total = token_logps(hidden, weight, targets, impl="recompute").sum()
+    with Record():
+        (grad,) = torch.autograd.grad(total, weight)
+    assert max(largest) < v * d / 2
+    wide = weight.detach().float().requires_grad_()
+    reference.token_logps(hidden, wide, targets).sum().backward()
+    assert grad.dtype == torch.bfloat16
+    assert torch.allclose(grad.float(), wide.grad, rtol=2**-7, atol=1e-4)

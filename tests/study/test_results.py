@@ -71,3 +71,26 @@ def test_seconds_versions_and_estimators() -> None:
     for policy in content["policies"]:
         for name in ("k1", "rb"):
             assert abs(policy["estimators"][name]["bias_in_stderr"]) < 1
+
+
+def test_the_on_policy_table_is_that_of_the_rows() -> None:
+    page = (DOCS / "online.md").read_text(encoding="utf-8")
+    with gzip.open(DOCS / "results" / "online_points.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    ends: dict[tuple[str, bool, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["final"] and row["algorithm"] in ("apa", "ppo", "awr"):
+            ends.setdefault((row["algorithm"], row["whitened"], row["beta"]), []).append(row)
+    assert len(ends) == 16
+    for (algorithm, whitened, strength), found in ends.items():
+        assert len(found) == 3
+        kind = "coefficient" if algorithm == "ppo" else "λ"
+        name = f"{algorithm.upper()}{' whitened' if whitened else ''}, {kind}"
+        numbers = f"{mean(found, 'kl'):.2f} | {mean(found, 'gold'):+.2f}"
+        assert f"| {name} | {strength:g} | {numbers} |" in page
+    # What the page says in words: the order in lambda, the drift, the collapse.
+    kl = {key: mean(found, "kl") for key, found in ends.items()}
+    apa = [kl["apa", False, strength] for strength in (0.05, 0.1, 0.2, 0.5, 1.0)]
+    assert apa == sorted(apa, reverse=True)
+    assert kl["ppo", False, 0.0] > 2 * kl["ppo", False, 0.05]
+    assert mean(ends["ppo", False, 0.0], "gold") < 0 < mean(ends["ppo", False, 0.05], "gold")
