@@ -23,7 +23,17 @@ def run(argv: Sequence[str]) -> int:
 
     arguments, config = parse(argv)
     with _log_lines(config.process_index == 0):
-        return _train(arguments, config, argv)
+        code = _train(arguments, config, argv)
+    _leave_process_group()
+    return code
+
+
+def _leave_process_group() -> None:
+    """Its threads would abort a process that ends while they run."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[str]) -> int:

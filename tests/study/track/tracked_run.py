@@ -59,6 +59,9 @@ def main(options: dict[str, Any]) -> None:
     )
     trainer.add_callback(callback)
     trainer.train()
+    if torch.distributed.is_initialized():
+        # Its threads would abort a process that ends while they run.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
