@@ -93,3 +93,63 @@ def test_no_committed_row_of_ours_is_wrong_or_unaccounted_for(path: Path) -> Non
         machine = row["machine"]
         assert machine["device"] and machine["commit"] and machine["torch"], where
         assert row["command"], where
+
+
+CONTENDERS = (
+    "pytorch", "torch-compile", "torch-linear-ce", "trl", "liger-dpo", "cce-torch-compile",
+    "fastdaa-score", "fastdaa-frozen", "fastdaa-single-pass", "fastdaa-recompute",
+)  # fmt: skip
+
+
+def _finished(kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(RESULTS / f"{kind}_cpu.jsonl") if row["status"] == "ok"]
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["head", "loss"])
+def test_speed_ups_of_the_page_are_those_of_the_rows(page: str, kind: str) -> None:
+    rows = [row for row in _finished(kind) if row["contender"] in CONTENDERS]
+    header = next(text for text in page.splitlines() if text.startswith(f"| {kind}, times"))
+    columns = header.strip("| ").split(" | ")[1:]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    assert len(cases) >= 4
+    for case in cases:
+        values = {
+            r["contender"]: f"{r['speedup_over_reference']:.2f}" for r in rows if r["case"] == case
+        }
+        assert f"| `{case}` | {' | '.join(values.get(name, '') for name in columns)} |" in page
+
+
+def test_errors_and_memory_of_the_page_are_those_of_the_rows(page: str) -> None:
+    errors = [
+        r for r in _finished("accuracy") if r["case"] == "small-logps-n512-bf16-peaked-trained"
+    ]
+    for row in errors:
+        e = row["error"]
+        line = f"| {row['contender']} | {e['sequence']:.1e} | {e['dh']:.1e} | {e['dw']:.1e} |"
+        assert line in page
+        assert row["deterministic"]
+    of = {row["contender"]: row["error"]["sequence"] for row in errors}
+    assert of["fastdaa-recompute"] < 1e-3 < of["trl"]
+    memory = [
+        row
+        for row in _finished("memory")
+        if row["case"] == "small-dpo-n512-fp32-peaked-trained-online"
+        and row["contender"] in CONTENDERS
+        and row["peak_bytes"] is not None
+    ]
+    assert len(memory) >= 6
+    for row in memory:
+        assert f"| {row['contender']} | {row['peak_bytes'] / 2**20:.1f} |" in page
+
+
+def test_the_page_names_device_versions_and_commit(page: str) -> None:
+    for kind in ("head", "loss", "memory", "accuracy"):
+        for row in read_rows(RESULTS / f"{kind}_cpu.jsonl"):
+            assert row["status"] not in ("wrong", "failed")
+            machine = row["machine"]
+            assert machine["torch"] in page and machine["commit"] in page and not machine["dirty"]
