@@ -19,6 +19,7 @@ Layout = Literal["prefix_shared", "packed", "padded"]
 TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SKIP_FIELDS = ("chosen_skip", "rejected_skip")
 REF_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
+ADVANTAGE_FIELDS = ("chosen_advantage", "rejected_advantage")
 REF_TOKEN_FIELDS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 
 
@@ -60,6 +61,7 @@ class PairCollator:
     ``pair_index``            int64 ``[b]``: which pairs of the batch these are
     ``ref_logps``             fp32 ``[S]``; only if the rows have reference log-probs
     ``ref_token_logps``       fp32 ``[N]``; only if the rows have those of the tokens
+    ``advantages``            fp32 ``[S]``; only if the rows have ``chosen_advantage``, ...
     ``tokens``                int: tokens that the model computes, padding not counted
     ``padded_tokens``         int: this pack's share of a padded ``[chosen; rejected]`` batch
     ========================  =========================================================
@@ -96,7 +98,8 @@ class PairCollator:
         if not rows:
             raise ValueError("rows: expected at least one row, got none")
         pairs = [_read_pair(row, self.layout == "prefix_shared") for row in rows]
-        ref_logps = _read_ref_logps(rows)
+        ref_logps = _read_numbers(rows, REF_FIELDS)
+        advantages = _read_numbers(rows, ADVANTAGE_FIELDS)
         width = max(max(pair.widths) for pair in pairs)
         packs = []
         for members in self._groups(pairs):
@@ -105,6 +108,8 @@ class PairCollator:
             pack["padded_tokens"] = 2 * len(members) * width
             if ref_logps is not None:
                 pack["ref_logps"] = ref_logps[members].flatten()
+            if advantages is not None:
+                pack["advantages"] = advantages[members].flatten()
             if REF_TOKEN_FIELDS[0] in rows[0]:
                 pack["ref_token_logps"] = _token_logps([rows[i] for i in members], pack["counts"])
             packs.append(pack)
@@ -195,13 +200,14 @@ def _as_array(ids: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _read_ref_logps(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    present = [row.get(field) is not None for row in rows for field in REF_FIELDS]
+def _read_numbers(rows: Sequence[Mapping[str, Any]], fields: tuple[str, str]) -> Tensor | None:
+    """``[B, 2]`` fp32: a number of each side of every row, or None if no row has them."""
+    present = [row.get(field) is not None for row in rows for field in fields]
     if not any(present):
         return None
     if not all(present):
-        raise ValueError(f"rows: expected {REF_FIELDS} in all rows or in none, got some only")
-    return torch.tensor([[row[field] for field in REF_FIELDS] for row in rows], dtype=torch.float32)
+        raise ValueError(f"rows: expected {fields} in all rows or in none, got some only")
+    return torch.tensor([[row[field] for field in fields] for row in rows], dtype=torch.float32)
 
 
 def _token_logps(rows: Sequence[Mapping[str, Any]], counts: list[int]) -> Tensor:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
-from fastdaa.data.collate import REF_FIELDS, REF_TOKEN_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
+from fastdaa.data.collate import (
+    ADVANTAGE_FIELDS,
+    REF_FIELDS,
+    REF_TOKEN_FIELDS,
+    SKIP_FIELDS,
+    TOKEN_FIELDS,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,8 +27,9 @@ class PairRows(TorchDataset[dict[str, Any]]):
     lists. A batch is read in one go where the loader supports it (``__getitems__``).
 
     Args:
-        dataset: with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and optionally the skips
-            and reference log-probs that :class:`PairCollator` names; other columns are left out.
+        dataset: with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and optionally the skips,
+            reference log-probs and advantages that :class:`PairCollator` names; other columns are
+            left out.
 
     Raises:
         ValueError: a column of token ids is missing.
@@ -32,7 +39,9 @@ class PairRows(TorchDataset[dict[str, Any]]):
         missing = [field for field in TOKEN_FIELDS if field not in dataset.column_names]
         if missing:
             raise ValueError(f"dataset: expected the columns {TOKEN_FIELDS}, got no {missing}")
-        scalars = [f for f in (*SKIP_FIELDS, *REF_FIELDS) if f in dataset.column_names]
+        scalars = [
+            f for f in (*SKIP_FIELDS, *REF_FIELDS, *ADVANTAGE_FIELDS) if f in dataset.column_names
+        ]
         self._scalars = scalars
         self._lists = [*TOKEN_FIELDS, *(f for f in REF_TOKEN_FIELDS if f in dataset.column_names)]
         self._dataset = dataset.with_format("arrow", columns=[*self._lists, *scalars])

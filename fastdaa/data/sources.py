@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastdaa.data.readers import Place, Records, kind_of, read_file
 from fastdaa.data.reports import SkipReport
+from fastdaa.data.scored import pair_scored
 from fastdaa.data.validate import (
     PAIR_FIELDS,
     TEMPLATE_FIELDS,
@@ -56,7 +57,8 @@ def load_pairs(
         A dataset in memory (nothing is written to disk) with the columns ``prompt``, ``chosen``,
         ``rejected``: all text or all lists of messages; ``tools`` (JSON text) and
         ``chat_template_kwargs`` where a conversation has them; and the source's other columns
-        that hold plain numbers or text.
+        that hold plain numbers or text. Scored completions (``prompt``, ``completion``, ``score``)
+        come as pairs with ``chosen_advantage`` and ``rejected_advantage``.
 
     Raises:
         DataError: a source that cannot be found or read, a bad row, or no usable row at all.
@@ -82,7 +84,9 @@ def read_pairs(
     report = SkipReport()
     pairs: list[dict[str, Any]] = []
     extras: list[dict[str, Any]] = []
-    for _, pair, extra in check_records(_open_source(source, split, name), on_bad_row, report):
+    for _, pair, extra in check_records(
+        pair_scored(_open_source(source, split, name)), on_bad_row, report
+    ):
         pairs.append(pair)
         extras.append(extra)
         if limit is not None and len(pairs) >= limit:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fastdaa.data.collate import SKIP_FIELDS, TOKEN_FIELDS
-from fastdaa.data.encode import Ids, TokenizedPair, encode_pairs
+from fastdaa.data.collate import ADVANTAGE_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
+from fastdaa.data.encode import Checked, Ids, TokenizedPair, encode_pairs
 from fastdaa.data.reports import SkipReport, TokenizeReport, percentiles
 from fastdaa.data.sources import OnBadRow, check_records, handle_bad_row, rows_of
 from fastdaa.data.validate import BadRow, DataError
@@ -66,8 +67,8 @@ def tokenize_pairs(
     Returns:
         A dataset in memory (nothing is written to disk) with the columns ``prompt_ids``,
         ``chosen_ids`` and ``rejected_ids`` (lists of int32), and with ``keep_end`` also
-        ``chosen_skip`` and ``rejected_skip`` (see :class:`~fastdaa.data.PairCollator`); and the
-        report.
+        ``chosen_skip`` and ``rejected_skip`` (see :class:`~fastdaa.data.PairCollator`), and
+        ``chosen_advantage`` and ``rejected_advantage`` if the pairs have them; and the report.
 
     Raises:
         DataError: no chat template for conversations, no EOS token for text, a bad row, or no
@@ -83,7 +84,10 @@ def tokenize_pairs(
     skips = SkipReport()
     checked = check_records(rows_of(dataset, "dataset"), on_bad_row, skips)
     columns = _Columns(keep_end=truncation_mode == "keep_end")
+    advantages: dict[str, tuple[float, ...]] = {}
+    checked = _remember_advantages(checked, advantages)
     for place, encoded in encode_pairs(checked, tokenizer, num_proc or 1):
+        numbers = advantages.pop(place, ())
         if isinstance(encoded, BadRow):
             handle_bad_row(place, encoded, on_bad_row, skips)
             continue
@@ -91,11 +95,26 @@ def tokenize_pairs(
         if isinstance(cut, str):
             report.drop(cut)
             continue
-        columns.add(cut.ids, cut.skips)
+        columns.add(cut.ids, cut.skips, numbers)
         report.truncated += cut.truncated
         report.identical += cut.ids[1] == cut.ids[2]
         report.shortened_prompts += encoded.shortened
     return _finish(columns, report, skips)
+
+
+def _remember_advantages(
+    checked: Iterator[Checked], advantages: dict[str, tuple[float, ...]]
+) -> Iterator[Checked]:
+    """The same rows; their advantages, if they have any, are put under their places."""
+    for place, pair, extra in checked:
+        numbers = [extra.get(field) for field in ADVANTAGE_FIELDS]
+        if any(number is not None for number in numbers):
+            if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+                raise DataError(
+                    f"{place}: expected {ADVANTAGE_FIELDS} to be two finite numbers, got {numbers}"
+                )
+            advantages[place] = tuple(float(n) for n in numbers)
+        yield place, pair, extra
 
 
 def _finish(
@@ -151,13 +170,19 @@ class _Columns:
         self.tokens = [array("i") for _ in TOKEN_FIELDS]
         self.lengths: list[list[int]] = [[] for _ in TOKEN_FIELDS]
         self.skips = [array("i") for _ in SKIP_FIELDS]
+        self.advantages = [array("d") for _ in ADVANTAGE_FIELDS]
 
-    def add(self, ids: Sequence[Ids], skips: tuple[int, int]) -> None:
+    def add(
+        self, ids: Sequence[Ids], skips: tuple[int, int], advantages: tuple[float, ...]
+    ) -> None:
         for tokens, lengths, side in zip(self.tokens, self.lengths, ids, strict=True):
             tokens.extend(side)
             lengths.append(len(side))
         for column, skip in zip(self.skips, skips, strict=True):
             column.append(skip)
+        # Nothing where a row has none; `to_dataset` sees whether all rows had them.
+        for numbers, number in zip(self.advantages, advantages, strict=False):
+            numbers.append(number)
 
     def to_dataset(self) -> Dataset:
         import datasets
@@ -171,6 +196,15 @@ class _Columns:
         if self.keep_end:
             for field, skips in zip(SKIP_FIELDS, self.skips, strict=True):
                 table[field] = pyarrow.array(np.asarray(skips))
+        given = len(self.advantages[0])
+        if given not in (0, len(self.lengths[0])):
+            raise DataError(
+                f"dataset: expected {ADVANTAGE_FIELDS} in all rows or in none, got them in {given} "
+                f"of {len(self.lengths[0])}"
+            )
+        if given:
+            for field, numbers in zip(ADVANTAGE_FIELDS, self.advantages, strict=True):
+                table[field] = pyarrow.array(np.asarray(numbers))
         return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(table)))
 
 

@@ -60,7 +60,7 @@ def run_policy(
                 hidden_states, head, selection, objective,
                 ref_logps=None if ref is None else ref.sequence_logps,
                 ref_token_logps=None if ref is None else ref.token_logps,
-                completion_lengths=pack["completion_lengths"],
+                completion_lengths=pack["completion_lengths"], advantages=pack.get("advantages"),
                 totals=totals, stats=args.log_token_stats,
                 impl=args.impl, engine=args.head_engine, max_bytes=args.head_max_bytes,
             )  # fmt: skip
