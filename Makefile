@@ -98,7 +98,7 @@ bench: $(BENCH_READY) ## head, loss, step, memory, accuracy beside their peers, 
 	[ -z "$$failed" ] || { echo "bench: failed:$$failed" >&2; exit 1; }
 
 gpu-check: $(GPU_NEEDS) ## GPU tests and benchmarks on a CUDA machine (PYTHON=... uses that Python as it is)
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m fastdaa.benchmarks.gpu_check --results $(RESULTS) $(BENCH_FLAGS)
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m fastdaa.benchmarks.gpu_check --results $(RESULTS) $(BENCH_FLAGS)
 
 wheel: $(TEST_READY) ## wheel and sdist in dist/
 	rm -rf build dist

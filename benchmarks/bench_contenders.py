@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for kind in ("head", "loss")
         for case in select_cases(kind, selection)
         for contender in ALL
-        if contender.applies(case)
+        if kind in contender.kinds and contender.applies(case)
     ]
     names = [f"{kind}-{case.id}-{contender.name}" for kind, case, contender in chosen]
     metafunc.parametrize(("kind", "case", "contender"), chosen, ids=names)

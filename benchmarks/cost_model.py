@@ -80,7 +80,9 @@ def plan_of(
     return plan_head(
         case.vocab, device, hidden_grad=case.wants_grad, head_grad=case.wants_head_grad,
         loss_inside=path == "single_pass", impl=impl, engine=engine, max_bytes=max_bytes,
-        tokens=case.tokens, operand=getattr(torch, _operand(case, device)),
+        tokens=case.tokens, hidden_size=case.hidden,
+        operand=getattr(torch, _operand(case, device)), weight_dtype=getattr(torch, case.dtype),
+        hidden_dtype=getattr(torch, case.dtype), softcap=case.softcap is not None,
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def _operand(case: Case, device: str) -> str:
 
 def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None = None) -> Cost:
     """A path of fastdaa with the tiles that its planner chooses."""
-    plan = plan_of(case, path, device, impl=path, max_bytes=max_bytes)
+    plan = plan_of(case, path, device, impl=path, engine=engine, max_bytes=max_bytes)
     dtype = _operand(case, device)
     w = _WIDTH[dtype]
     statistics, gradient, recomputed = _logit_passes(engine, w, case.softcap is not None)
@@ -108,6 +110,8 @@ def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None
 
 def _logit_passes(engine: str, w: int, softcap: bool) -> tuple[int, int, int]:
     """Bytes a logit: statistics, gradient after them, and what a recomputed tile needs besides."""
+    if engine == "fused":
+        return 0, 0, 0  # statistics come from the product's own accumulator
     if engine == "triton":
         return 4, 4 + w, 0  # statistics leave the logits as they are
     # amax 4; subtract 8; exp 8; sum 4. Times coefficients 8, and the cast for the products.
@@ -123,10 +127,15 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     if path == "score":
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
-    if plan.kept_tokens:
-        # Products of fp32 are rounded; the hidden states are also made a factor.
-        return n * d * (4.0 + w + 2 * w) + v * d * (4.0 + w) * case.wants_head_grad
+    factor = 2 * w  # the hidden states are made one, times coefficients
+    if plan.kept_whole:
+        # A product of the weight's size rounds its results itself.
+        return n * d * (4.0 + w + factor)
     add = 8  # read and written by the product that adds to it
+    if plan.kept_tokens:
+        ends, parts = 4 + (4 + w), math.ceil(n / plan.kept_tokens)
+        total = float(n * d * (ends + add + factor))
+        return total + v * d * (ends + add * parts) * case.wants_head_grad
     # Filled with zeros; multiplied by the loss's own gradient and rounded in one pass.
     ends = 4 + (4 + w) * (path == "single_pass" or w != 4)
     parts = math.ceil(n / plan.tile_rows)

@@ -1,179 +1,165 @@
-"""``make gpu-check``: GPU tests and benchmarks on a CUDA machine, within eight minutes.
+"""``make gpu-check``: what a CUDA machine is to show, in one run of less than nine minutes.
 
     python -m fastdaa.benchmarks.gpu_check --results benchmarks/results
 
-Every part is a process with its own time limit, so that one that hangs or fails takes nothing from
-the others; benchmarks write their rows as they go. The exit code is a sum that names the parts that
-failed: tests 1, head 2, memory 4, accuracy 8, step 16; 0 if none did. ``--device cpu --selection
-tiny`` runs the same way where there is no GPU, in some minutes and without those limits.
+Every contender runs by itself first (``trials``); who fails there is left out of what follows: the
+four paths of the head against their targets, from few tokens to many, other vocabularies, the GPU
+tests, accuracy, and the training step. Every part is a process with a time limit, so that one that
+hangs or fails takes nothing from the others, and rows are written as they are measured. The tables
+come last, that of the targets at the very end; they are kept in ``gpu_check.md``, and everything
+that was printed in ``gpu_check.log``.
+
+Exit codes: 0; 1 if a part failed; 2 without a device; 3 if all ran and a target is missed or not
+measured. ``--device cpu --selection tiny`` rehearses it where there is no GPU, in some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-_INTERRUPTED = 130
-# Between the first and the last word to a part that took too long: rows are written at once, but
-# tables want to be printed and processes to end.
-_GRACE_SECONDS = 10.0
-_ALL_SECONDS = 480.0
-# Dry runs where there is no GPU; the step has a selection of that name.
-_TINY = {
-    "head": "small-score-n512-fp32-peaked",
-    "memory": "small-dpo-n256-fp32-peaked-trained-online",
-    "accuracy": "tiny-logps-n1024-fp32-flat-trained",
-}
-_TINY_CONTENDERS = "pytorch,fastdaa-score,fastdaa-recompute"
+from fastdaa.benchmarks.gpu.processes import Log, Outcome, Part, run_part, written_rows
 
-
-@dataclass(frozen=True)
-class Part:
-    """A process, the seconds that it may take, and the rows that it writes."""
-
-    name: str
-    code: int
-    command: tuple[str, ...]
-    seconds: float
-    rows: Path | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a part ended."""
-
-    part: Part
-    problem: str | None
-    seconds: float
-    statuses: dict[str, int]
+_PART_FAILED, _NO_DEVICE, _TARGET_MISSED, _INTERRUPTED = 1, 2, 3, 130
+ALL_SECONDS = 520.0
+_REHEARSAL = 4  # interpreted kernels on a CPU take longer
+_RESTARTS = 3
+_ACCURACY = ("pytorch-fp32-logits", "trl", "fastdaa-recompute", "fastdaa-recompute-triton")
 
 
 def parts(device: str, selection: str, results: Path, tests: Path | None) -> list[Part]:
-    """The parts of a check, the quickest answers first.
+    """The parts of a check, the weightiest answers first.
 
     ``tests`` is the folder of the tests, which an installed wheel does not have.
     """
+    from fastdaa.benchmarks.gpu.questions import PARTS, everybody
+
     python = (sys.executable, "-m")
-    found = []
-    if tests is not None:
-        marked = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q")
-        found.append(Part("tests", 1, (*python, "pytest", str(tests), *marked), 110.0))
-    for name, code, seconds, budget in (
-        ("head", 2, 100.0, "50"), ("memory", 4, 50.0, "20"), ("accuracy", 8, 60.0, "20"),
-        ("step", 16, 160.0, "130"),
-    ):  # fmt: skip
-        rows = results / f"{name}_{device}.jsonl"
-        # A part ends by itself where its budget allows; its limit is for one that hangs.
-        chosen = ["--selection", selection, "--budget", budget]
-        if selection == "tiny" and name in _TINY:
-            chosen = ["--cases", _TINY[name], "--contenders", _TINY_CONTENDERS, "--repeats", "1"]
-        command = (
-            *python, "fastdaa.cli", "bench", name, *chosen, "--device", device,
-            "--output", str(rows),
-        )  # fmt: skip
-        # A dry run is about whether parts run, not how fast.
-        limit = seconds if selection != "tiny" else _ALL_SECONDS
-        found.append(Part(name, code, command, limit, rows))
+    where = ("--size", selection, "--device", device, "--output")
+    rows = {
+        name: results / f"{name}_{device}.jsonl"
+        for name in ("trials", "gpu_check", "accuracy", "step")
+    }
+    trials = (*python, "fastdaa.benchmarks.gpu.trials", *where, str(rows["trials"]))
+    found = [Part("trials", trials, 85.0, rows["trials"])]
+    for name, seconds in zip(PARTS, (100.0, 120.0, 90.0), strict=True):
+        command = (*python, "fastdaa.benchmarks.gpu.measure", name, *where, str(rows["gpu_check"]))
+        found.append(Part(name, command, seconds, rows["gpu_check"], everybody(), budget=True))
+    marked = _gpu_tests(tests) if tests is not None else []
+    if marked:
+        flags = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q", "--tb=short")
+        words = (*python, "pytest", *map(str, marked), *flags, "--continue-on-collection-errors")
+        found.append(Part("tests", words, 90.0))
+    bench = (*python, "fastdaa.cli", "bench")
+    small = ("--cases", "tiny-logps-n1024-fp32-flat", "--repeats", "1")
+    cases = small if selection == "tiny" else ("--selection", "gpu")
+    accuracy = (*bench, "accuracy", *cases, "--device", device, "--output", str(rows["accuracy"]))
+    found.append(Part("accuracy", accuracy, 50.0, rows["accuracy"], _ACCURACY))
+    words = ("--selection", selection, "--device", device, "--output", str(rows["step"]))
+    found.append(Part("step", (*bench, "step", *words), 150.0, rows["step"], budget=True))
     return found
 
 
-def run_part(part: Part, seconds: float) -> Outcome:
-    """Run a part for at most so many seconds.
-
-    Raises:
-        KeyboardInterrupt: after the part was told, too.
-    """
-    began = time.monotonic()
-    before = _statuses(part.rows)
-    process = subprocess.Popen(part.command, start_new_session=True)
-    try:
-        code: int | None = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        _end(process)
-    problem = None
-    if code is None:
-        problem = f"stopped after {seconds:.0f} s"
-    elif code:
-        problem = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    after = _statuses(part.rows)
-    new = {name: count - before.get(name, 0) for name, count in after.items()}
-    return Outcome(part, problem, time.monotonic() - began, {k: v for k, v in new.items() if v})
+def _gpu_tests(folder: Path) -> list[Path]:
+    """Files with tests for a GPU, the one that is about nothing else first. Others are not even
+    collected: they may need packages that are not here."""
+    found = (p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
+    return sorted(found, key=lambda path: (path.name != "test_gpu.py", path))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """As after Ctrl-C at first, so that what is finished is shown; then for good, with children."""
-    for number, seconds in ((signal.SIGINT, _GRACE_SECONDS), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-    # Children that outlived it.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def check(found: Sequence[Part], log: Log, all_seconds: float = ALL_SECONDS) -> list[Outcome]:
+    """Run all parts one after another; what became of each, up to Ctrl-C."""
+    from fastdaa.benchmarks.gpu.measure import LOST
+    from fastdaa.benchmarks.gpu.trials import failed_names, read_trials
 
-
-def _statuses(path: Path | None) -> dict[str, int]:
-    """How many rows of each status a file has; half a line, as after a crash, is no row."""
-    import json
-
-    counts: dict[str, int] = {}
-    if path is None or not path.exists():
-        return counts
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            status = json.loads(line)["status"]
-            counts[status] = counts.get(status, 0) + 1
-    return counts
-
-
-def check(found: Sequence[Part], all_seconds: float = _ALL_SECONDS) -> int:
-    """Run all parts, print what became of each, and return the sum of those that failed."""
-    began = time.monotonic()
-    outcomes = []
-    interrupted = False
+    began, outcomes, left_out = time.monotonic(), list[Outcome](), set[str]()
     for part in found:
-        left = all_seconds - (time.monotonic() - began)
-        if left <= 0:
-            outcomes.append(Outcome(part, "not started: the time was used up", 0.0, {}))
-            continue
-        print(f"\n== {part.name}: {' '.join(part.command)}", flush=True)
-        try:
-            outcomes.append(run_part(part, min(part.seconds, left)))
-        except KeyboardInterrupt:
-            interrupted = True
-            break
-    print("\nsummary", flush=True)
+        restarts = _RESTARTS
+        while True:
+            left = all_seconds - (time.monotonic() - began)
+            if left <= 0:
+                outcomes.append(Outcome(part, "not started: the time was used up", 0.0, {}))
+                break
+            chosen = tuple(name for name in part.contenders if name not in left_out)
+            asked = replace(part, contenders=chosen)
+            outcome = run_part(asked, min(part.seconds, left), log)
+            outcomes.append(outcome)
+            if part.name == "trials" and part.rows is not None:
+                left_out |= set(failed_names(read_trials(part.rows)))
+            lost = outcome.lost - left_out
+            left_out |= lost
+            if outcome.interrupted:
+                return outcomes
+            if outcome.code != LOST or not restarts:
+                break
+            restarts -= 1
+            without = f" by {', '.join(sorted(lost))}, left out from now on" if lost else ""
+            log.line(f"the device was lost{without}: once more from where it was")
+    if left_out:
+        log.line(f"left out after they failed: {', '.join(sorted(left_out))}")
+    return outcomes
+
+
+def summarise(outcomes: Sequence[Outcome], seconds: float, log: Log) -> None:
+    """What became of every part, and the last words of those that failed."""
+    from fastdaa.benchmarks.gpu.trials import read_trials
+
+    failed = [o for o in outcomes if o.problem]
+    trials = next((o.part.rows for o in outcomes if o.part.name == "trials"), None)
+    for trial in read_trials(trials) if trials is not None else []:
+        if trial.status in ("failed", "hung"):
+            log.line(f"\n{trial.contender} alone on {trial.path}: {trial.status}; its last words:")
+            log.lines(f"    {line[:300]}" for line in trial.said[-6:])
+    for outcome in failed:
+        if outcome.part.name != "trials":
+            log.line(f"\n{outcome.part.name}: {outcome.problem}; its last words:")
+            log.lines(f"    {line[:300]}" for line in outcome.said[-12:])
+    log.line("\nsummary")
     for outcome in outcomes:
-        rows = ", ".join(f"{count} {status}" for status, count in outcome.statuses.items())
-        where = f"; rows: {rows or 'none new'} in {outcome.part.rows}" if outcome.part.rows else ""
-        verdict = outcome.problem or "ok"
-        print(f"  {outcome.part.name:<9} {verdict:<24} {outcome.seconds:5.0f} s{where}")
-    failed = [outcome.part for outcome in outcomes if outcome.problem]
-    print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
+        counts = ", ".join(f"{count} {status}" for status, count in outcome.statuses.items())
+        where = (
+            f"; rows: {counts or 'none new'} in {outcome.part.rows}" if outcome.part.rows else ""
+        )
+        said = outcome.problem or "ok"
+        log.line(f"  {outcome.part.name:<12} {said:<24} {outcome.seconds:5.0f} s{where}")
+    log.line(f"  {seconds:.0f} s in all")
     if failed:
-        print(f"failed: {', '.join(part.name for part in failed)}", file=sys.stderr)
-    if interrupted:
-        print("interrupted: the same command continues with what is left", file=sys.stderr)
-        return _INTERRUPTED
-    return sum(part.code for part in failed)
+        log.line(f"failed: {', '.join(dict.fromkeys(o.part.name for o in failed))}")
+
+
+def write_report(results: Path, selection: str, device: str, log: Log) -> tuple[list[str], bool]:
+    """Keep all tables of the rows that there are, and print them but for the targets.
+
+    Returns:
+        Lines of the targets' table, for the end, and whether all are met.
+    """
+    from fastdaa.benchmarks.gpu.report import Answers, as_lines, sections
+
+    files = [results / f"{name}_{device}.jsonl" for name in ("gpu_check", "accuracy")]
+    answers = Answers((row for file in files for row in written_rows(file)), selection, device)
+    if not answers.results:
+        return [], False
+    (title, targets), *others = sections(answers).items()
+    first, rest = as_lines({title: targets}), as_lines(dict(others))
+    (results / "gpu_check.md").write_text("\n".join(first + rest) + "\n", encoding="utf-8")
+    log.lines(["", *rest])
+    judged = answers.judged()
+    met = [j.target.path for j in judged if j.met]
+    said = f"targets met: {len(met)} of {len(judged)}{': ' * bool(met)}{', '.join(met)}"
+    return [*first, said], len(met) == len(judged)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the machine, then run everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--selection", choices=("gpu", "quick", "tiny"), default="gpu")
+    parser.add_argument("--selection", choices=("gpu", "tiny"), default="gpu")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
     options = parser.parse_args(argv)
@@ -183,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"expected a CUDA device, torch {torch.__version__} sees none", file=sys.stderr)
-        return 2
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
+        return _NO_DEVICE
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # of the parts, which import Triton
     options.results.mkdir(parents=True, exist_ok=True)
     tests = Path(__file__).resolve().parents[1] / "tests"
     given = (options.device, options.selection, options.results)
@@ -195,7 +181,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(part.name for part in found)
         parser.error(f"--only: expected names out of {known}, got {', '.join(sorted(unknown))}")
     chosen = [part for part in found if not options.only or part.name in options.only]
-    return check(chosen, _ALL_SECONDS * (4 if options.selection == "tiny" else 1))
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    with Log(options.results / "gpu_check.log") as log:
+        log.line(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        began = time.monotonic()
+        slower = _REHEARSAL if options.selection == "tiny" else 1
+        chosen = [replace(part, seconds=part.seconds * slower) for part in chosen]
+        outcomes = check(chosen, log, ALL_SECONDS * slower)
+        table, met = write_report(options.results, options.selection, options.device, log)
+        summarise(outcomes, time.monotonic() - began, log)
+        log.lines(["", *table])
+        if any(outcome.interrupted for outcome in outcomes):
+            log.line("interrupted: the same command continues with what is left")
+            return _INTERRUPTED
+    if any(outcome.problem for outcome in outcomes):
+        return _PART_FAILED
+    judging = options.selection == "gpu" and any(part.name == "paths" for part in chosen)
+    return _TARGET_MISSED if judging and not met else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,41 @@ def _version(package: str) -> str | None:
 
 @cache
 def _commit() -> tuple[str, str | None]:
-    """The commit of this checkout, and a hash of what was changed since, or None."""
+    """The commit of this checkout, and a hash of what was changed since, or None.
+
+    Without git, a hash of the sources stands for the commit: rows of other code are told apart.
+    """
     here = Path(__file__).resolve()
     run = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True)
     try:
         # An installed copy may lie inside somebody else's repository.
         if run(["git", "ls-files", "--error-unmatch", here.name]).returncode:
-            return "no checkout", None
+            return _sources(), None
         commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
         if not changed.strip():
             return commit, None
         difference = run(["git", "diff", "HEAD", "--no-ext-diff"]).stdout
     except OSError:
-        return "no git", None
+        return _sources(), None
     return commit, hashlib.sha256(difference.encode()).hexdigest()[:8]
+
+
+def _sources() -> str:
+    """A short hash of fastdaa's Python files as they are here."""
+    spec = find_spec("fastdaa")
+    folders = spec.submodule_search_locations if spec is not None else None
+    digest = hashlib.sha256()
+    for root in (Path(folder).resolve() for folder in folders or ()):
+        for path in sorted(_python_files(root)):
+            digest.update(path.read_bytes())
+    return f"no git, sources {digest.hexdigest()[:8]}"
+
+
+def _python_files(root: Path) -> list[Path]:
+    """Those of the package, with kernels and benchmarks, which a checkout has as links."""
+    linked = (link.resolve() for link in root.iterdir() if link.is_symlink())
+    return [path for folder in (root, *linked) for path in folder.rglob("*.py")]
 
 
 @cache

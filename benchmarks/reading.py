@@ -219,12 +219,13 @@ def best(results: Iterable[Result]) -> Result | None:
 
 
 def case_title(result: Result) -> str:
-    """The case in a few words: model, size and work; its id if nothing is known."""
+    """The case in a few words: model, size and work or loss; its id if nothing is known."""
     params = result.params
     if result.kind == "step":
         known = [str(params[name]) for name in ("workload", "model") if params.get(name)]
         tuning = {"full": "all weights", "lora": "LoRA"}.get(str(params.get("tuning")))
-        return ", ".join([*known, *([tuning] if tuning else [])]) or result.case
+        loss = [f"{_loss(params['loss'])} loss"] if params.get("loss") else []
+        return ", ".join([*known, *([tuning] if tuning else []), *loss]) or result.case
     work = params.get("loss") or params.get("work")
     parts = [str(params["model"])] if params.get("model") else []
     if params.get("N") is not None:
@@ -238,7 +239,6 @@ def case_details(result: Result) -> str:
     """What else makes the case: what is trained, the distribution, the precision."""
     params, parts = result.params, []
     if result.kind == "step":
-        parts += [f"{_loss(params['loss'])} loss"] if params.get("loss") else []
         parts += [f"batches of {params['batch']} pairs"] if params.get("batch") else []
         activations = params.get("activations")
         parts += [f"activations {activations}"] if activations not in (None, "default") else []

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,35 +89,83 @@ _MEASURED = ("entropy",)
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows, one line each, and have them on the disk when this returns."""
+    """Append rows, one line each, and have them on the disk when this returns.
+
+    A row that the file breaks off in (see :func:`read_rows`) is cut away first.
+    """
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in map(_finite, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
+    with path.open("a+b") as file:
+        file.seek(0)
+        before = file.read()
+        kept = before[: len(before) - len(_cut_off(before))]
+        if len(kept) < len(before):
+            file.truncate(len(kept))
+        if kept and not kept.endswith(b"\n"):
+            lines = "\n" + lines
+        file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file. Raises ``ValueError`` with file and line for one that is no row."""
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            got = f"got {line[:60]!r}"
-            raise ValueError(f"{path}:{number}: expected a JSON object, {got}") from error
-        needed = ("kind", "case", "contender", "status")
-        missing = [n for n in needed if not isinstance(row, dict) or n not in row]
-        if missing:
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object with {', '.join(missing)}, got "
-                f"{line[:60]!r}"
-            )
-        rows.append(row)
-    return rows
+    """Rows of a file.
+
+    A process that is killed and a disk that is full can leave half a row at the end. It is left
+    out, and a line on stderr says so.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, or a line that is no row, with file and number.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a file of rows, got the folder {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"expected a file of rows, got {path}, which does not exist")
+    content = path.read_bytes()
+    if half := _cut_off(content):
+        content = content[: -len(half)]
+        number = content.count(b"\n") + 1
+        print(f"{path}:{number}: the file breaks off in this row; left out", file=sys.stderr)
+    return [
+        _read_row(line.decode("utf-8", "replace"), f"{path}:{number}")
+        for number, line in enumerate(content.split(b"\n"), 1)
+        if line.strip()
+    ]
+
+
+def _cut_off(content: bytes) -> bytes:
+    """The beginning of a row at the end of a file; empty where the last row is whole.
+
+    Only what begins as an object does: something else is another kind of file, and is to be kept.
+    """
+    last = content[content.rfind(b"\n") + 1 :]
+    if not last.startswith(b"{"):
+        return b""
+    try:
+        json.loads(last)
+    except ValueError:
+        return last
+    return b""
+
+
+def _read_row(line: str, place: str) -> Row:
+    needed = ("kind", "case", "contender", "status")
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(_broken(line, place, "a JSON object")) from error
+    if not isinstance(row, dict) or any(name not in row for name in needed):
+        raise ValueError(_broken(line, place, f"a JSON object with {', '.join(needed)}"))
+    return row
+
+
+def _broken(line: str, place: str, expected: str) -> str:
+    return (
+        f"{place}: expected {expected}, got {line[:60]!r}; delete that line to go on: what it held "
+        "is measured again"
+    )
 
 
 class RowFile:

@@ -14,6 +14,7 @@ from fastdaa.benchmarks import cost_model
 from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.contenders import Absent, Contender, Outputs
 from fastdaa.benchmarks.contenders.products import floor_sizes, floor_times, products
+from fastdaa.benchmarks.device_loss import device_is_lost
 from fastdaa.benchmarks.gate import Gate, Verdict
 from fastdaa.benchmarks.inputs import HeadInputs, make_inputs
 from fastdaa.benchmarks.measure import interleave, measure_peak, summary
@@ -62,6 +63,7 @@ def compare(
     """Rows of the contenders that have something to say about a case, and of its floors.
 
     Nothing a contender does stops the others: an exception is a row with the status ``"failed"``.
+    Only where it takes the device with it do the others fail, too; its row has ``device_lost``.
 
     Args:
         progress: told what is being done, in a few words.
@@ -75,18 +77,40 @@ def compare(
             inputs = make_inputs(case, settings.seed, settings.device)
             gate = Gate(inputs)
             entropy = gate.entropy
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()  # the oracle's tiles are larger than anybody's
         except Exception as error:
-            for entry in entries:
-                if entry.status == "ok":
-                    entry.status, entry.reason = "failed", f"the oracle failed: {_said(error)}"
+            _fail_all(entries, f"the oracle failed: {_said(error)}")
         else:
             for entry in entries:
                 if entry.status == "ok":
                     progress(entry.contender.name)
                     _examine(entry, inputs, gate, settings)
-            if settings.timed:
-                times = _time(entries, inputs, settings, progress)
+                    _tidy(entry, entries, settings)
+            if settings.timed and any(entry.status == "ok" for entry in entries):
+                try:
+                    times = _time(entries, inputs, settings, progress)
+                except Exception as error:  # nobody's in particular: no memory for the floors
+                    _fail_all(entries, f"the bare products failed: {_said(error)}")
     return _rows(case, entries, times, entropy, settings)
+
+
+def _fail_all(entries: list[Entry], reason: str) -> None:
+    for entry in entries:
+        if entry.status == "ok":
+            entry.status, entry.reason, entry.run = "failed", reason, None
+
+
+def _tidy(entry: Entry, entries: list[Entry], settings: Settings) -> None:
+    """The next one gets the memory. Where an error was the device's last, there is no next one, and
+    nobody gets a row that would count as finished."""
+    if settings.device != "cuda":
+        return
+    if entry.status == "failed" and device_is_lost(settings.device):
+        entry.values["device_lost"] = True
+        _fail_all(entries, f"not measured: {entry.contender.name} lost the device")
+        return
+    torch.cuda.empty_cache()
 
 
 def _invite(contender: Contender, case: Case, settings: Settings) -> Entry:
@@ -119,8 +143,6 @@ def _examine(entry: Entry, inputs: HeadInputs, gate: Gate, settings: Settings) -
             "deterministic": deterministic, "detail": contender.detail(inputs),
         }  # fmt: skip
     first = second = None  # type: ignore[assignment]  # the next one gets their memory
-    if settings.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _worse(first: Verdict, second: Verdict) -> Verdict:
@@ -141,15 +163,37 @@ def _time(
     settings: Settings,
     progress: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    runs: dict[str, Callable[[], object]] = dict(products(inputs))
-    for run in runs.values():
-        run()  # the others have run twice by now
-    runs |= {e.contender.name: e.run for e in entries if e.status == "ok" and e.run is not None}
-    progress("timing")
-    return interleave(
-        runs, settings.device, repeats=settings.repeats, budget=settings.budget, warmup=0,
-        seed=settings.seed, on_round=lambda done: progress(f"timing, round {done}"),
-    )  # fmt: skip
+    """Seconds of all that are right, and of the products; who fails here drops out."""
+    asked = [""]
+
+    def named(name: str, run: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            asked[0] = name
+            return run()
+
+        return call
+
+    floors = {name: named(name, run) for name, run in products(inputs).items()}
+    # The others have run twice by now, but on CUDA their memory was given back in between.
+    warmup = int(settings.device == "cuda")
+    for run in floors.values() if not warmup else ():
+        run()
+    while timed := {e.contender.name: e for e in entries if e.status == "ok" and e.run is not None}:
+        runs = floors | {n: named(n, e.run) for n, e in timed.items() if e.run is not None}
+        progress("timing")
+        try:
+            return interleave(
+                runs, settings.device, repeats=settings.repeats, budget=settings.budget,
+                warmup=warmup, seed=settings.seed,
+                on_round=lambda done: progress(f"timing, round {done}"),
+            )  # fmt: skip
+        except Exception as error:
+            if asked[0] not in timed:
+                raise
+            entry = timed[asked[0]]
+            entry.status, entry.reason = "failed", f"while it was timed: {_said(error)}"
+            _tidy(entry, entries, settings)
+    return {}
 
 
 def _rows(
@@ -222,9 +266,10 @@ def _expected(cost: cost_model.Cost | None, settings: Settings) -> float | None:
 
 
 def _said(error: Exception) -> str:
-    """Type and first line of an exception."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    """Type of an exception, its first line and, as compilers put the matter there, its last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = lines[0][:200] + (f" ... {lines[-1]}" if len(lines) > 1 else "")
+    return f"{type(error).__name__}: {text}"[:400]
 
 
 @contextlib.contextmanager

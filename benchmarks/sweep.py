@@ -56,16 +56,23 @@ def select_contenders(names: list[str] | None, kind: str) -> list[Contender]:
     """Contenders by name or family, in the order of ``contenders.ALL``; for None, all that are in
     this kind of benchmark. Of a family too, others than these have to be named.
 
+    Where a contender has the name of a family, it is meant and not the family.
+
     Raises:
         ValueError: a name that nobody has.
     """
     if names is None:
         return [c for c in field.ALL if kind in c.kinds]
+    known = [c.name for c in field.ALL]
+    families = dict.fromkeys(c.family for c in field.ALL if c.family not in known)
     for name in names:
-        if not any(name in (c.name, c.family) for c in field.ALL):
-            known = ", ".join(c.name for c in field.ALL)
-            raise ValueError(f"contenders: expected some of {known}, or a family, got {name!r}")
-    return [c for c in field.ALL if c.name in names or (c.family in names and kind in c.kinds)]
+        if name not in known and name not in families:
+            raise ValueError(
+                f"contenders: expected some of {', '.join(known)}, or a family "
+                f"({', '.join(families)}), got {name!r}"
+            )
+    meant = families.keys() & set(names)
+    return [c for c in field.ALL if c.name in names or (c.family in meant and kind in c.kinds)]
 
 
 def _cases(kind: str, options: argparse.Namespace) -> list[Case]:

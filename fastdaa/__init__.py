@@ -1,20 +1,32 @@
-"""Fused preference training: log-probabilities and losses from hidden states, without logits."""
+"""Fused preference training: log-probabilities and losses from hidden states, without logits.
 
-from fastdaa.divergence import token_divergence, token_kl
-from fastdaa.head import LmHead, VocabShard
-from fastdaa.logps import sequence_logps, token_logps, token_stats
-from fastdaa.losses import LOSSES, Objective, implicit_rewards
-from fastdaa.modules import (
-    FusedLinearAPALoss,
-    FusedLinearDPOLoss,
-    FusedLinearIPOLoss,
-    FusedLinearPairLoss,
-    FusedLinearSLiCLoss,
-)
-from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
-from fastdaa.pair_loss import pair_loss
-from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.selection import select_pairs, select_tokens
+Public names are imported when they are first used, so that ``import fastdaa`` and the help of the
+command line do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdaa.divergence import token_divergence, token_kl
+    from fastdaa.head import LmHead, VocabShard
+    from fastdaa.logps import sequence_logps, token_logps, token_stats
+    from fastdaa.losses import LOSSES, Objective, implicit_rewards
+    from fastdaa.modules import (
+        FusedLinearAPALoss,
+        FusedLinearDPOLoss,
+        FusedLinearIPOLoss,
+        FusedLinearPairLoss,
+        FusedLinearSLiCLoss,
+    )
+    from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
+    from fastdaa.pair_loss import pair_loss
+    from fastdaa.planner import HeadPlan, plan_head
+    from fastdaa.selection import select_pairs, select_tokens
 
 __version__ = "0.1.0"
 
@@ -46,3 +58,51 @@ __all__ = [
     "token_logps",
     "token_stats",
 ]
+
+_NAMES_OF_MODULES = {
+    "divergence": ("token_divergence", "token_kl"),
+    "head": ("LmHead", "VocabShard"),
+    "logps": ("sequence_logps", "token_logps", "token_stats"),
+    "losses": ("LOSSES", "Objective", "implicit_rewards"),
+    "modules": (
+        "FusedLinearAPALoss", "FusedLinearDPOLoss", "FusedLinearIPOLoss", "FusedLinearPairLoss",
+        "FusedLinearSLiCLoss",
+    ),
+    "outputs": ("BatchTotals", "PairLogps", "PairLossOutput", "TokenSelection", "TokenStats"),
+    "pair_loss": ("pair_loss",),
+    "planner": ("HeadPlan", "plan_head"),
+    "selection": ("select_pairs", "select_tokens"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module that has some, at its first use (PEP 562)."""
+        if name in _MODULE_OF:
+            value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            globals()[name] = value  # from now on an ordinary attribute
+            return value
+        if name in _NAMES_OF_MODULES:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_NAMES_OF_MODULES})
+
+
+class _Package(ModuleType):
+    """Keeps names that a module shares with its function for the function.
+
+    Importing ``fastdaa.pair_loss`` would otherwise put the module where ``from fastdaa import
+    pair_loss`` looks.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _MODULE_OF):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""``head_logps`` as custom operators, for models under ``torch.compile``.
+"""``head_logps`` and ``token_stats`` as custom operators, for models under ``torch.compile``.
 
 Under a compiler the head is one opaque node of the graph, with the same code inside that runs
 without one: no graph break, the same bits. Choices that depend on values are made inside, when the
@@ -7,21 +7,54 @@ graph runs; what gradients are wanted is known when it is traced.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdaa.engines import RowState
 from fastdaa.frozen import logps_and_slopes
-from fastdaa.head import LmHead
-from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import head_gradients
+from fastdaa.head import LmHead, VocabShard
+from fastdaa.outputs import TokenStats
+from fastdaa.plan_call import plan_call
+from fastdaa.recompute import Gradients, head_gradients
 from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
 
 # Marks an output that this call does not have: an operator's outputs are all tensors.
 _ABSENT = 0
+
+
+class HeadSettings(NamedTuple):
+    """A head beside its tensors, in what an operator can take."""
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    shard: list[int] | None
+    """First token and size of the vocabulary, or None for a whole head."""
+    group: str | None
+    """Name of the processes' group, or None for all of them."""
+
+    @classmethod
+    def of(cls, head: LmHead) -> HeadSettings:
+        """Those of a head."""
+        shard, group = head.shard, None
+        if shard is not None and shard.group is not None:
+            group = shard.group.group_name
+        place = None if shard is None else [shard.start, shard.vocab_size]
+        return cls(head.softcap, head.logit_scale, head.temperature, place, group)
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> LmHead:
+        """The head with these tensors."""
+        shard = None
+        if self.shard is not None:
+            resolve: Any = dist.distributed_c10d._resolve_process_group
+            start, vocab_size = self.shard
+            group = None if self.group is None else resolve(self.group)
+            shard = VocabShard(start, vocab_size, group)
+        return LmHead(weight, bias, *self[:3], shard)
 
 
 def compiled_head_logps(
@@ -36,23 +69,31 @@ def compiled_head_logps(
     """:func:`fastdaa.logps.head_logps` as one node of a graph.
 
     Raises:
-        ValueError: a head with a slice of the vocabulary, or ``impl="reference"``.
+        ValueError: ``impl="reference"``.
     """
-    check_compilable(head, impl)
+    check_compilable(impl)
     grad = torch.is_grad_enabled()
     return _logps(
-        hidden_states, head.weight, head.bias, targets,
-        head.softcap, head.logit_scale, head.temperature,
+        hidden_states, head.weight, head.bias, targets, *HeadSettings.of(head),
         operand_dtype(hidden_states, head.weight), impl, engine, max_bytes,
         grad and hidden_states.requires_grad, grad and head.trained,
     )[0]  # fmt: skip
 
 
-def check_compilable(head: LmHead, impl: str) -> None:
+def compiled_token_stats(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, *, engine: str, max_bytes: int | None
+) -> tuple[Tensor, TokenStats]:
+    """:func:`fastdaa.token_stats` as one node of a graph."""
+    with torch.no_grad():
+        logps, *values = _stats(
+            hidden_states, head.weight, head.bias, targets, *HeadSettings.of(head),
+            operand_dtype(hidden_states, head.weight), engine, max_bytes,
+        )  # fmt: skip
+    return logps, TokenStats(*values)
+
+
+def check_compilable(impl: str) -> None:
     """Raise ``ValueError`` for what is no single node of a graph."""
-    if head.shard is not None:
-        raise ValueError("expected a head with the whole vocabulary under torch.compile, got a "
-                         "slice of it")  # fmt: skip
     if impl == "reference":
         raise ValueError("impl: expected another path than 'reference' under torch.compile")
 
@@ -66,6 +107,8 @@ def _logps(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    shard: list[int] | None,
+    group: str | None,
     operand: torch.dtype,
     impl: str,
     engine: str,
@@ -74,10 +117,12 @@ def _logps(
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or slopes ``[N, D]``."""
-    head = LmHead(weight, bias, softcap, logit_scale, temperature)
-    plan = _plan(head, hidden_states, hidden_grad, head_grad, impl, engine, max_bytes)
-    wide = wide_dtype(operand)
-    absent = hidden_states.new_empty(_ABSENT, dtype=wide)
+    head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    plan = plan_call(
+        hidden_states, head, wanted=(hidden_grad, head_grad), operand=operand, impl=impl,
+        engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
+    absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
     if plan.path == "frozen":
         logps, slopes, _ = logps_and_slopes(hidden_states, head, targets, plan, operand)
         return logps, absent, absent.clone(), slopes
@@ -85,34 +130,49 @@ def _logps(
     return state.logps, state.m, state.log_s, absent
 
 
+def _is_frozen(impl: str, hidden_grad: bool, head_grad: bool) -> bool:
+    return hidden_grad and not head_grad and impl != "recompute"
+
+
 @_logps.register_fake
 def _(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    softcap: float | None, logit_scale: float, temperature: float, operand: torch.dtype,
-    impl: str, engine: str, max_bytes: int | None, hidden_grad: bool, head_grad: bool,
+    softcap: float | None, logit_scale: float, temperature: float, shard: list[int] | None,
+    group: str | None, operand: torch.dtype, impl: str, engine: str, max_bytes: int | None,
+    hidden_grad: bool, head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, wide = targets.shape[0], wide_dtype(operand)
-    frozen = hidden_grad and not head_grad and impl != "recompute"
-    vector = 0 if frozen else rows
+    rows, frozen = targets.shape[0], _is_frozen(impl, hidden_grad, head_grad)
+    vector = _ABSENT if frozen else rows
     slopes = tuple(hidden_states.shape) if frozen else (_ABSENT,)
     shapes: list[Any] = [(rows,), (vector,), (vector,), slopes]
-    return tuple(hidden_states.new_empty(shape, dtype=wide) for shape in shapes)  # type: ignore[return-value]
+    return tuple(hidden_states.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, bias, targets, *options = inputs
+    hidden_states, weight, bias, targets, *options, impl, engine, max_bytes, _, _ = inputs
     logps, m, log_s, slopes = output
-    hidden_grad, head_grad = options[-2:]
-    ctx.options, ctx.dtype = options[:-2], hidden_states.dtype
-    ctx.frozen = hidden_grad and not head_grad and options[4] != "recompute"
+    only_first_differentiable(ctx, output)
+    ctx.options, ctx.dtype = (*options, impl, engine, max_bytes), hidden_states.dtype
+    ctx.frozen = _is_frozen(impl, *inputs[-2:])
     if ctx.frozen:
         ctx.save_for_backward(slopes)
     else:
         ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s)
 
 
-def _backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 10
+def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """For the backward pass of an operator whose other outputs have no gradient.
+
+    Without it PyTorch makes zeros in their place, as large as what is kept.
+    """
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 12
+    if coefficients is None:
+        return None, None, None, *nothing
     if ctx.frozen:
         (slopes,) = ctx.saved_tensors
         return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
@@ -137,6 +197,8 @@ def _gradients(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    shard: list[int] | None,
+    group: str | None,
     operand: torch.dtype,
     impl: str,
     engine: str,
@@ -144,40 +206,80 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
-    head = LmHead(weight, bias, softcap, logit_scale, temperature)
-    plan = _plan(head, hidden_states, wanted[0], wanted[1] or wanted[2], impl, engine, max_bytes)
+    head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    plan = plan_call(
+        hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), operand=operand, impl=impl,
+        engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
     grads = head_gradients(
         Logits(hidden_states, head, operand, plan.engine), targets, coefficients,
         RowState(m, log_s, logps), plan, (wanted[0], wanted[1], wanted[2]),
     )  # fmt: skip
-    absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
-    return tuple(absent.clone() if t is None else t for t in grads)  # type: ignore[return-value]
+    return present(grads, hidden_states)
 
 
 @_gradients.register_fake
 def _(
     coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None,
     targets: Tensor, logps: Tensor, m: Tensor, log_s: Tensor, softcap: float | None,
-    logit_scale: float, temperature: float, operand: torch.dtype, impl: str, engine: str,
-    max_bytes: int | None, wanted: list[bool],
+    logit_scale: float, temperature: float, shard: list[int] | None, group: str | None,
+    operand: torch.dtype, impl: str, engine: str, max_bytes: int | None, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t) if want and t is not None else absent.clone()
-        for t, want in zip((hidden_states, weight, bias), wanted, strict=True)
-    )
+    return present_fake((hidden_states, weight, bias), wanted)
+
+
+@torch.library.custom_op("fastdaa::token_stats", mutates_args=())
+def _stats(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    shard: list[int] | None,
+    group: str | None,
+    operand: torch.dtype,
+    engine: str,
+    max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and three statistics, all ``[N]``."""
+    head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    plan = plan_call(
+        hidden_states, head, wanted=(False, False), stats=True, operand=operand, engine=engine,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+    state, values = score(hidden_states, head, targets, plan, stats=True, operand=operand)
+    assert values is not None
+    return state.logps, *values
+
+
+@_stats.register_fake
+def _(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    softcap: float | None, logit_scale: float, temperature: float, shard: list[int] | None,
+    group: str | None, operand: torch.dtype, engine: str, max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
+    return logps, torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps)
+
+
+def present(grads: Gradients, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients as outputs of an operator: empty where not wanted."""
+    return tuple(hidden_states.new_empty(_ABSENT) if t is None else t for t in grads)  # type: ignore[return-value]
+
+
+def present_fake(
+    tensors: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`present` gives for the gradients of ``tensors``, without their values."""
+    grads = [
+        torch.empty_like(t) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+    return present((grads[0], grads[1], grads[2]), tensors[0])
 
 
 def wide_dtype(operand: torch.dtype) -> torch.dtype:
     """The dtype of results of products with factors in ``operand``."""
     return torch.float64 if operand == torch.float64 else torch.float32
-
-
-def _plan(
-    head: LmHead, hidden_states: Tensor, hidden_grad: bool, head_grad: bool, impl: str,
-    engine: str, max_bytes: int | None,
-) -> HeadPlan:  # fmt: skip
-    return plan_head(
-        head.vocab_size, hidden_states.device, hidden_grad=hidden_grad, head_grad=head_grad,
-        impl=impl, engine=engine, max_bytes=max_bytes,
-    )  # fmt: skip

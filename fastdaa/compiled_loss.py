@@ -1,9 +1,10 @@
-"""``pair_loss`` as a custom operator, for models under ``torch.compile``.
+"""``pair_loss`` as custom operators, for models under ``torch.compile``.
 
-The operator computes the loss and its gradients at once, on every path: a loss is a scalar, so the
-backward pass is a scale. The graph holds the name of the objective; sizes of sequences are read
-when it runs (on CUDA one host synchronisation), so that a batch of other lengths compiles nothing
-anew.
+The first operator computes the loss and what its plan keeps for the backward pass, the second one
+makes gradients from it, in the dtypes of their tensors. Plans depend on the number of tokens, which
+a graph does not know: what is kept has sizes that the graph only learns when it runs. The graph
+holds the name of the objective; sizes of sequences are read when it runs (on CUDA one host
+synchronisation), so that a batch of other lengths compiles nothing anew.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import check_compilable, wide_dtype
+from fastdaa.chunks import chunks_of_pairs
+from fastdaa.compiled_backward import Saved, pair_loss_gradients
+from fastdaa.compiled_logps import (
+    HeadSettings,
+    check_compilable,
+    only_first_differentiable,
+    wide_dtype,
+)
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
+from fastdaa.kept import keep_gradients
 from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
-from fastdaa.planner import HeadPlan, plan_head
-from fastdaa.recompute import Gradients, head_gradients
+from fastdaa.plan_call import plan_call
+from fastdaa.planner import HeadPlan
 from fastdaa.score import score
-from fastdaa.single_pass import (
-    chunks_of_pairs,
-    run_single_pass,
-    single_pass_plan,
-)
+from fastdaa.single_pass import run_single_pass
 from fastdaa.tiles import Logits, operand_dtype
+from fastdaa.validation import check_head_inputs, check_indices
 
 
 class References(NamedTuple):
@@ -58,24 +64,28 @@ def compiled_pair_loss(
     """:func:`fastdaa.pair_loss` on selected rows ``[N, D]`` as one node of a graph.
 
     Raises:
-        ValueError: a head with a slice of the vocabulary, or ``impl="reference"``. What is wrong
-            with tensors is said when the graph runs.
+        ValueError: ``impl="reference"``. What is wrong with tensors is said when the graph runs.
     """
-    check_compilable(head, impl)
+    check_compilable(impl)
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (rows, head.weight, head.bias)]
     loss, losses, logps, *rest = _pair_loss(
         rows, head.weight, head.bias, selection.targets, selection.lengths, *references,
         objective.key, None if totals is None else list(totals[:2]),
-        None if totals is None else totals.tokens,
-        head.softcap, head.logit_scale, head.temperature, operand_dtype(rows, head.weight),
-        impl, engine, max_bytes, stats, wanted,
+        None if totals is None else totals.tokens, *HeadSettings.of(head),
+        operand_dtype(rows, head.weight), impl, engine, max_bytes, stats, wanted,
     )  # fmt: skip
     lengths = references.completion_lengths
     policy = pair_logps(
         sequence_logps(logps, selection.lengths), selection.lengths if lengths is None else lengths
     )
     return PairLossOutput(loss, losses, policy, logps, TokenStats(*rest[:3]) if stats else None)
+
+
+_Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]  # fmt: skip
 
 
 @torch.library.custom_op("fastdaa::pair_loss", mutates_args=())
@@ -95,56 +105,68 @@ def _pair_loss(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    shard: list[int] | None,
+    group: str | None,
     operand: torch.dtype,
     impl: str,
     engine: str,
     max_bytes: int | None,
     stats: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, losses, log-probs, three statistics, three wide gradients (empty where not wanted)."""
-    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+) -> _Outputs:
+    """Loss, losses, log-probs, three statistics, and :class:`Saved`."""
+    head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    counts = tuple(lengths.tolist())
+    check_indices("selection.targets", targets, (sum(counts),))
+    check_head_inputs(rows, weight, targets, bias, head.vocab_size)
     formula = Objective.by_key(objective)
-    plan = plan_head(
-        head.vocab_size, rows.device, hidden_grad=wanted[0], head_grad=wanted[1] or wanted[2],
-        loss_inside=True, coupled=formula.coupled, impl=impl, engine=engine, max_bytes=max_bytes,
+    plan = plan_call(
+        rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
+        coupled=formula.coupled, sparse=formula.sparse, stats=stats, operand=operand, impl=impl,
+        engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     batch = PairBatch(
-        TokenSelection(rows, targets, lengths, tuple(lengths.tolist())), formula,
+        TokenSelection(rows, targets, lengths, counts), formula,
         ref_logps, ref_token_logps, completion_lengths, advantages,
         None if totals is None else BatchTotals(totals[0], totals[1], total_tokens), plan.engine,
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
     with _autograd_inside():
-        results, grads = _evaluate(logits, batch, plan, (wanted[0], wanted[1], wanted[2]), stats)
-    loss = results[0].sum() / batch.totals.pairs
-    absent = loss.new_empty(0)
-    sums = [absent.clone() if t is None else t for t in grads]
-    return loss, *results, *sums  # type: ignore[return-value]
+        results, kept = _evaluate(logits, batch, plan, (wanted[0], wanted[1], wanted[2]), stats)
+    saved = Saved.nothing(rows, weight, operand)
+    if any(wanted):
+        saved = saved._replace(**{name: t for name, t in kept.items() if t is not None})
+    return results[0].sum() / batch.totals.pairs, *results, *saved  # type: ignore[return-value]
 
 
 def _evaluate(
     logits: Logits, batch: PairBatch, plan: HeadPlan, wanted: tuple[bool, bool, bool], stats: bool
-) -> tuple[list[Tensor], Gradients]:
-    """Losses, log-probs, statistics and wide gradients on the path of the plan."""
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Losses, log-probs and statistics on the path of the plan, and fields of :class:`Saved`."""
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
+    if plan.kept_whole:
+        results, (dz, coefficients, active) = keep_gradients(
+            logits, targets, plan, lambda logps: batch.evaluate(logps, batch.everything), stats
+        )
+        # Whole rows of the buffer: an operator's outputs are best contiguous.
+        whole = dz.as_strided((dz.shape[0], dz.stride(0)), (dz.stride(0), 1))
+        return results, {"coefficients": coefficients, "active": active, "dz": whole}
     if plan.path == "single_pass":
-        plan = single_pass_plan(plan, head)
-        chunks = chunks_of_pairs(batch.selection.counts, plan.tile_rows)
-        return run_single_pass(logits, targets, plan, chunks, batch.evaluate, wanted, stats)
-    grads: Gradients = (None, None, None)
+        chunks = chunks_of_pairs(batch.selection.counts, plan.chunk_tokens)
+        results, sums = run_single_pass(
+            logits, targets, plan, chunks, batch.evaluate, wanted, stats
+        )
+        return results, dict(zip(("hidden", "weight", "bias"), sums, strict=True))
+    kept: dict[str, Tensor | None]
     if plan.path == "frozen":
         logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
-        losses, coefficients = batch.evaluate(logps, batch.everything)
-        grads = (slopes * coefficients[:, None], None, None)
+        kept = {"hidden": slopes}
     else:
         state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
-        logps = state.logps
+        logps, kept = state.logps, {"m": state.m, "log_s": state.log_s}
         values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
-        losses, coefficients = batch.evaluate(logps, batch.everything)
-        if plan.path == "recompute":
-            grads = head_gradients(logits, targets, coefficients, state, plan, wanted, wide=True)
-    return [losses, logps, *values], grads
+    losses, coefficients = batch.evaluate(logps, batch.everything)
+    return [losses, logps, *values], kept | {"coefficients": coefficients}
 
 
 @contextmanager
@@ -166,59 +188,68 @@ def _autograd_inside() -> Iterator[None]:
         yield
 
 
+def _saves(impl: str, wanted: list[bool]) -> str:
+    """What of :class:`Saved` is kept: ``"nothing"``, ``"slopes"`` of a frozen head, ``"state"`` to
+    compute the logits again, or ``"any"``, as the sizes of the batch will have it."""
+    if not any(wanted):
+        return "nothing"
+    if impl == "recompute":
+        return "state"
+    frozen = impl == "frozen" or (impl == "auto" and not (wanted[1] or wanted[2]))
+    return "slopes" if frozen else "any"
+
+
 @_pair_loss.register_fake
 def _(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lengths: Tensor,
     ref_logps: Tensor | None, ref_token_logps: Tensor | None, completion_lengths: Tensor | None,
     advantages: Tensor | None, objective: str, totals: list[int] | None,
     total_tokens: int | None, softcap: float | None, logit_scale: float, temperature: float,
-    operand: torch.dtype, impl: str, engine: str, max_bytes: int | None, stats: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = targets.shape[0]
-    per_token = tokens if stats else 0
-    shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *(((per_token,),) * 3)]
-    shapes += [
-        t.shape if want and t is not None else (0,)
-        for t, want in zip((rows, weight, bias), wanted, strict=True)
-    ]
-    return tuple(rows.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
+    shard: list[int] | None, group: str | None, operand: torch.dtype, impl: str, engine: str,
+    max_bytes: int | None, stats: bool, wanted: list[bool],
+) -> _Outputs:  # fmt: skip
+    tokens, wide = targets.shape[0], wide_dtype(operand)
+    shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *[(tokens if stats else 0,)] * 3]
+    results = [rows.new_empty(shape, dtype=wide) for shape in shapes]
+    saved, saves = Saved.nothing(rows, weight, operand), _saves(impl, wanted)
+    if saves == "slopes":
+        saved = saved._replace(hidden=rows.new_empty(rows.shape, dtype=wide))
+    if saves in ("slopes", "state"):
+        saved = saved._replace(coefficients=rows.new_empty(tokens, dtype=wide))
+    if saves == "state":
+        saved = saved._replace(m=results[2].clone(), log_s=results[2].clone())
+    if saves == "any":
+        size = torch.library.get_ctx().new_dynamic_size
+        saved = Saved(*(t.new_empty((size(), *t.shape[1:])) for t in saved))
+        saved = saved._replace(dz=saved.dz.new_empty((saved.dz.shape[0], size())))
+    return *results, *saved  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted, ctx.count = inputs[-1], len(inputs)
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-    ctx.save_for_backward(*output[-3:])
+    rows, weight, bias, targets, *_ = inputs
+    *settings, operand, impl, engine, max_bytes, stats, wanted = inputs[12:]
+    only_first_differentiable(ctx, output)
+    sparse = Objective.by_key(inputs[9]).sparse
+    ctx.saves, ctx.wanted = _saves(impl, wanted), wanted
+    ctx.dtype, ctx.count = rows.dtype, len(inputs)
+    ctx.options = *settings, operand, engine, max_bytes, stats, sparse, wanted
+    saved = Saved(*output[6:])
+    if ctx.saves == "slopes":
+        ctx.save_for_backward(saved.hidden, saved.coefficients)
+    else:
+        ctx.save_for_backward(rows, weight, bias, targets, output[2], *saved)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = [
-        (total * grad_loss).to(dtype) if want else None
-        for total, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    ]
-    return *grads, *([None] * (ctx.count - 3))
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (ctx.count - 3)
+    if grad_loss is None:
+        return None, None, None, *nothing
+    if ctx.saves == "slopes":
+        slopes, coefficients = ctx.saved_tensors
+        by_hidden = (slopes * (coefficients * grad_loss)[:, None]).to(ctx.dtype)
+        return by_hidden, None, None, *nothing
+    grads = pair_loss_gradients(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *nothing
 
 
 _pair_loss.register_autograd(_backward, setup_context=_setup)
-
-
-@torch.library.custom_op("fastdaa::select_pairs", mutates_args=())
-def _select(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ``[N]``, targets ``[N]`` and lengths ``[2B]`` of :func:`fastdaa.select_pairs`."""
-    from fastdaa.selection import select_pairs
-
-    return select_pairs(labels, order=order, ignore_index=ignore_index)[:3]
-
-
-@_select.register_fake
-def _(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = torch.library.get_ctx().new_dynamic_size()
-    return (
-        labels.new_empty(tokens), labels.new_empty(tokens), labels.new_empty(labels.shape[0]),
-    )  # fmt: skip
-
-
-def compiled_select_pairs(labels: Tensor, order: str, ignore_index: int) -> TokenSelection:
-    """:func:`fastdaa.select_pairs` as one node of a graph; its counts are not known to the host."""
-    rows, targets, lengths = _select(labels, order, ignore_index)
-    return TokenSelection(rows, targets, lengths, ())

@@ -32,7 +32,7 @@ class RowState(NamedTuple):
     logps: Tensor
     """Log-probability of the target."""
 
-    def pick(self, rows: Tensor) -> RowState:
+    def pick(self, rows: slice | Tensor) -> RowState:
         """The state of some rows."""
         return RowState(self.m[rows], self.log_s[rows], self.logps[rows])
 

@@ -49,7 +49,9 @@ class Frozen(torch.autograd.Function):
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
         (slopes,) = ctx.saved_tensors
-        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, None, None
+        # Into the dtype of the result at once: a product of its own would be a second [N, D].
+        grad = torch.empty_like(slopes, dtype=ctx.dtype)
+        return torch.mul(slopes, coefficients[:, None], out=grad), None, None, None, None
 
 
 def logps_and_slopes(
@@ -66,20 +68,19 @@ def logps_and_slopes(
         slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
         logps = slopes.new_empty(slopes.shape[0])
         values: list[TokenStats] = []
+        weight = logits.columns(slice(0, head.width))
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            logps[rows], slopes[rows], more = _rows(logits, targets[rows], rows, stats)
+            logps[rows], slopes[rows], more = _rows(logits, weight, targets[rows], rows, stats)
             values += [more] if more is not None else []
         sum_over_shards(slopes, head)
     return logps, slopes, join(values, 3, logps.new_empty(0))
 
 
 def _rows(
-    logits: Logits, targets: Tensor, rows: slice, stats: bool
+    logits: Logits, weight: Tensor, targets: Tensor, rows: slice, stats: bool
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
-    columns = slice(0, logits.head.width)
-    hidden, weight = logits.rows(rows), logits.columns(columns)
-    tile = logits.row_tile(hidden, weight, columns)
+    tile = logits.row_tile(logits.rows(rows), weight, slice(0, logits.head.width))
     state, values = tile.statistics(targets, stats, keep=True)
     # With the sum of exp(z - m) as coefficients, entries are exp(z - m) itself: half-precision
     # factors keep those of likely tokens near 1, and the sum is divided out of the result.

@@ -1,15 +1,18 @@
-"""3U with bf16 factors: the gradients of all logits are kept until the backward pass.
+"""3U with bf16 factors: gradients of logits are kept without the numbers that the loss brings.
 
 For every sequence-level objective ``dL/dz_i = c_i (onehot_i - p_i)``, one number ``c_i`` a row. The
 rest of the row needs no loss, so forward makes it while a tile of logits is at hand, and rounds it
-to the dtype of the next product: 2 bytes a logit, and no fp32 sum of the weight's gradient. The
-numbers join in backward, where the loss's own gradient is known too: on the rows of the hidden
+to the dtype of the next product: 2 bytes a logit. The numbers join later, on the rows of the hidden
 states' gradient, and on the hidden states as a factor of the weight's gradient,
 
     dH = c * (dz W),    dW = dz^T (c * H).
 
-Each entry of both is rounded once to the dtype of its tensor. In fp16, rounding ``c * H`` costs
-more than rounding ``c * dz`` where logits are small, so fp16 is left to chunks of pairs.
+Where the whole batch fits (:class:`Kept`) the products wait for backward, where the loss's own
+gradient is known too: no fp32 sum of the weight's gradient, and each entry of both is rounded once
+to the dtype of its tensor. Where it does not, chunks of whole pairs add to wide sums
+(:class:`KeptChunks`): twice as many tokens as their logits would let in, so half as many passes
+over the sum. In fp16, rounding ``c * H`` costs more than rounding ``c * dz`` where logits are
+small, so fp16 is left to chunks of logits.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.head import LmHead
+from fastdaa.memory import PRODUCT_BYTES
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
+from fastdaa.recompute import HeadGradients, among
 from fastdaa.score import join
-from fastdaa.tiles import Logits, blocks, product, without_autocast
+from fastdaa.tiles import Logits, accumulate, blocks, product, product_slices, without_autocast
 
-# Products are rounded in slices of so many bytes of fp32, which a GPU's cache holds and whose
-# products fill it twice over. A slice is a multiple of 128 rows.
-_SLICE_BYTES = 32 << 20
-_SLICE_ROWS = 128
+# A product with so many results fills a GPU four times over, so none of their sums is split: parts
+# would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
+_UNSPLIT_ENTRIES = 1 << 24
+# The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
+# FLOP a logit that is left out.
+_WORTH_MOVING = 15 / 16
 # Rows of the buffer begin at multiples of 32 bytes, as products of half-precision factors like it.
 _ROW_MULTIPLE = 16
 
@@ -50,85 +58,211 @@ class Kept(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss, coefficients, and the gradients of the logits without them."""
         logits = Logits(hidden_states, head, engine=plan.engine)
-        with without_autocast(hidden_states.device):
-            unscaled = _unscaled_gradients(logits, targets, plan, stats)
-            losses, coefficients = objective(unscaled.logps)
-        ctx.save_for_backward(hidden_states, weight, bias, unscaled.dz, coefficients)
-        values = join(unscaled.values, 3, coefficients.new_zeros(0))
-        ctx.mark_non_differentiable(losses, unscaled.logps, *values)
-        return losses.sum() / pairs, losses, unscaled.logps, *values
+        (losses, logps, *values), kept = keep_gradients(logits, targets, plan, objective, stats)
+        ctx.save_for_backward(hidden_states, weight, bias, *kept)
+        ctx.mark_non_differentiable(losses, logps, *values)
+        return losses.sum() / pairs, losses, logps, *values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, dz, coefficients = ctx.saved_tensors
+        hidden, weight, bias, dz, coefficients, active = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         rows = coefficients * grad_loss
         with without_autocast(hidden.device):
-            # The weight first: its factor is gone before the gradient of the hidden states comes.
-            by_weight = _weight_gradient(dz, rows, hidden, weight) if wanted[1] else None
-            by_hidden = _hidden_gradient(dz, rows, hidden, weight) if wanted[0] else None
-            by_bias = _bias_gradient(dz, rows, bias) if wanted[2] else None
-        return by_hidden, by_weight, by_bias, None, None, None, None, None, None
+            grads = kept_gradients(dz, rows, active, hidden, weight, bias, wanted)
+        return *grads, None, None, None, None, None, None
 
 
-class _Unscaled(NamedTuple):
+class KeptGradients(NamedTuple):
+    """What waits for the backward pass."""
+
     dz: Tensor
-    """``[N, V]``: ``onehot - p`` times the slope of the logits, in bf16."""
-    logps: Tensor
-    """``[N]``."""
-    values: list[TokenStats]
-    """Of each tile, if asked for."""
+    """``[a, V]`` as :class:`Unscaled` makes it."""
+    coefficients: Tensor
+    """``[N]`` derivatives of the loss by the log-probs."""
+    active: Tensor | None
+    """``[a]`` rows of ``dz``, None for all."""
 
 
-def _unscaled_gradients(logits: Logits, targets: Tensor, plan: HeadPlan, stats: bool) -> _Unscaled:
-    """One computation of the logits, in tiles of whole rows."""
-    columns = slice(0, logits.head.width)
-    weight = logits.columns(columns)
-    tokens = targets.shape[0]
-    stride = -(-columns.stop // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    dz = weight.new_empty((tokens, stride), dtype=logits.operand)[:, columns]
-    logps = weight.new_empty(tokens, dtype=logits.wide)
-    ones = torch.ones_like(logps)
-
-    def rows_of(rows: slice) -> TokenStats | None:
-        tile = logits.row_tile(logits.rows(rows), weight, columns)
-        state, values = tile.statistics(targets[rows], stats, keep=True)
-        tile.gradient(state, targets[rows], ones[rows], out=dz[rows])
-        logps[rows] = state.logps
-        return values
-
-    values = [rows_of(rows) for rows in blocks(tokens, plan.block_rows)]
-    return _Unscaled(dz, logps, [v for v in values if v is not None])
+def keep_gradients(
+    logits: Logits, targets: Tensor, plan: HeadPlan,
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]], stats: bool,
+) -> tuple[list[Tensor], KeptGradients]:  # fmt: skip
+    """Losses ``[B]``, log-probs ``[N]`` and three statistics of a batch, and what waits."""
+    with without_autocast(logits.hidden_states.device):
+        kept = Unscaled(logits, targets, plan, targets.shape[0], stats)
+        logps = kept.make(slice(0, targets.shape[0]))
+        losses, coefficients = objective(logps)
+        dz, active = leave_out(kept.dz, coefficients) if plan.sparse else (kept.dz, None)
+    values = join(kept.values, 3, coefficients.new_zeros(0))
+    return [losses, logps, *values], KeptGradients(dz, coefficients, active)
 
 
-def _weight_gradient(dz: Tensor, rows: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """``dz^T (rows * hidden)``, ``[V, D]`` in the dtype of the weight."""
-    factor = torch.mul(hidden, rows[:, None], out=torch.empty_like(hidden, dtype=dz.dtype))
+def kept_gradients(
+    dz: Tensor, rows: Tensor, active: Tensor | None, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of hidden states, weight and bias in their dtypes; None where not wanted.
+
+    Args:
+        dz: ``[a, V]`` as :class:`Unscaled` makes it. rows: ``[N]`` coefficients. active: ``[a]``
+            rows of ``dz``, None for all.
+    """
+    some = hidden if active is None else hidden[active]
+    c = rows if active is None else rows[active]
+    # The weight first: its factor is gone before the gradient of the hidden states comes.
+    by_weight = None
+    if wanted[1]:
+        by_weight = _weight_gradient(dz, scaled_rows(some, c, dz.dtype), weight)
+    by_hidden = None
+    if wanted[0]:
+        by_hidden = torch.empty_like(some)
+        write_hidden_gradient(dz, c, weight.to(dz.dtype), by_hidden)
+        by_hidden = by_hidden if active is None else among(hidden, active, by_hidden)
+    by_bias = None
+    if wanted[2] and bias is not None:
+        by_bias = torch.empty_like(bias)
+        for columns, part in _column_sums(dz, c):
+            by_bias[columns] = part
+    return by_hidden, by_weight, by_bias
+
+
+def _weight_gradient(dz: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """``dz^T factor [V, D]``, rounded once to the dtype of the weight."""
     grad = torch.empty_like(weight)
-    for columns in _slices(weight):
+    if weight.dtype == dz.dtype and weight.numel() >= _UNSPLIT_ENTRIES:
+        return torch.mm(dz.T, factor, out=grad)
+    for columns in product_slices(weight):
         grad[columns] = product(dz[:, columns].T, factor)
     return grad
 
 
-def _hidden_gradient(dz: Tensor, rows: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """``rows * (dz weight)``, ``[N, D]`` in the dtype of the hidden states."""
-    factor, grad = weight.to(dz.dtype), torch.empty_like(hidden)
-    for r in _slices(hidden):
-        torch.mul(product(dz[r], factor), rows[r, None], out=grad[r])
-    return grad
+class KeptChunks:
+    """One forward of a batch that does not fit: chunk after chunk into wide sums."""
+
+    def __init__(
+        self, logits: Logits, targets: Tensor, plan: HeadPlan, wanted: tuple[bool, bool, bool],
+        stats: bool, longest: int,
+    ):  # fmt: skip
+        self.logits, self.plan = logits, plan
+        self.kept = Unscaled(logits, targets, plan, min(plan.kept_tokens, longest), stats)
+        self.grads = HeadGradients.zeros(logits, wanted)
+        self.logps: list[Tensor] = []
+
+    @property
+    def values(self) -> list[TokenStats]:
+        """Token statistics of the tiles."""
+        return self.kept.values
+
+    def chunk(self, chunk: Chunk, objective: ChunkObjective) -> Tensor:
+        """Losses ``[b]`` of one chunk; its gradients are added to the sums."""
+        start, stop = chunk.tokens.start, chunk.tokens.stop
+        parts = [
+            slice(start + part.start, start + part.stop)
+            for part in blocks(stop - start, self.plan.kept_tokens)
+        ]
+        # A pair beyond the budget is computed twice, a part at a time.
+        again = len(parts) > 1
+        make = self.kept.score if again else self.kept.make
+        empty = self.kept.dz.new_empty(0, dtype=self.logits.wide)
+        logps = torch.cat([make(part) for part in parts] or [empty])
+        self.logps.append(logps)
+        losses, coefficients = objective(logps, chunk)
+        for part in parts:
+            if again:
+                self.kept.make(part, record=False)
+            self._add(part, coefficients[part.start - start : part.stop - start])
+        return losses
+
+    def _add(self, rows: slice, coefficients: Tensor) -> None:
+        dz, active = self.kept.dz[: rows.stop - rows.start], None
+        if self.plan.sparse:
+            dz, active = leave_out(dz, coefficients)
+        hidden = self.logits.hidden_states[rows]
+        if active is not None:
+            hidden, coefficients = hidden[active], coefficients[active]
+        grads, operand = self.grads, dz.dtype
+        if grads.weight is not None:
+            accumulate(grads.weight, dz.T, scaled_rows(hidden, coefficients, operand))
+        if grads.hidden is not None:
+            own = grads.hidden[rows]
+            out = own if active is None else torch.empty_like(own[: active.shape[0]])
+            write_hidden_gradient(dz, coefficients, self.kept.weight, out)
+            if active is not None:
+                own.index_copy_(0, active, out)
+        if grads.bias is not None:
+            for columns, part in _column_sums(dz, coefficients):
+                grads.bias[columns] += part
 
 
-def _bias_gradient(dz: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """``rows dz``, ``[V]`` in the dtype of the bias."""
-    grad = torch.empty_like(bias)
-    for columns in blocks(bias.shape[0], max(_SLICE_BYTES // (4 * max(dz.shape[0], 1)), 1)):
-        grad[columns] = rows @ dz[:, columns].to(rows.dtype)
-    return grad
+class Unscaled:
+    """``onehot - p`` times the slope of the logits, ``[tokens, V]`` in bf16, tile by tile."""
+
+    def __init__(
+        self, logits: Logits, targets: Tensor, plan: HeadPlan, tokens: int, stats: bool
+    ) -> None:
+        self.logits, self.targets, self.plan, self.stats = logits, targets, plan, stats
+        self.columns = slice(0, logits.head.width)
+        self.weight = logits.columns(self.columns)
+        stride = -(-self.columns.stop // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.dz = self.weight.new_empty((tokens, stride), dtype=logits.operand)[:, self.columns]
+        self.values: list[TokenStats] = []
+
+    def make(self, rows: slice, record: bool = True) -> Tensor:
+        """Log-probs ``[r]`` of some rows, whose gradients become the first of the buffer."""
+        return self._tiles(rows, record, gradient=True)
+
+    def score(self, rows: slice) -> Tensor:
+        """Log-probs ``[r]`` alone."""
+        return self._tiles(rows, True, gradient=False)
+
+    def _tiles(self, rows: slice, record: bool, *, gradient: bool) -> Tensor:
+        logps = self.weight.new_empty(rows.stop - rows.start, dtype=self.logits.wide)
+        for block in blocks(logps.shape[0], self.plan.block_rows):
+            at = slice(rows.start + block.start, rows.start + block.stop)
+            logps[block] = self._tile(at, self.dz[block] if gradient else None, record)
+        return logps
+
+    def _tile(self, rows: slice, out: Tensor | None, record: bool) -> Tensor:
+        targets = self.targets[rows]
+        tile = self.logits.row_tile(self.logits.rows(rows), self.weight, self.columns)
+        state, values = tile.statistics(targets, self.stats and record, keep=out is not None)
+        if out is not None:
+            tile.gradient(state, targets, torch.ones_like(state.logps), out=out)
+        if values is not None:
+            self.values.append(values)
+        return state.logps
 
 
-def _slices(result: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a product's result."""
-    rows = _SLICE_BYTES // (4 * result.shape[1]) // _SLICE_ROWS * _SLICE_ROWS
-    return blocks(result.shape[0], max(rows, _SLICE_ROWS))
+def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``dz`` with its rows of coefficient 0 left out, in place, and which rows remain.
+
+    None for all, as where moving rows would cost more than their products. The number of rows has
+    to be known to the host, which waits for it.
+    """
+    active = coefficients.nonzero()[:, 0]
+    if active.shape[0] > _WORTH_MOVING * coefficients.shape[0]:
+        return dz, None
+    # Rows only move towards the front: a block never lands on rows that are still to be moved.
+    for block in blocks(active.shape[0], max(PRODUCT_BYTES // (2 * dz.shape[1]), 1)):
+        dz[block] = dz[active[block]]
+    return dz[: active.shape[0]], active
+
+
+def scaled_rows(hidden: Tensor, coefficients: Tensor, operand: torch.dtype) -> Tensor:
+    """``coefficients * hidden`` as a factor of the weight's gradient, rounded once."""
+    return torch.mul(hidden, coefficients[:, None], out=torch.empty_like(hidden, dtype=operand))
+
+
+def write_hidden_gradient(dz: Tensor, coefficients: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``coefficients * (dz weight)`` into ``out [a, D]``, rounded once; ``weight`` is a factor."""
+    for rows in product_slices(out):
+        torch.mul(product(dz[rows], weight), coefficients[rows, None], out=out[rows])
+
+
+def _column_sums(dz: Tensor, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``coefficients dz``, wide, a slice of the vocabulary at a time."""
+    for columns in blocks(dz.shape[1], max(PRODUCT_BYTES // (4 * max(dz.shape[0], 1)), 1)):
+        yield columns, coefficients @ dz[:, columns].to(coefficients.dtype)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdaa import reference
-from fastdaa.compiled_logps import compiled_head_logps
+from fastdaa.compiled_logps import compiled_head_logps, compiled_token_stats
 from fastdaa.frozen import Frozen
 from fastdaa.head import LmHead
 from fastdaa.outputs import PairLogps, TokenStats
-from fastdaa.planner import plan_head
+from fastdaa.plan_call import plan_call
 from fastdaa.recompute import Recompute
 from fastdaa.score import score
 from fastdaa.validation import check_head_inputs
@@ -53,7 +53,8 @@ def token_logps(
             CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
             logits at all, and log-probs that differ from the other engines' in the last bits, so
             both models of a comparison need it), or ``"auto"``, for now torch.
-        max_bytes: bytes of fp32 logits held at a time; None for the default of the device.
+        max_bytes: memory beyond inputs and returned gradients, as in :func:`fastdaa.plan_head`;
+            None for the default of the device.
 
     Returns:
         ``[N]`` in nats, fp32 (fp64 if an input is fp64).
@@ -96,18 +97,13 @@ def head_logps_and_stats(
     impl: str = "auto",
     engine: str = "auto",
     max_bytes: int | None = None,
+    sparse: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`."""
-    grad = torch.is_grad_enabled()
-    plan = plan_head(
-        head.planned_width,
-        hidden_states.device,
-        hidden_grad=grad and hidden_states.requires_grad,
-        head_grad=grad and head.trained,
-        impl=impl,
-        engine=engine,
-        max_bytes=max_bytes,
-    )
+    plan = plan_call(
+        hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
+        sparse=sparse,
+    )  # fmt: skip
     if plan.path == "reference":
         if head.shard is not None:
             raise ValueError("impl='reference': expected a head with the whole vocabulary, got a "
@@ -147,11 +143,12 @@ def token_stats(
         hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
             :func:`token_logps`.
     """
-    check_head_inputs(hidden_states, head.weight, targets, head.bias)
-    plan = plan_head(
-        head.planned_width, hidden_states.device, hidden_grad=False, head_grad=False,
-        engine=engine, max_bytes=max_bytes,
-    )  # fmt: skip
+    check_head_inputs(hidden_states, head.weight, targets, head.bias, head.vocab_size)
+    if torch.compiler.is_compiling():
+        return compiled_token_stats(
+            hidden_states, head, targets, engine=engine, max_bytes=max_bytes
+        )
+    plan = plan_call(hidden_states, head, stats=True, engine=engine, max_bytes=max_bytes)
     state, stats = score(hidden_states, head, targets, plan, stats=True)
     assert stats is not None
     return state.logps, stats

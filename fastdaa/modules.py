@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdaa.compiled_loss import compiled_select_pairs
+from fastdaa.compiled_selection import compiled_select_pairs
 from fastdaa.head import LmHead
 from fastdaa.logps import token_logps
 from fastdaa.losses import Objective

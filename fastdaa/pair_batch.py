@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.chunks import Chunk
 from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
-from fastdaa.single_pass import Chunk
 from fastdaa.validation import check_indices, check_shape
 
 

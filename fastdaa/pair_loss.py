@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps_and_stats
@@ -17,7 +18,7 @@ from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
 from fastdaa.planner import HeadPlan
-from fastdaa.single_pass import chunks_of_pairs, plan_loss, single_pass
+from fastdaa.single_pass import plan_loss, single_pass
 from fastdaa.validation import check_head_inputs, check_indices
 
 
@@ -57,7 +58,8 @@ def pair_loss(
         impl: ``"auto"`` or the path to take, as in :func:`fastdaa.token_logps`, and
             ``"single_pass"``.
         engine: what works on tiles of logits, as in :func:`fastdaa.token_logps`.
-        max_bytes: bytes of logits held at a time; None for the default of the device.
+        max_bytes: memory beyond inputs and returned gradients, as in :func:`fastdaa.plan_head`;
+            None for the default of the device.
 
     Returns:
         The loss and, detached, what it was made of.
@@ -76,10 +78,11 @@ def pair_loss(
         )  # fmt: skip
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
     rows = flat.index_select(0, selection.rows)
-    check_head_inputs(rows, head.weight, selection.targets, head.bias)
+    check_head_inputs(rows, head.weight, selection.targets, head.bias, head.vocab_size)
     plan = plan_loss(
-        rows, head, coupled=objective.coupled, impl=impl, engine=engine, max_bytes=max_bytes
-    )
+        rows, head, coupled=objective.coupled, sparse=objective.sparse, stats=stats, impl=impl,
+        engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
     batch = PairBatch(
         selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
         plan.engine,
@@ -88,7 +91,7 @@ def pair_loss(
         return _single_pass(rows, head, batch, plan, stats)
     logps, values = head_logps_and_stats(
         rows, head, selection.targets, stats=stats, impl=plan.path, engine=engine,
-        max_bytes=max_bytes,
+        max_bytes=max_bytes, sparse=objective.sparse,
     )  # fmt: skip
     losses = batch.losses(logps, batch.everything)
     loss = losses.sum() / batch.totals.pairs

@@ -18,28 +18,21 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from fastdaa.memory import CallSize, fits_whole, plan_tiles, single_pass_sums
 from fastdaa.validation import check_choice
 
 PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
 ENGINES = ("auto", "torch", "triton", "fused")
 _GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference": 3}
 
-# Bytes of fp32 logits held at a time: (statistics and gradient tiles, chunks of the single pass). A
-# CPU tile stays in the last-level cache; the single pass holds whole pairs.
-_CPU_BYTES = (32 << 20, 256 << 20)
-_DEVICE_BYTES = (512 << 20, 1 << 30)
-# Bytes of bf16 gradients of logits that the single pass may keep until backward: what
-# 8192 tokens over 128256 entries need, and no more than the fp32 sum in their place would.
-_KEPT_BYTES = 2 << 30
-# A CPU gains nothing from more rows in one product, and its cache does not hold them.
-_CPU_BLOCK_ROWS = 256
-# Columns of the tiles of recompute's backward pass: wide enough for an efficient product, narrow
-# enough for thousands of rows, so that a slice of the weight's gradient is summed in few products.
-_CPU_COLUMNS = 4096
-_DEVICE_COLUMNS = 16384
+# A chunk of n tokens reads and writes the fp32 sum of the weight's gradient, 8 V D bytes; computing
+# its logits again is 2 n V D FLOP. Equal at 4 FLOP a second / bytes a second: 610 tokens on an
+# A100, 740 on an H200, 1180 on an H100 (half precision, by their data sheets).
+_BREAK_EVEN_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -54,18 +47,27 @@ class HeadPlan:
     """Tokens whose statistics are taken at once, from whole rows of logits: so every path gives
     the same log-probs to the last bit."""
     tile_rows: int
-    """Tokens of the largest tile of logits: the token budget of a chunk of whole pairs in
-    ``single_pass``, a tile of the backward pass in ``recompute``, else ``block_rows``."""
+    """Tokens of the largest tile of logits: a tile of the backward pass in ``recompute``; the
+    token budget of a chunk of whole pairs in a ``single_pass`` that keeps no gradients; else
+    ``block_rows``."""
     tile_columns: int
     """Vocabulary entries of that tile."""
     kept_tokens: int = 0
-    """Tokens of the whole batch, if ``single_pass`` keeps the gradients of all their logits in bf16
-    until the backward pass; else 0."""
+    """Tokens the gradients of whose logits ``single_pass`` keeps in bf16 at a time; 0 for none."""
+    kept_whole: bool = False
+    """Those are all tokens of the batch, and they are kept until the backward pass. If not, they
+    are a chunk of whole pairs, kept until its loss is known."""
+    extra_bytes: int = 0
+    """The most that the call holds beyond its inputs, the gradients that it returns and a few
+    numbers a token, as far as its sizes were given."""
     engine: str = "torch"
     """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
     ``"fused"`` where products and statistics are one kernel and no tile exists."""
     engine_reason: str = ""
     """One clause, where there was a choice."""
+    sparse: bool = False
+    """Tokens with a coefficient of 0 are left out of the products that make gradients; a GPU's host
+    waits to learn their number."""
 
     @property
     def gemms(self) -> int:
@@ -88,20 +90,23 @@ class HeadPlan:
         return self.kept_tokens or self.tile_rows
 
     def explain(self) -> str:
-        """One line: path, cost, tile and reason, and the engine where there was a choice."""
+        """One line: path, cost, tiles, memory, reason, and the engine if there was a choice."""
         kept = (
-            f"gradients of the logits of {self.kept_tokens} tokens kept = "
-            f"{self.kept_bytes / 2**20:.0f} MiB, "
+            f"gradients of the logits of {self.kept_tokens} tokens kept = {_mib(self.kept_bytes)}, "
         )
         line = (
             f"{self.path} ({self.gemms}U, {kept if self.kept_tokens else ''}"
             f"tiles of {self.tile_rows} tokens x "
-            f"{self.tile_columns} vocabulary entries = {self.tile_bytes / 2**20:.0f} MiB): "
-            f"{self.reason}"
+            f"{self.tile_columns} vocabulary entries = {_mib(self.tile_bytes)}, at most "
+            f"{_mib(self.extra_bytes)} in all): {self.reason}"
         )
         if not self.engine_reason:
             return line
         return f"{line}; engine {self.engine}: {self.engine_reason}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def plan_head(
@@ -115,13 +120,21 @@ def plan_head(
     impl: str = "auto",
     engine: str = "auto",
     max_bytes: int | None = None,
-    tokens: int | None = None,
-    operand: torch.dtype | None = None,
+    tokens: int = 0,
+    hidden_size: int = 0,
+    operand: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    softcap: bool = False,
+    stats: bool = False,
+    sparse: bool = False,
+    divergence: bool = False,
+    sharded: bool = False,
 ) -> HeadPlan:
     """Choose a path and an engine.
 
     Args:
-        vocab_size: ``V``.
+        vocab_size: ``V``, or the slice of it that a process has.
         device: where the tensors are.
         hidden_grad: a gradient of the hidden states is wanted.
         head_grad: a gradient of the weight or the bias is wanted.
@@ -130,10 +143,20 @@ def plan_head(
         impl: ``"auto"``, or the path to take; one that cannot serve raises.
         engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: torch,
             until the Triton kernels have been measured on a GPU.
-        max_bytes: bytes of logits held at a time; None for the default of the device.
-        tokens: scored tokens of the whole batch, if the caller can keep the gradients of all their
-            logits until backward. It does if they take 2 GiB at most, or half of ``max_bytes``.
-        operand: dtype of the factors of the products; gradients are kept in bf16 alone.
+        max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
+            Sums that a path cannot do without count first (``auto`` takes no single pass whose sum
+            of the weight's gradient does not fit); tiles of logits get the rest, a quarter of it at
+            least, so that no batch is too long.
+        tokens: ``N`` scored tokens of the batch; 0 if not known.
+        hidden_size: ``D``; 0 if not known, and sums are not counted.
+        operand: dtype of the factors of the products. bf16 gradients of logits are kept until
+            backward if those of the whole batch take 2 GiB at most, or half of ``max_bytes``.
+        weight_dtype, hidden_dtype: of the head and of the hidden states; None for ``operand``.
+        softcap, stats: the head has a cap, token statistics are wanted; an engine may hold more.
+        sparse: the loss gives many tokens a coefficient of exactly 0, as a hinge does; such tokens
+            are then left out of products on GPUs, too.
+        divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
+        sharded: the head is a slice of the vocabulary.
 
     Raises:
         ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, or a budget
@@ -143,17 +166,46 @@ def plan_head(
     check_choice("impl", impl, PATHS)
     check_choice("engine", engine, ENGINES)
     device = torch.device(device)
-    kept = _kept_tokens(vocab_size, max_bytes, tokens, operand) if loss_inside else 0
-    coupled = coupled and not kept  # the loss of the whole batch is known in time
+    size = CallSize(
+        vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats
+    )
+    # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
+    whole = loss_inside and tokens > 0 and not sharded and fits_whole(size, max_bytes)
+    coupled = coupled and not whole  # the loss of the whole batch is known in time
     path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
     if impl not in ("auto", path):
         _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
         path, reason = impl, "asked for"
-    elif path == "single_pass" and kept:
+    chosen, engine_reason = _choose_engine(engine, path, device)
+    on_cpu = device.type == "cpu"
+    tiles_for = partial(
+        plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
+    )
+    if path == "single_pass" and whole:
         reason = "the head is trained and the gradients of the batch's logits fit in memory"
-    kept = kept if path == "single_pass" else 0
-    tiles = _tiles(vocab_size, device, path, max_bytes, kept)
-    return HeadPlan(path, reason, *tiles, kept, *_choose_engine(engine, path, device))
+    elif path == "single_pass" and impl == "auto":
+        chunk = tiles_for("single_pass").chunk_tokens
+        obstacle = _obstacle(size, chunk, on_cpu, max_bytes)
+        path, reason = ("recompute", obstacle) if obstacle else (path, reason)
+    compared = divergence and chosen == "torch"
+    tiles = tiles_for("divergence" if compared else path, wanted=(hidden_grad, head_grad))
+    return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu)
+
+
+def _obstacle(size: CallSize, chunk: int, on_cpu: bool, max_bytes: int | None) -> str:
+    """Why a single pass in chunks of so many tokens is no good, or nothing."""
+    sums = single_pass_sums(size)
+    if max_bytes is not None and sums > max_bytes - max_bytes // 4:
+        return (
+            f"the sums of a single pass take {_mib(sums)}, more than three quarters of "
+            f"max_bytes = {_mib(max_bytes)}"
+        )
+    if size.half and not on_cpu and chunk < min(_BREAK_EVEN_TOKENS, size.tokens):
+        return (
+            f"chunks of {chunk} tokens would spend more on the sum of the weight's gradient than "
+            "computing the logits again does"
+        )
+    return ""
 
 
 def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, str]:
@@ -178,6 +230,14 @@ def _check_triton(engine: str, path: str, device: torch.device) -> None:
         raise ImportError(f"engine={engine!r} needs the package triton, which is not installed: "
                           "pip install 'fastdaa[triton]', or engine='torch'")  # fmt: skip
     if device.type == "cuda":
+        # A plan for a GPU may be made where there is none.
+        here = torch.cuda.is_available()
+        capability = torch.cuda.get_device_capability(device) if here else (8, 0)
+        if capability < (8, 0):
+            raise ValueError(
+                f"engine={engine!r}: expected a GPU of compute capability 8.0 or later, got "
+                f"{capability[0]}.{capability[1]}; engine='torch' takes it"
+            )
         return
     from fastdaa.kernels.configs import interpreted
 
@@ -213,37 +273,3 @@ def _check_explicit(
     if impl == "single_pass" and coupled:
         raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
                          "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip
-
-
-def _kept_tokens(
-    vocab_size: int, max_bytes: int | None, tokens: int | None, operand: torch.dtype | None
-) -> int:
-    """``tokens`` if the gradients of their logits may be kept, else 0."""
-    if tokens is None or operand != torch.bfloat16:
-        return 0
-    budget = _KEPT_BYTES if max_bytes is None else max_bytes // 2
-    return tokens if 2 * vocab_size * tokens <= budget else 0
-
-
-def _tiles(
-    vocab_size: int, device: torch.device, path: str, max_bytes: int | None, kept: int
-) -> tuple[int, int, int]:
-    on_cpu = device.type == "cpu"
-    budget, held = _CPU_BYTES if on_cpu else _DEVICE_BYTES
-    row = 4 * vocab_size
-    if max_bytes is not None:
-        # Beside gradients that are kept, a tile has the other half.
-        budget, held = min(budget, max_bytes // 2) if kept else max_bytes, max_bytes
-        if max_bytes < row:
-            raise ValueError(
-                f"max_bytes: expected at least {row} (one fp32 row of {vocab_size} logits), "
-                f"got {max_bytes}"
-            )
-    block = max(budget // row, 1)
-    block = min(block, _CPU_BLOCK_ROWS) if on_cpu else block
-    if path == "single_pass" and not kept:
-        return block, max(held // row, 1), vocab_size
-    if path != "recompute":
-        return block, block, vocab_size
-    columns = min(vocab_size, _CPU_COLUMNS if on_cpu else _DEVICE_COLUMNS)
-    return block, max(budget // (4 * columns), 1), columns

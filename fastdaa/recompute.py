@@ -92,42 +92,71 @@ def head_gradients(
     rows: RowState,
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
-    *,
-    wide: bool = False,
 ) -> Gradients:
     """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias.
 
     A slice of the weight's gradient is summed wide over all tokens, rounded and written once: no
-    wide ``[V, D]`` exists. ``wide`` leaves all of them unrounded.
+    wide ``[V, D]`` exists.
     """
     head, hidden_states = logits.head, logits.hidden_states
+    if plan.sparse:
+        active = coefficients.nonzero()[:, 0]
+        if active.shape[0] < coefficients.shape[0]:
+            by_hidden, weight, bias = head_gradients(
+                logits.pick(active), targets[active], coefficients[active], rows.pick(active),
+                replace(plan, sparse=False), wanted,
+            )  # fmt: skip
+            return among(hidden_states, active, by_hidden), weight, bias
     weight, bias = (
-        torch.empty_like(t, dtype=logits.wide if wide else t.dtype)
-        if t is not None and want
-        else None
+        torch.empty_like(t) if t is not None and want else None
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
     )
     by_hidden = torch.zeros_like(hidden_states, dtype=logits.wide) if wanted[0] else None
-    factor = GradientFactor(logits, coefficients)
-    scaled = factor.scaled(coefficients)
     with without_autocast(hidden_states.device):
+        call = _Backward(logits, targets, coefficients, rows, plan)
         for columns in blocks(head.width, plan.tile_columns):
-            operand = logits.columns(columns)
-            sums = [_slice_sum(t, columns, logits.wide) for t in (weight, bias)]
-            grads = HeadGradients(logits, by_hidden, *sums)
-            for r in blocks(hidden_states.shape[0], plan.tile_rows):
-                hidden = logits.rows(r)
-                tile = logits.row_tile(hidden, operand, columns)
-                state = RowState(rows.m[r], rows.log_s[r], rows.logps[r])
-                dz = tile.gradient(state, targets[r], scaled[r])
-                grads.add(dz, factor, hidden, operand, r, slice(0, operand.shape[0]))
-            for whole, part in zip((weight, bias), sums, strict=True):
-                if whole is not None and part is not None and part.dtype != whole.dtype:
-                    whole[columns] = part
+            call.add_slice(columns, by_hidden, weight, bias)
     if by_hidden is not None:
         sum_over_shards(by_hidden, head)
-        by_hidden = by_hidden if wide else by_hidden.to(hidden_states.dtype)
+        by_hidden = by_hidden.to(hidden_states.dtype)
     return by_hidden, weight, bias
+
+
+class _Backward:
+    """A backward pass, a slice of the vocabulary at a time."""
+
+    def __init__(
+        self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan
+    ):
+        self.logits, self.targets, self.rows, self.plan = logits, targets, rows, plan
+        self.factor = GradientFactor(logits, coefficients)
+        self.scaled = self.factor.scaled(coefficients)
+
+    def add_slice(
+        self, columns: slice, by_hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """Adds to the wide gradient of the hidden states; writes a slice of the others."""
+        operand = self.logits.columns(columns)
+        sums = [_slice_sum(t, columns, self.logits.wide) for t in (weight, bias)]
+        grads = HeadGradients(self.logits, by_hidden, *sums)
+        for r in blocks(self.targets.shape[0], self.plan.tile_rows):
+            self._add_tile(r, columns, operand, grads)
+        for whole, part in zip((weight, bias), sums, strict=True):
+            if whole is not None and part is not None and part.dtype != whole.dtype:
+                whole[columns] = part
+
+    def _add_tile(self, r: slice, columns: slice, operand: Tensor, grads: HeadGradients) -> None:
+        hidden = self.logits.rows(r)
+        tile = self.logits.row_tile(hidden, operand, columns)
+        dz = tile.gradient(self.rows.pick(r), self.targets[r], self.scaled[r])
+        grads.add(dz, self.factor, hidden, operand, r, slice(0, operand.shape[0]))
+
+
+def among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Gradients of the rows ``active`` of a tensor among those that have none."""
+    if rows is None:
+        return None
+    return torch.zeros_like(like, dtype=rows.dtype).index_copy_(0, active, rows)
 
 
 def _slice_sum(whole: Tensor | None, columns: slice, wide: torch.dtype) -> Tensor | None:

@@ -35,9 +35,10 @@ def score(
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
         columns = slice(0, head.width)
+        weight = logits.columns(columns)
         results = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            tile = logits.row_tile(logits.rows(rows), logits.columns(columns), columns)
+            tile = logits.row_tile(logits.rows(rows), weight, columns)
             results.append(tile.statistics(targets[rows], stats))
             del tile  # before the next one is made
         empty = hidden_states.new_zeros(0, dtype=logits.wide)

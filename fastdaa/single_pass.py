@@ -2,82 +2,33 @@
 
 For every sequence-level objective ``dL/dz_i = g_i (onehot_i - p_i)`` with coefficients ``g`` that
 are known as soon as the log-probs of a pair are. A chunk of whole pairs therefore goes from logits
-to statistics to coefficients to gradients while its logits are at hand. Half-precision gradients of
-all logits, where they fit, wait for the coefficients instead: :mod:`fastdaa.kept`.
+to statistics to coefficients to gradients while its logits are at hand. Gradients of logits in bf16
+wait for the coefficients instead: :mod:`fastdaa.kept`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.engines import RowState, RowTile
 from fastdaa.head import LmHead
-from fastdaa.kept import Kept
+from fastdaa.kept import Kept, KeptChunks
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan, plan_head
+from fastdaa.plan_call import plan_call
+from fastdaa.planner import HeadPlan
 from fastdaa.recompute import Gradients, HeadGradients
 from fastdaa.score import join
 from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
 
-
-class Chunk(NamedTuple):
-    """Whole pairs whose logits are held together."""
-
-    pairs: slice
-    tokens: slice
-
-
-ChunkObjective = Callable[[Tensor, Chunk], tuple[Tensor, Tensor]]
-"""Token log-probs ``[n]`` of a chunk to the losses ``[b]`` of its pairs and the derivatives ``[n]``
-of the batch's mean loss by the log-probs."""
-
-
-def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:
-    """Consecutive pairs in chunks of at most ``budget`` tokens; a longer pair is one by itself.
-
-    Args:
-        counts: scored tokens of every sequence, pair-major, ``2B`` host integers.
-    """
-    chunks: list[Chunk] = []
-    first_pair, first_token, end = 0, 0, 0
-    for pair in range(len(counts) // 2):
-        size = counts[2 * pair] + counts[2 * pair + 1]
-        if pair > first_pair and end + size - first_token > budget:
-            chunks.append(Chunk(slice(first_pair, pair), slice(first_token, end)))
-            first_pair, first_token = pair, end
-        end += size
-    if len(counts):
-        chunks.append(Chunk(slice(first_pair, len(counts) // 2), slice(first_token, end)))
-    return chunks
-
-
-def single_pass_plan(plan: HeadPlan, head: LmHead) -> HeadPlan:
-    """The plan with the chunks that fit beside what the engine holds for this head."""
-    if head.softcap is None or plan.engine != "torch" or plan.kept_tokens:
-        return plan
-    # The slope of the cap is held beside the logits: half as many fit.
-    return replace(plan, tile_rows=max(plan.tile_rows // 2, 1))
-
-
-def plan_loss(
-    rows: Tensor, head: LmHead, *, coupled: bool, impl: str, engine: str, max_bytes: int | None
-) -> HeadPlan:
-    """The plan of a call that hands over its loss, for the scored rows ``[N, D]`` of its batch."""
-    grad = torch.is_grad_enabled()
-    plan = plan_head(
-        head.planned_width, rows.device, hidden_grad=grad and rows.requires_grad,
-        head_grad=grad and head.trained, loss_inside=True, coupled=coupled, impl=impl,
-        engine=engine, max_bytes=max_bytes,
-        # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
-        tokens=rows.shape[0] if head.shard is None else None, operand=Logits(rows, head).operand,
-    )  # fmt: skip
-    return single_pass_plan(plan, head) if plan.path == "single_pass" else plan
+plan_loss = partial(plan_call, loss_inside=True)
+"""The plan of a call that hands over its loss."""
 
 
 def single_pass(
@@ -86,7 +37,7 @@ def single_pass(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What :class:`SinglePass` returns, by the plan's way; chunks of ``plan.chunk_tokens``."""
     call = (rows, head.weight, head.bias, targets, head.detach(), plan)
-    if not plan.kept_tokens:
+    if not plan.kept_whole:
         return SinglePass.apply(*call, chunks, objective, pairs, stats)
     (everything,) = chunks
     return Kept.apply(*call, lambda logps: objective(logps, everything), pairs, stats)
@@ -133,9 +84,14 @@ def run_single_pass(
     objective: ChunkObjective, wanted: tuple[bool, bool, bool], stats: bool,
 ) -> tuple[list[Tensor], Gradients]:  # fmt: skip
     """Losses ``[B]``, log-probs ``[N]``, three statistics, and the gradients, wide."""
-    run = _Run(logits, targets, plan, wanted, stats)
+    longest = max((c.tokens.stop - c.tokens.start for c in chunks), default=0)
     device = logits.hidden_states.device
     with without_autocast(device):
+        run: KeptChunks | _HeldChunks
+        if plan.kept_tokens:
+            run = KeptChunks(logits, targets, plan, wanted, stats, longest)
+        else:
+            run = _HeldChunks(logits, targets, plan, wanted, stats)
         losses = [run.chunk(chunk, objective) for chunk in chunks]
     empty = torch.zeros(0, dtype=logits.wide, device=device)
     results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
@@ -151,8 +107,8 @@ class _Block(NamedTuple):
     values: TokenStats | None
 
 
-class _Run:
-    """One forward: the sums, and the logits buffer that all chunks share."""
+class _HeldChunks:
+    """One forward whose chunks hold their logits: the sums, and the buffer that all share."""
 
     def __init__(
         self,
@@ -174,30 +130,30 @@ class _Run:
     def chunk(self, chunk: Chunk, objective: ChunkObjective) -> Tensor:
         """Losses ``[b]`` of one chunk; its gradients are added to the sums."""
         start, stop = chunk.tokens.start, chunk.tokens.stop
-        if stop - start <= self.plan.tile_rows:
-            parts = [(start, stop)]
-            held = list(self._forward(start, stop))
-            logps = [block.state.logps for block in held]
-            self._record(held)
-        else:
-            # A pair beyond the budget is computed twice, a part at a time.
-            parts = [
-                (start + b.start, start + b.stop) for b in blocks(stop - start, self.plan.tile_rows)
-            ]
-            held, logps = [], []
-            for part in parts:
-                passing = list(self._forward(*part))
-                logps += [block.state.logps for block in passing]
-                self._record(passing)
+        parts = [
+            (start + b.start, start + b.stop) for b in blocks(stop - start, self.plan.tile_rows)
+        ]
+        # A pair beyond the budget is computed twice, a part at a time.
+        held = list(self._forward(*parts[0])) if len(parts) == 1 else []
+        self._record(held)
+        logps = [block.state.logps for block in held]
+        for part in parts if len(parts) > 1 else []:
+            logps += self._logps(part)
         empty = self.weight.new_zeros(0, dtype=self.logits.wide)
         token_logps = torch.cat(logps or [empty])
         self.logps.append(token_logps)
         losses, coefficients = objective(token_logps, chunk)
         factor = GradientFactor(self.logits, coefficients)
         for part in parts:
-            again = held or list(self._forward(*part))
-            self._backward(again, coefficients[part[0] - start : part[1] - start], factor)
+            part_coefficients = coefficients[part[0] - start : part[1] - start]
+            self._backward(held or list(self._forward(*part)), part_coefficients, factor)
         return losses
+
+    def _logps(self, part: tuple[int, int]) -> list[Tensor]:
+        """Log-probs of a part whose logits are not held."""
+        passing = list(self._forward(*part))
+        self._record(passing)
+        return [block.state.logps for block in passing]
 
     def _forward(self, start: int, stop: int) -> Iterator[_Block]:
         """Logits of the rows into the buffer, block by block, and their statistics."""
@@ -223,13 +179,13 @@ class _Run:
         self.values += [block.values for block in held if block.values is not None]
 
     def _backward(self, held: list[_Block], coefficients: Tensor, factor: GradientFactor) -> None:
-        """Gradients of one part. Rows with coefficient 0 stay out of the products on CPU."""
+        """Gradients of one part; rows of coefficient 0 stay out of products if the plan says so."""
         if not held:
             return
         start = held[0].rows.start
         scaled = factor.scaled(coefficients)
         parts = [scaled[b.rows.start - start : b.rows.stop - start] for b in held]
-        if self.on_cpu and not bool((coefficients != 0).all()):
+        if self.plan.sparse and not bool((coefficients != 0).all()):
             for block, g in zip(held, parts, strict=True):
                 self._backward_active(block, g, factor)
             return

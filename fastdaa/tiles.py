@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,17 @@ from torch import Tensor
 
 from fastdaa.engines import ENGINES, RowTile, finish_logits, steepest_slope
 from fastdaa.head import LmHead
+from fastdaa.memory import PRODUCT_BYTES
 
 _HALVES = (torch.float16, torch.bfloat16)
+# torch.addmm takes an fp32 summand with half-precision factors.
+_ADDS_HALVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 # Gradient tiles in fp16 are scaled up to about this, far from both underflow and overflow.
 FP16_TARGET = 1024.0
 _SMALLEST_COEFFICIENT = 2.0**-100
+_WIDTH_MULTIPLE = 16
+# A slice of a product is a multiple of 128 rows.
+_SLICE_ROWS = 128
 # CPU products round differently in the rows that are left over below a multiple of a few rows.
 _CPU_ROW_MULTIPLE = 16
 
@@ -50,9 +57,11 @@ def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b``, with an fp32 result for half-precision factors (``out`` is then not used)."""
+    """``a @ b``, with an fp32 result for half-precision factors."""
     if a.dtype in _HALVES:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
@@ -62,11 +71,24 @@ def logits_product(hidden: Tensor, weight: Tensor, out: Tensor | None = None) ->
     Policy and reference may meet a row in blocks of different heights; on CPU, blocks are filled up
     with zero rows to a multiple that no product rounds differently.
     """
-    missing = _missing_rows(hidden.shape[0]) if hidden.device.type == "cpu" else 0
+    if hidden.device.type != "cpu":
+        return product(hidden, weight.T, _aligned(hidden, weight) if out is None else out)
+    missing = _missing_rows(hidden.shape[0])
     if not missing:
         return product(hidden, weight.T, out)
     z = product(F.pad(hidden, (0, 0, 0, missing)), weight.T)[: hidden.shape[0]]
     return z if out is None else out.copy_(z)
+
+
+def _aligned(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """Memory for logits of an odd vocabulary whose rows begin at multiples of 64 bytes, as the
+    products that read them and their gradients like it; None where they do anyway."""
+    width = weight.shape[0]
+    stride = -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    if stride == width:
+        return None
+    dtype = torch.float32 if hidden.dtype in _HALVES else hidden.dtype
+    return hidden.new_empty((hidden.shape[0], stride), dtype=dtype)[:, :width]
 
 
 def _missing_rows(rows: int) -> int:
@@ -85,9 +107,21 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 def add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, fp32, of half-precision factors; there is such a product on GPUs only.
 
-    A product of its own and an addition would move 16 bytes an entry instead of 8.
+    A product of its own and an addition move 16 bytes an entry instead of 8; before torch 2.10
+    there is no other way.
     """
-    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if _ADDS_HALVES:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return
+    for rows in product_slices(total):
+        total[rows] += product(a[rows], b)
+
+
+def product_slices(result: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a product's result that is not the end of it: a GPU's cache holds one,
+    and its product fills the GPU."""
+    rows = PRODUCT_BYTES // (4 * result.shape[1]) // _SLICE_ROWS * _SLICE_ROWS
+    return blocks(result.shape[0], max(rows, _SLICE_ROWS))
 
 
 def sum_over_shards(total: Tensor, head: LmHead) -> None:
@@ -112,6 +146,12 @@ class Logits:
         self.wide = torch.float64 if self.operand == torch.float64 else torch.float32
         self.hidden_states = hidden_states
         self.engine = ENGINES[engine]
+
+    def pick(self, rows: Tensor) -> Logits:
+        """The logits of some rows."""
+        picked = copy(self)
+        picked.hidden_states = self.hidden_states[rows]
+        return picked
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states ``[r, D]`` as a factor."""
@@ -169,5 +209,6 @@ class GradientFactor:
         """``total += a @ b`` where one factor is a tile of scaled coefficients."""
         if self.scale is None:
             accumulate(total, a, b)
-        else:
-            total.add_(self.restore(product(a, b)))
+            return
+        for rows in product_slices(total):
+            total[rows].add_(self.restore(product(a[rows], b)))

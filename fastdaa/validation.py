@@ -83,13 +83,27 @@ def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> No
         )
 
 
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+        return
+    lowest, highest = (int(extreme) for extreme in ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}")
+
+
 def check_head_inputs(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    vocab_size: int | None = None,
 ) -> None:
     """Check the tensors of a head call: ``[N, D]``, ``[V, D]``, ``[N]`` and ``[V]``.
 
-    Target ids are not read, so that nothing waits for a device; an id outside ``[0, V)`` is an
-    error on CPU and undefined on CUDA, as in ``torch.gather``.
+    Target ids lie in ``[0, vocab_size)``, by default the rows of the weight. They are read on CPU
+    alone, so that nothing waits for a device: on CUDA another id is undefined, as in
+    ``torch.gather``.
 
     Raises:
         TypeError: a wrong dtype.
@@ -97,6 +111,7 @@ def check_head_inputs(
     """
     check_product(hidden_states, weight)
     check_indices("targets", targets, (hidden_states.shape[0],))
+    _check_ids("targets", targets, weight.shape[0] if vocab_size is None else vocab_size)
     if bias is not None:
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],))

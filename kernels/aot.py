@@ -47,7 +47,8 @@ class Entry(NamedTuple):
     constants: dict[str, Any]
     """Values of the constexpr arguments; None for a pointer that is not given."""
     num_warps: int
-    num_stages: int = 1
+    num_stages: int = 3
+    """Triton's own default where the launcher gives none."""
     targets: tuple[str, ...] = tuple(TARGETS)
     uses: tuple[str, ...] = ()
     """What the sm_90 machine code has to contain: ``"wgmma"``, ``"tma"``."""

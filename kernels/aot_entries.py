@@ -38,8 +38,8 @@ def _each(
 def _statistics(
     name: str, bias: bool = False, cap: bool = False, stats: bool = False, m: str = ":16"
 ) -> list[Entry]:
-    pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64:16", "out_ptr": "*fp32:16"}
-    sizes = {"V": f"i32{m}", "stride_zn": f"i32{m}", "stride_ok": "i32:16"}
+    pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64", "out_ptr": "*fp32:16"}
+    sizes = {"V": f"i32{m}", "stride_zn": f"i32{m}", "stride_ok": "i32"}
     arguments = {**pointers, **sizes, "inner": "fp32", "outer": "fp32"}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats}
     absent = {} if bias else {"bias_ptr": None}
@@ -63,12 +63,12 @@ def _gradient(
     vectors = ("m_ptr", "log_s_ptr", "logps_ptr", "coefficients_ptr")
     optional = {
         "bias_ptr": "*bf16:16" if bias else None,
-        "entropy_ptr": "*fp32:16" if entropy else None,
-        "entropy_coefficients_ptr": "*fp32:16" if entropy else None,
-        "rows_ptr": "*i64:16" if picked else None,
+        "entropy_ptr": "*fp32" if entropy else None,
+        "entropy_coefficients_ptr": "*fp32" if entropy else None,
+        "rows_ptr": "*i64" if picked else None,
     }
     arguments = {
-        "z_ptr": "*fp32:16", "targets_ptr": "*i64:16", **dict.fromkeys(vectors, "*fp32:16"),
+        "z_ptr": "*fp32:16", "targets_ptr": "*i64", **dict.fromkeys(vectors, "*fp32"),
         "out_ptr": f"*{dtype}:16", "V": f"i32{m}", "first_column": "i32:16",
         "stride_zn": f"i32{m}", "stride_on": f"i32{m}", "inner": "fp32", "outer": "fp32",
         **{name: kind for name, kind in optional.items() if kind is not None},

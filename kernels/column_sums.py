@@ -16,7 +16,8 @@ from fastdaa.kernels.configs import RowConfig, row_config
 ROWS_OF_A_PART = 512
 
 
-@triton.jit
+# Numbers of rows change from batch to batch, and need no code of their own.
+@triton.jit(do_not_specialize=["N", "rows_of_a_part"])
 def _sum_columns_kernel(
     x_ptr,
     out_ptr,

@@ -28,19 +28,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdaa.kernels.elementary import exp
 from fastdaa.kernels.jensen_shannon import sum_js
 from fastdaa.kernels.logit_tile import (
     _both_products,
     _final_logits,
     _finite,
     _shift,
+    _without_padding,
     _work_item,
 )
 from fastdaa.kernels.operands import (
     check_operands,
+    multiprocessors,
     on_device,
     operand,
-    persistent_programs,
     tile_factors,
 )
 from fastdaa.kernels.score_configs import (
@@ -73,7 +75,7 @@ class TokenDivergences(NamedTuple):
     """Jensen-Shannon divergence, at most ln 2; None unless asked for."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_gaps_kernel(
     hidden,  # [N, D] pointer or descriptor
     weight,  # [V, D] pointer or descriptor
@@ -119,6 +121,7 @@ def _sum_gaps_kernel(
                 columns = column + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
                 z = _final_logits(parts[i], bias_ptr, columns, V, inner, outer)
                 ref_z = _final_logits(ref_parts[i], ref_bias_ptr, columns, V, ref_inner, ref_outer)
+                z, ref_z = _without_padding(z, columns, V), _without_padding(ref_z, columns, V)
                 m, s, gap, ref_m, ref_s, ref_gap = _fold_gaps(
                     z, ref_z, m, s, gap, ref_m, ref_s, ref_gap
                 )
@@ -142,25 +145,25 @@ def _fold_gaps(z, ref_z, m, s, gap, ref_m, ref_s, ref_gap):
     d, ref_d = _shift(m, new_m), _shift(ref_m, new_ref_m)
     y = z - _finite(new_m)[:, None]
     ref_y = ref_z - _finite(new_ref_m)[:, None]
-    e, ref_e = tl.exp(y), tl.exp(ref_y)
+    e, ref_e = exp(y), exp(ref_y)
     difference = y - ref_y  # NaN where both heads exclude a column: e and ref_e are 0 there
     gap = _move_gap(gap, s, d, ref_d) + tl.sum(tl.where(e > 0, e * difference, 0.0), axis=1)
     ref_gap = _move_gap(ref_gap, ref_s, ref_d, d) - tl.sum(
         tl.where(ref_e > 0, ref_e * difference, 0.0), axis=1
     )
-    s = tl.exp(d) * s + tl.sum(e, axis=1)
-    ref_s = tl.exp(ref_d) * ref_s + tl.sum(ref_e, axis=1)
+    s = exp(d) * s + tl.sum(e, axis=1)
+    ref_s = exp(ref_d) * ref_s + tl.sum(ref_e, axis=1)
     return new_m, s, gap, new_ref_m, ref_s, ref_gap
 
 
 @triton.jit
 def _move_gap(gap, s, d, other_d):
     """``sum e (y - y')`` when y becomes y + d and y' becomes y' + other_d; infinity stays."""
-    moved = tl.exp(d) * (gap + (d - other_d) * s)
+    moved = exp(d) * (gap + (d - other_d) * s)
     return tl.where(gap == float("inf"), gap, moved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _merge_gaps_kernel(
     states_ptr,  # [splits, 6, N] fp32
     kl_ptr,  # [N]
@@ -194,8 +197,8 @@ def _merge_gaps_kernel(
         ref_gap = _move_gap(ref_gap, ref_s, ref_d, d) + _move_gap(
             part_ref_gap, part_ref_s, part_ref_d, part_d
         )
-        s = tl.exp(d) * s + tl.exp(part_d) * part_s
-        ref_s = tl.exp(ref_d) * ref_s + tl.exp(part_ref_d) * part_ref_s
+        s = exp(d) * s + exp(part_d) * part_s
+        ref_s = exp(ref_d) * ref_s + exp(part_ref_d) * part_ref_s
         m, ref_m = new_m, new_ref_m
         in_ptrs += 6 * field
     log_s, ref_log_s = tl.log(s), tl.log(ref_s)
@@ -228,7 +231,7 @@ def token_divergences(
         options, ref_options: scale, softcap and temperature of the heads; None for none of them.
         js: also the Jensen-Shannon divergence, at twice the cost.
         config: tile shapes; None for the table's entry of this device.
-        programs: programs of the persistent grid; None for one a multiprocessor.
+        programs: programs of the persistent grid; None for as many as the configuration says.
 
     Raises:
         ValueError: dtypes, shapes or layouts other than the above.
@@ -263,7 +266,7 @@ def token_divergences(
         "enable_fp_fusion": True,
     }  # fmt: skip
     items = splits * triton.cdiv(N, config.block_n)
-    grid = (min(items, programs or persistent_programs(kl.device)),)
+    grid = (min(items, programs or config.programs * multiprocessors(kl.device)),)
     merge_grid = (triton.cdiv(N, _MERGE_BLOCK),)
     with on_device(kl):
         _sum_gaps_kernel[grid](*inputs, states, *sizes, *constants, **launch)

@@ -13,6 +13,16 @@ import triton.language as tl
 FLOOR = tl.constexpr(-1.0e4)
 # Below every logit that a softmax can tell from -inf: the start of a running maximum.
 LOWEST = tl.constexpr(-3.0e38)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """``exp(x)``, 0 where that is below the normal numbers.
+
+    On GPUs as accurate as ``tl.exp``, which takes four instructions a value more for them.
+    """
+    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -47,7 +57,7 @@ def tanh_and_slope(x):
 
     Below 0.55 an odd polynomial of degree 11, fitted to ``tanh`` on ``[0, 0.6]``.
     """
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     r = 1.0 / (1.0 + e)
     t = x * x
     p = -0.053875137 + t * (0.021116214 + t * -0.0062763877)

@@ -12,14 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdaa.kernels.elementary import log1p
-from fastdaa.kernels.logit_tile import _both_products, _final_logits, _work_item
+from fastdaa.kernels.elementary import exp, log1p
+from fastdaa.kernels.logit_tile import (
+    _both_products,
+    _final_logits,
+    _without_padding,
+    _work_item,
+)
 
 _BLOCK = 128
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_js_kernel(
     hidden,  # [N, D] pointer or descriptor
     weight,  # [V, D] pointer or descriptor
@@ -68,6 +73,7 @@ def _sum_js_kernel(
                 columns = column + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
                 z = _final_logits(parts[i], bias_ptr, columns, V, inner, outer)
                 ref_z = _final_logits(ref_parts[i], ref_bias_ptr, columns, V, ref_inner, ref_outer)
+                z, ref_z = _without_padding(z, columns, V), _without_padding(ref_z, columns, V)
                 js += _js_terms(
                     (z - m[:, None]) - log_s[:, None], (ref_z - ref_m[:, None]) - ref_log_s[:, None]
                 )
@@ -81,16 +87,16 @@ def _js_terms(logp, ref_logp):
     With x half the difference of the logs, the term is ``((q - p) x - (p + q) log cosh x) / 2``,
     which does not cancel where p and q are close. Beyond |x| = 20 the smaller one is nothing.
     """
-    p, q = tl.exp(logp), tl.exp(ref_logp)
+    p, q = exp(logp), exp(ref_logp)
     x = tl.minimum(tl.maximum(0.5 * (ref_logp - logp), -20.0), 20.0)
     square, size = x * x, tl.abs(x)
     near = square * (0.5 + square * (-1.0 / 12 + square * (1.0 / 45 + square * (-17.0 / 2520))))
-    log_cosh = tl.where(size < 0.25, near, size + log1p(tl.exp(-2.0 * size)) - _LN2)
+    log_cosh = tl.where(size < 0.25, near, size + log1p(exp(-2.0 * size)) - _LN2)
     terms = 0.5 * ((q - p) * x - (p + q) * log_cosh)
     return tl.sum(tl.where(p + q > 0, terms, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_splits_kernel(
     sums_ptr,  # [splits, N]
     out_ptr,  # [N]

@@ -107,13 +107,19 @@ def _final_logits(
     inner,  # None where nothing is done to the product and the bias
     outer,  # None where there is no softcap
 ):
-    """Final logits of ``final_logits.py``; columns beyond V are ``-inf``."""
+    """Final logits of ``final_logits.py``, not meaningful in columns beyond V."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0)  # [BLOCK_V]
         acc += bias.to(tl.float32)[None, :]
     if inner is not None:
         acc, _ = finish_logits(acc, inner, outer, outer is not None)
-    return tl.where((columns < V)[None, :], acc, -float("inf"))
+    return acc
+
+
+@triton.jit
+def _without_padding(z, columns, V):
+    """Logits with ``-inf`` in columns beyond V."""
+    return tl.where((columns < V)[None, :], z, -float("inf"))
 
 
 @triton.jit

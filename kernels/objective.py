@@ -21,6 +21,11 @@ from torch import Tensor
 from fastdaa.kernels.operands import on_device
 
 _BLOCK, _WARPS = 512, 4
+_VECTORS = [
+    "logps_ptr", "offsets_ptr", "ref_ptr", "lengths_ptr", "advantages_ptr", "sums_ptr",
+    "losses_ptr", "coefficients_ptr", "token_coefficients_ptr", "rewards_ptr", "margins_ptr",
+    "accuracies_ptr",
+]  # fmt: skip
 
 
 class PairValues(NamedTuple):
@@ -89,7 +94,8 @@ def _fill_tokens(out_ptr, begin, end, value, BLOCK: tl.constexpr):
         tl.store(out_ptr + offs, tl.zeros((BLOCK,), tl.float32) + value, mask=offs < end)
 
 
-@triton.jit
+# Chunks of a batch begin anywhere in its vectors, so alignment is not worth a variant of the code.
+@triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def _evaluate_pairs_kernel(
     logps_ptr,  # [N]
     offsets_ptr,  # [S + 1] int64
@@ -150,7 +156,7 @@ def _evaluate_pairs_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def _evaluate_tokens_kernel(
     logps_ptr,  # [N]
     offsets_ptr,  # [S + 1] int64

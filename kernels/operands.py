@@ -81,8 +81,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def persistent_programs(device: torch.device) -> int:
-    """Programs of a persistent grid: one a multiprocessor, 3 in the interpreter."""
+def multiprocessors(device: torch.device) -> int:
+    """What the programs of a persistent grid share; 3 in the interpreter."""
     return _multiprocessors(device) if device.type == "cuda" else 3
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.elementary import expm1, floored
+from fastdaa.kernels.elementary import exp, expm1, floored
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
 
 # In place, a row of gradients of 2 bytes begins where its row of logits of 4 bytes begins. Block k
@@ -26,7 +26,15 @@ from fastdaa.kernels.final_logits import finish_logits, load_products, logit_fac
 # [4iS, 4iS + 4V) of rows with stride S >= V do not overlap, so programs never meet.
 
 
-@triton.jit
+_ROW_VECTORS = [
+    "targets_ptr", "m_ptr", "log_s_ptr", "logps_ptr", "coefficients_ptr", "entropy_ptr",
+    "entropy_coefficients_ptr", "rows_ptr",
+]  # fmt: skip
+
+
+# One value a program is read of a vector, so its alignment, which changes with the batch, is not
+# worth a variant of the code.
+@triton.jit(do_not_specialize_on_alignment=_ROW_VECTORS)
 def _write_row_gradient_kernel(
     z_ptr, bias_ptr, targets_ptr, m_ptr, log_s_ptr, logps_ptr, coefficients_ptr,
     entropy_ptr, entropy_coefficients_ptr, rows_ptr,
@@ -61,7 +69,7 @@ def _write_row_gradient_kernel(
         # 1 - p would round to 0 for a confident token.
         own = -g * expm1(logp)
         if HAS_ENTROPY:
-            own -= h * tl.exp(logp) * (floored(logp) + entropy)
+            own -= h * exp(logp) * (floored(logp) + entropy)
         for start in range(0, V, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             inside = columns < V
@@ -70,9 +78,9 @@ def _write_row_gradient_kernel(
                 tl.debug_barrier()
             z, slope = finish_logits(z, inner, outer, HAS_SOFTCAP)
             log_p = (z - m) - log_s
-            dz = -g * tl.exp(log_p)
+            dz = -g * exp(log_p)
             if HAS_ENTROPY:
-                dz -= h * tl.exp(log_p) * (floored(log_p) + entropy)
+                dz -= h * exp(log_p) * (floored(log_p) + entropy)
             dz = tl.where(columns == local, own, dz) * slope
             tl.store(out_row + columns, dz.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.elementary import LOWEST, floored, log1p
+from fastdaa.kernels.elementary import LOWEST, exp, floored, log1p
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
 
 
@@ -39,7 +39,9 @@ class RowStatistics(NamedTuple):
     """Sum of the squared probabilities."""
 
 
-@triton.jit
+# The alignment of vectors that are read one value a program, and of their number, changes with the
+# batch: a variant of the code for each would be compiled in the middle of training.
+@triton.jit(do_not_specialize=["stride_ok"], do_not_specialize_on_alignment=["targets_ptr"])
 def _take_row_statistics_kernel(
     z_ptr, bias_ptr, targets_ptr,
     out_ptr,
@@ -70,7 +72,7 @@ def _take_row_statistics_kernel(
         # One exponential serves both cases: e of the new logit, or the factor on the old sums.
         above = z > m
         gap = floored(-tl.abs(z - m))
-        e = tl.exp(gap)
+        e = exp(gap)
         if HAS_STATS:
             w = tl.where(above, e * (w + s * gap), w + e * gap)
             q = tl.where(above, q * (e * e) + 1.0, q + e * e)
@@ -80,16 +82,16 @@ def _take_row_statistics_kernel(
     # The lanes become one, then the target joins.
     rest_top = tl.max(m, axis=0)
     gap = floored(m - rest_top)
-    e = tl.exp(gap)
+    e = exp(gap)
     own_z = load_products(z_row, bias_ptr, target, valid, HAS_BIAS)
     own_z, _ = finish_logits(own_z, inner, outer, HAS_SOFTCAP)
     own_z = tl.where(valid, own_z, float("nan"))
     top = tl.where(own_z > rest_top, own_z, rest_top)
     shift = floored(rest_top - top)
-    lift = tl.exp(shift)
+    lift = exp(shift)
     rest = tl.sum(s * e, axis=0) * lift
     own_gap = floored(own_z - top)
-    own = tl.exp(own_gap)
+    own = exp(own_gap)
     log_s = tl.where(own == 1.0, log1p(rest), tl.log(rest + own))
     highest = tl.where(top == LOWEST, 0.0, top)
     tl.store(out_ptr + row, highest)
@@ -98,7 +100,7 @@ def _take_row_statistics_kernel(
     if HAS_STATS:
         rest_w = tl.sum(e * (w + s * gap), axis=0) * lift + rest * shift
         rest_q = tl.sum(q * (e * e), axis=0) * (lift * lift)
-        inverse = tl.exp(-log_s)
+        inverse = exp(-log_s)
         entropy = log_s - (rest_w + own * own_gap) * inverse
         tl.store(out_ptr + 3 * stride_ok + row, entropy)
         first = (own_z >= rest_top) | (top == LOWEST)

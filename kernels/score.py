@@ -18,20 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdaa.kernels.elementary import FLOOR, log1p
+from fastdaa.kernels.elementary import FLOOR, exp, log1p
 from fastdaa.kernels.logit_tile import (
     _final_logits,
     _finite,
     _product,
     _shift,
     _split_columns,
+    _without_padding,
     _work_item,
 )
 from fastdaa.kernels.operands import (
     check_operands,
+    multiprocessors,
     on_device,
     operand,
-    persistent_programs,
     tile_factors,
 )
 from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
@@ -58,7 +59,8 @@ class TokenScores(NamedTuple):
     """Sum of the squared probabilities."""
 
 
-@triton.jit
+# The number of rows changes from batch to batch, and needs no code of its own.
+@triton.jit(do_not_specialize=["N"])
 def _score_tiles_kernel(
     hidden,  # [N, D] pointer or descriptor
     weight,  # [V, D] pointer or descriptor
@@ -82,6 +84,7 @@ def _score_tiles_kernel(
     EVEN_D: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
+    WIDTH: tl.constexpr = BLOCK_V // PARTS
     row_blocks = tl.cdiv(N, BLOCK_N)
     splits = tl.cdiv(V, SPLIT_V)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
@@ -97,19 +100,27 @@ def _score_tiles_kernel(
         total = tl.zeros((BLOCK_N,), tl.float32)
         last = tl.minimum((split + 1) * SPLIT_V, V)
         for column in range(split * SPLIT_V, last, BLOCK_V):
+            found = (targets >= column) & (targets < column + BLOCK_V)
+            # Few tiles hold a target or padding, and looking for them costs ten instructions a
+            # logit. Other rows of such a tile keep their logits, and so their bits.
+            special = (tl.max(found.to(tl.int32), axis=0) > 0) | (column + BLOCK_V > V)
             acc = _product(
                 hidden, weight, row_block * BLOCK_N, column, N, V, D, stride_hn, stride_wv,
                 BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA,
             )  # fmt: skip
             parts = _split_columns(acc, PARTS)
             for i in tl.static_range(PARTS):
-                first = column + i * (BLOCK_V // PARTS)
-                columns = first + tl.arange(0, BLOCK_V // PARTS)
+                first = column + i * WIDTH
+                columns = first + tl.arange(0, WIDTH)
                 z = _final_logits(parts[i], bias_ptr, columns, V, inner, outer)
-                m, s, target_logit, weighted, squares, total = _fold_tile(
-                    z, columns, targets, first, V,
-                    m, s, target_logit, weighted, squares, total, STATS,
-                )  # fmt: skip
+                if special:
+                    z, part_total, target_logit = _take_target(
+                        z, columns, targets, first, V, target_logit, STATS
+                    )
+                    total += part_total
+                elif STATS:
+                    total += tl.sum(z, axis=1)
+                m, s, weighted, squares = _fold_tile(z, m, s, weighted, squares, STATS)
         fields = 6 if STATS else 3
         out_ptrs = states_ptr + split.to(tl.int64) * fields * N + offs_n
         field = tl.cast(N, tl.int64)
@@ -123,53 +134,63 @@ def _score_tiles_kernel(
 
 
 @triton.jit
-def _fold_tile(
+def _take_target(
     z,  # [BLOCK_N, BLOCK_V]
     columns,  # [BLOCK_V]
     targets,  # [BLOCK_N]
-    column,  # the first of columns
+    first,  # of columns
     V,
+    target_logit,  # [BLOCK_N]
+    STATS: tl.constexpr,
+):
+    """The logits without targets and padding (``-inf``), their row sums, and the targets' logits.
+
+    A target outside the vocabulary is not found among the padded columns.
+    """
+    is_target = columns[None, :] == targets[:, None]
+    own = tl.sum(tl.where(is_target, z, 0.0), axis=1)
+    here = (targets >= first) & (targets < tl.minimum(first + z.shape[1], V))
+    z = _without_padding(z, columns, V)
+    total = tl.zeros_like(own)
+    if STATS:
+        total = tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)
+    return tl.where(is_target, -float("inf"), z), total, tl.where(here, own, target_logit)
+
+
+@triton.jit
+def _fold_tile(
+    others,  # [BLOCK_N, BLOCK_V]
     m,
     s,
-    target_logit,
     weighted,
     squares,
-    total,
     STATS: tl.constexpr,
 ):
     """Fold a tile of logits into the state of its rows, all ``[BLOCK_N]``.
 
-    The target's logit t stays out of the state: where it is the maximum, its 1 would swallow the
-    rest of the sum, and a confident token would have a log-prob and a gradient of 0. With y = z - m
-    over the other columns, the state is
+    The target's logit is -inf here, it stays out of the state: where it is the maximum, its 1 would
+    swallow the rest of the sum, and a confident token would have a log-prob and a gradient of 0.
+    With y = z - m over the other columns, the state is
 
-        m = max z,  s = sum e^y,  weighted = sum y e^y,  squares = sum e^2y,  total = sum z (of all)
+        m = max z,  s = sum e^y,  weighted = sum y e^y,  squares = sum e^2y
 
     and a new maximum, d = old m - new m <= 0, turns y into y + d:
 
         s -> e^d s,  weighted -> e^d (weighted + d s),  squares -> e^2d squares
     """
-    is_target = columns[None, :] == targets[:, None]
-    found = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-    # A target outside the vocabulary must not be found among the padded columns.
-    here = (targets >= column) & (targets < tl.minimum(column + z.shape[1], V))
-    target_logit = tl.where(here, found, target_logit)
-    if STATS:
-        total += tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)
-    others = tl.where(is_target, -float("inf"), z)
     new_m = tl.maximum(m, tl.max(others, axis=1))
     d = _shift(m, new_m)
     y = others - _finite(new_m)[:, None]
-    e = tl.exp(y)
+    e = exp(y)
     if STATS:
         # exp(FLOOR) is 0; it keeps 0 * -inf out of the sum.
-        weighted = tl.exp(d) * (weighted + d * s) + tl.sum(tl.maximum(y, FLOOR) * e, axis=1)
-        squares = tl.exp(2.0 * d) * squares + tl.sum(e * e, axis=1)
-    s = tl.exp(d) * s + tl.sum(e, axis=1)
-    return new_m, s, target_logit, weighted, squares, total
+        weighted = exp(d) * (weighted + d * s) + tl.sum(tl.maximum(y, FLOOR) * e, axis=1)
+        squares = exp(2.0 * d) * squares + tl.sum(e * e, axis=1)
+    s = exp(d) * s + tl.sum(e, axis=1)
+    return new_m, s, weighted, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _merge_splits_kernel(
     states_ptr,  # [splits, fields, N] fp32
     targets_ptr,  # [N] int64
@@ -204,7 +225,7 @@ def _merge_splits_kernel(
         target = tl.where(split_target == -float("inf"), target, split_target)
         new_m = tl.maximum(m, split_m)
         d, split_d = _shift(m, new_m), _shift(split_m, new_m)
-        scale, split_scale = tl.exp(d), tl.exp(split_d)
+        scale, split_scale = exp(d), exp(split_d)
         if STATS:
             split_weighted = tl.load(in_ptrs + 3 * field, mask=inside, other=0.0)
             split_squares = tl.load(in_ptrs + 4 * field, mask=inside, other=0.0)
@@ -221,17 +242,17 @@ def _merge_splits_kernel(
     top = _finite(tl.maximum(m, target))
     d = _shift(m, top)
     y = target - top
-    own = tl.exp(y)
-    rest = tl.exp(d) * s
+    own = exp(y)
+    rest = exp(d) * s
     log_s = tl.where(y == 0.0, log1p(rest), tl.log(rest + own))
     tl.store(m_ptr + offs_n, top, mask=inside)
     tl.store(log_s_ptr + offs_n, log_s, mask=inside)
     tl.store(target_logit_ptr + offs_n, target, mask=inside)
     tl.store(logps_ptr + offs_n, y - log_s, mask=inside)
     if STATS:
-        norm = tl.exp(-log_s)
-        weighted = tl.exp(d) * (weighted + d * s) + tl.maximum(y, FLOOR) * own
-        squares = tl.exp(2.0 * d) * squares + own * own
+        norm = exp(-log_s)
+        weighted = exp(d) * (weighted + d * s) + tl.maximum(y, FLOOR) * own
+        squares = exp(2.0 * d) * squares + own * own
         tl.store(entropy_ptr + offs_n, log_s - weighted * norm, mask=inside)
         tl.store(top1_ptr + offs_n, (target >= m).to(tl.float32), mask=inside)
         tl.store(mean_logit_ptr + offs_n, total / V, mask=inside)
@@ -259,7 +280,7 @@ def score_tokens(
         bias: any floating dtype.
         stats: also entropy, top-1 hits, mean logit and sum of squared probabilities.
         config: tile shapes; None for the table's entry of this device.
-        programs: programs of the persistent grid; None for one a multiprocessor.
+        programs: programs of the persistent grid; None for as many as the configuration says.
 
     Returns:
         fp32 vectors. Memory beyond them: ``4 * N * fields * ceil(V / split_v)`` bytes with 3
@@ -284,7 +305,7 @@ def score_tokens(
     fields = _STATS_FIELDS if stats else _FIELDS
     states = outputs[0].new_empty(splits, fields, N)
     items = splits * triton.cdiv(N, config.block_n)
-    programs = programs or persistent_programs(hidden_states.device)
+    programs = programs or config.programs * multiprocessors(hidden_states.device)
     with on_device(hidden_states):
         _score_tiles_kernel[(min(items, programs),)](
             operand(hidden_states, config.block_n, config.block_d, config.tma),

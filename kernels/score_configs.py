@@ -39,6 +39,9 @@ class TileConfig(NamedTuple):
     batch."""
     group_n: int = 16
     """Row blocks that share the stream of the weight; their hidden states stay in L2."""
+    programs: int = 1
+    """Programs of the persistent grid on a multiprocessor. Where two fit, one computes products
+    while the other folds its tile."""
 
 
 _Key = tuple[int, bool, bool]
@@ -47,8 +50,8 @@ statistics, the Jensen-Shannon divergence, or anything done to the product on it
 
 _POINTERS = TileConfig(128, 128, 64, 8, 3, parts=2)
 _FP32 = TileConfig(64, 64, 16, 8, 3, maxnreg=255)
-_WIDE = TileConfig(128, 256, 64, 8, 4, tma=True, parts=2)
-_SQUARE = TileConfig(128, 128, 64, 8, 4, tma=True)
+# 214 registers at most, 230 with statistics: in fewer parts other versions of Triton would spill.
+_WIDE = TileConfig(128, 256, 64, 8, 4, tma=True, parts=4)
 
 # On one architecture, the columns of a part are as many with and without statistics: sums are then
 # formed in the same order.
@@ -58,11 +61,11 @@ SCORE_CONFIGS: dict[_Key, TileConfig] = {
     (80, False, False): _FP32,
     (80, False, True): _FP32,
     (90, True, False): _WIDE,
-    (90, True, True): _SQUARE,
+    (90, True, True): _WIDE,
     (90, False, False): _FP32,
     (90, False, True): _FP32,
     (100, True, False): _WIDE,
-    (100, True, True): _SQUARE,
+    (100, True, True): _WIDE,
     (100, False, False): _FP32,
     (100, False, True): _FP32,
 }

@@ -1,8 +1,8 @@
 """Search for tile shapes on the device at hand: asked for, never at run time.
 
-The tables of ``score_configs`` are frozen, so that a run has the same bits today and tomorrow. This
-times other entries for one problem, checks that they give the same values, and says which is the
-fastest; putting it into the table is an edit with a reason.
+The tables of ``score_configs`` and ``configs`` are frozen, so that a run has the same bits today
+and tomorrow. This times other entries for one problem, checks that they give the same values, and
+says which is the fastest; putting it into the table is an edit with a reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdaa.kernels.configs import RowConfig, row_config
+from fastdaa.kernels.row_gradient import write_row_gradient
+from fastdaa.kernels.row_statistics import take_row_statistics
 from fastdaa.kernels.score import score_tokens
 from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
 
@@ -23,29 +26,78 @@ Timer = Callable[[Callable[[], object]], float]
 
 # A different tile adds in another order; more than this in nats is a wrong result.
 _TOLERANCE = 1e-3
+# Bytes of fp32 logits that the row kernels are timed on: far more than a cache holds.
+_LOGITS_BYTES = 512 << 20
 
 
 class Trial(NamedTuple):
     """One configuration and what became of it."""
 
-    config: TileConfig
+    config: TileConfig | RowConfig
     milliseconds: float | None
     """None if it does not run or is wrong."""
     problem: str = ""
     """Why, then."""
 
 
-def score_candidates(table_entry: TileConfig) -> Iterator[TileConfig]:
-    """The table's entry, and around it other tiles, warps, stages and groups."""
+class _Shape(NamedTuple):
+    """Fields of :class:`TileConfig` that are changed together."""
+
+    block_n: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    parts: int
+    maxnreg: int | None = None
+    programs: int = 1
+
+
+# By whether operands have two bytes. Two programs on a multiprocessor read a third more from L2
+# than one large tile does, and fold their tiles while the other multiplies.
+_SHAPES = {
+    True: (
+        _Shape(128, 256, 8, 4, 4), _Shape(128, 256, 8, 3, 4), _Shape(128, 256, 8, 4, 2),
+        _Shape(256, 128, 8, 4, 2), _Shape(64, 256, 4, 4, 2),
+        _Shape(128, 128, 4, 3, 4, None, 2), _Shape(128, 128, 8, 3, 2, 128, 2),
+        _Shape(64, 128, 4, 4, 2, None, 2),
+    ),
+    False: (
+        _Shape(64, 64, 8, 3, 1, 255), _Shape(64, 64, 4, 3, 1, 255), _Shape(64, 128, 8, 3, 2, 255),
+        _Shape(128, 64, 8, 3, 1, 255), _Shape(64, 64, 8, 2, 1, 128, 2),
+        _Shape(32, 64, 4, 3, 1, 128, 4), _Shape(64, 64, 8, 4, 1, 255),
+    ),
+}  # fmt: skip
+
+
+def score_candidates(table_entry: TileConfig, half: bool) -> Iterator[TileConfig]:
+    """The table's entry, and other tiles for operands of two bytes (``half``) or four."""
     yield table_entry
-    for (block_n, block_v), warps, stages, group in product(
-        ((64, 128), (64, 256), (128, 128), (128, 256)), (4, 8), (3, 4), (8, 16, 32)
-    ):
-        config = table_entry._replace(
-            block_n=block_n, block_v=block_v, num_warps=warps, num_stages=stages, group_n=group
-        )
+    for shape, group in product(_SHAPES[half], (8, 16, 32)):
+        config = table_entry._replace(group_n=group, **shape._asdict())
         if config != table_entry:
             yield config
+
+
+def row_candidates(table_entry: RowConfig) -> Iterator[RowConfig]:
+    """The table's entry, and others with 4 to 32 entries a thread."""
+    yield table_entry
+    for block_v, warps in product((1024, 2048, 4096, 8192), (4, 8, 16, 32)):
+        config = table_entry._replace(block_v=block_v, num_warps=warps)
+        if config != table_entry and 4 <= block_v // (32 * warps) <= 32:
+            yield config
+
+
+def searches(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, timer: Timer | None = None
+) -> Iterator[tuple[str, Iterator[Trial]]]:
+    """Every search that there is for a problem ``[N, D]``, ``[V, D]``, ``[N]``, with its name."""
+    problem = (hidden_states, weight, targets)
+    yield "score", search_score(*problem, timer=timer)
+    yield "score with statistics", search_score(*problem, stats=True, timer=timer)
+    rows = max(min(len(targets), _LOGITS_BYTES // (4 * len(weight))), 1)
+    z = hidden_states[:rows].float() @ weight.float().T
+    yield "row_statistics", search_row_statistics(z, targets[:rows], timer=timer)
+    yield "row_gradient", search_row_gradient(z, targets[:rows], hidden_states.dtype, timer=timer)
 
 
 def search_score(
@@ -53,6 +105,7 @@ def search_score(
     weight: Tensor,
     targets: Tensor,
     *,
+    stats: bool = False,
     candidates: Iterable[TileConfig] | None = None,
     timer: Timer | None = None,
 ) -> Iterator[Trial]:
@@ -60,33 +113,63 @@ def search_score(
 
     Args:
         hidden_states: ``[N, D]``. weight: ``[V, D]``. targets: ``[N]`` int64; on a CUDA device.
+        stats: with the four statistics.
         candidates: what to try; None for :func:`score_candidates` around the table's entry.
         timer: None for the median of Triton's ``do_bench`` over 300 ms.
 
     Yields:
         A trial as soon as it is timed, so that the caller can show it and stop at any time.
     """
+    entry = tile_config(SCORE_CONFIGS, stats, (hidden_states, weight))
+    if candidates is None:
+        candidates = score_candidates(entry, hidden_states.element_size() == 2)
+
+    def run(config: TileConfig) -> Tensor:
+        return score_tokens(hidden_states, weight, targets, stats=stats, config=config).logps
+
+    return _trials(run, entry, candidates, timer)
+
+
+def search_row_statistics(
+    z: Tensor, targets: Tensor, *, timer: Timer | None = None
+) -> Iterator[Trial]:
+    """Time ``take_row_statistics`` of logits ``[r, V]``, as :func:`search_score` does."""
+    entry = row_config("row_statistics", z.device)
+
+    def run(config: RowConfig) -> Tensor:
+        return take_row_statistics(z, targets, config=config).logps
+
+    return _trials(run, entry, row_candidates(entry), timer)
+
+
+def search_row_gradient(
+    z: Tensor, targets: Tensor, dtype: torch.dtype, *, timer: Timer | None = None
+) -> Iterator[Trial]:
+    """Time ``write_row_gradient`` of logits ``[r, V]`` into a tensor of ``dtype``."""
+    entry, state = row_config("row_gradient", z.device), take_row_statistics(z, targets)[:3]
+    out, ones = torch.empty(z.shape, dtype=dtype, device=z.device), torch.ones_like(state[0])
+
+    def run(config: RowConfig) -> Tensor:
+        return write_row_gradient(z, targets, *state, ones, dtype=dtype, out=out, config=config)
+
+    return _trials(run, entry, row_candidates(entry), timer)
+
+
+def _trials(run, entry, candidates, timer) -> Iterator[Trial]:  # type: ignore[no-untyped-def]
     timer = timer or _bench
-    entry = tile_config(SCORE_CONFIGS, False, (hidden_states, weight))
-    want = score_tokens(hidden_states, weight, targets, config=entry).logps
-    for config in score_candidates(entry) if candidates is None else candidates:
-        yield _try(config, hidden_states, weight, targets, want, timer)
+    want = run(entry).clone()
+    for config in candidates:
+        yield _try(run, config, want, timer)
 
 
-def _try(
-    config: TileConfig, hidden_states: Tensor, weight: Tensor, targets: Tensor, want: Tensor,
-    timer: Timer,
-) -> Trial:  # fmt: skip
-    def run() -> Tensor:
-        return score_tokens(hidden_states, weight, targets, config=config).logps
-
+def _try(run, config, want: Tensor, timer: Timer) -> Trial:  # type: ignore[no-untyped-def]
     try:
-        error = float((run() - want).abs().max())
+        error = float((run(config) - want).abs().max())
     except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as failure:
         return Trial(config, None, str(failure).splitlines()[0])
     if not error < _TOLERANCE:
-        return Trial(config, None, f"wrong: log-probs differ by {error:.1e} nat")
-    return Trial(config, timer(run))
+        return Trial(config, None, f"wrong: results differ by {error:.1e}")
+    return Trial(config, timer(lambda: run(config)))
 
 
 def _bench(run: Callable[[], object]) -> float:

@@ -146,7 +146,7 @@ def _pairs(name: str, *targets: str, per_token: bool = False) -> Entry:
     scalars = ("p0", "p1", "p2", "likelihood", "reward_scale")
     return Entry(
         f"objective/{name}{'-ref-tokens' if per_token else ''}", _evaluate_pairs_kernel,
-        {"offsets_ptr": "*i64:16", "lengths_ptr": "*i64:16", **dict.fromkeys(pointers, "*fp32:16"),
+        {"offsets_ptr": "*i64", "lengths_ptr": "*i64", **dict.fromkeys(pointers, "*fp32"),
          **dict.fromkeys(scalars, "fp32")},
         {"OBJECTIVE": objective.fn, "NEEDS_REF": objective.needs_ref, "REF_PER_TOKEN": per_token,
          "LENGTH_NORM": objective.takes_length_norm, "BLOCK": 512},
@@ -157,9 +157,9 @@ def _pairs(name: str, *targets: str, per_token: bool = False) -> Entry:
 def _tokens(name: str) -> Entry:
     fn, _, needs_ref = TOKEN_OBJECTIVES[name]
     arguments, absent = _given(
-        offsets_ptr="*i64:16", logps_ptr="*fp32:16", token_coefficients_ptr="*fp32:16",
-        ref_ptr="*fp32:16" if needs_ref else None, advantages_ptr=None if needs_ref else "*fp32:16",
-        **dict.fromkeys(_METRICS, "*fp32:16"),
+        offsets_ptr="*i64", logps_ptr="*fp32", token_coefficients_ptr="*fp32",
+        ref_ptr="*fp32" if needs_ref else None, advantages_ptr=None if needs_ref else "*fp32",
+        **dict.fromkeys(_METRICS, "*fp32"),
         **dict.fromkeys(("p0", "p1", "weight", "reward_scale"), "fp32"),
     )  # fmt: skip
     constants = {**absent, "OBJECTIVE": fn, "BLOCK": 512}

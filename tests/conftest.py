@@ -19,6 +19,8 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    # Deterministic algorithms, which fixtures ask for, refuse cuBLAS without it.
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",
     # For the processes that tests start; this one is set below.
     OMP_NUM_THREADS="1",
 )
@@ -42,11 +44,12 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+        marker, reason = "interpreter", "needs Triton's interpreter, which is off beside a GPU"
+    else:
+        marker, reason = "gpu", "needs a CUDA device"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,17 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
     Products of half-precision factors with fp32 results exist on GPUs only. The products of fastdaa
     are replaced by an exact model, so that what surrounds them runs as it does there.
     """
-    from fastdaa import frozen, kept, recompute, tiles
+    from fastdaa import (
+        compiled_divergence,
+        compiled_logps,
+        compiled_loss,
+        divergence_tiles,
+        frozen,
+        kept,
+        plan_call,
+        recompute,
+        tiles,
+    )
 
     seen: set[torch.dtype] = set()
 
@@ -120,13 +133,37 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
 
     def start(dtype: torch.dtype) -> set[torch.dtype]:
         monkeypatch.setattr(tiles, "add_half_product", add_half_product)
-        for module in (tiles, frozen, kept, recompute):
+        for module in (tiles, frozen, kept, recompute, divergence_tiles):
             monkeypatch.setattr(module, "product", product)
-        for module in (tiles, recompute):
+        compiled = (compiled_divergence, compiled_logps, compiled_loss)
+        for module in (tiles, recompute, plan_call, *compiled):
             monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
         return seen
 
     return start
+
+
+@pytest.fixture
+def same_compiled() -> Iterator[Callable[..., None]]:
+    """``check(compiled, eager, leaves)``: values and gradients of both calls, bit for bit."""
+
+    def outcome(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        value = call()
+        return [value.detach(), *torch.autograd.grad(value, leaves)] if leaves else [value]
+
+    def check(
+        compiled: Callable[[], torch.Tensor],
+        eager: Callable[[], torch.Tensor],
+        tensors: list[torch.Tensor | None],
+    ) -> None:
+        leaves = [t for t in tensors if t is not None and t.requires_grad]
+        for got, want in zip(outcome(compiled, leaves), outcome(eager, leaves), strict=True):
+            assert got.dtype == want.dtype and got.shape == want.shape
+            assert torch.equal(got, want)
+
+    torch._dynamo.reset()
+    yield check
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

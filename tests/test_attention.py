@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 
-from fastdaa.data.collate import TOKEN_FIELDS, PairCollator, dense_mask
+from fastdaa.data.collate import PairCollator
+from fastdaa.data.fields import TOKEN_FIELDS
+from fastdaa.data.packs import dense_mask
 from fastdaa.train.attention import ATTENTION_NAME, attention_forward, enable_segments
 from fastdaa.train.cpu_attention import Span
 from fastdaa.train.segments import segment_attention, segment_spans

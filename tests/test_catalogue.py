@@ -17,6 +17,7 @@ import math
 
 import pytest
 import torch
+from tile_budget import tiles_of
 
 from fastdaa import (
     LOSSES,
@@ -184,7 +185,7 @@ def test_08_the_gradient_of_a_confident_token_does_not_vanish(path, gap):
 class Linear:
     """Sends any gradient through a pair loss: the reference is the coefficients."""
 
-    needs_ref, coupled, has_token_level = True, False, False
+    needs_ref, coupled, sparse, has_token_level = True, False, False, False
 
     def __call__(self, policy: PairLogps, ref: PairLogps, totals, token_losses):
         return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
@@ -257,10 +258,10 @@ def test_11_gradients_of_many_chunks_are_rounded_once(path):
     counts, ref = (2,) * 256, torch.randn(256)
     selection = TokenSelection(torch.arange(n), targets, torch.tensor(counts), counts)
     ours = leaf(hidden), leaf(weight)
-    out = pair_loss(
-        ours[0], LmHead(ours[1]), selection, Linear(), ref_logps=ref, impl=path,
-        max_bytes=4 * v * 4,
-    )  # fmt: skip
+    with tiles_of(4, v):
+        out = pair_loss(
+            ours[0], LmHead(ours[1]), selection, Linear(), ref_logps=ref, impl=path
+        )  # fmt: skip
     out.loss.backward()
     expected = truth(hidden, weight, targets, ref.repeat_interleave(2))
     for got, want in zip((ours[0].grad, ours[1].grad), expected[1:], strict=True):
@@ -307,9 +308,8 @@ def test_17_the_fused_loss_is_the_loss(case):
     objective = Objective.parse(name, **values)
     hidden, weight, selection = pairs((5, 3, 2, 4, 6, 6), torch.float64)
     ref = -torch.rand(26).double() * 4
-    out = pair_loss(
-        hidden, LmHead(weight), selection, objective, ref_token_logps=ref, max_bytes=4 * 67 * 12
-    )  # fmt: skip
+    with tiles_of(12, 67):
+        out = pair_loss(hidden, LmHead(weight), selection, objective, ref_token_logps=ref)
     got = torch.autograd.grad(out.loss, [hidden, weight])
 
     logps = reference.token_logps(hidden, weight, selection.targets)

@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
+from fastdaa.cli.runs import continuation
 from fastdaa.cli.summary import last_values
 from fastdaa.train.checkpoints import last_complete
+from fastdaa.train.run_record import new_record, write_record
 
 NEEDED = ["--model", "m/m", "--dataset", "d/d", "--use_cpu"]
 WORDS = ["<eos>", "good", "bad", "question", "answer", "why"]
@@ -50,7 +52,7 @@ class FakeTrainer:
     outcome: BaseException | None = None
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.saved = options, False
+        self.options, self.args, self.saved = options, options["args"], False
         self.callback_handler = type("Handler", (), {"callbacks": []})()
         self.state = type("State", (), {"log_history": HISTORY, "global_step": 3})()
 
@@ -296,7 +298,7 @@ def test_chat_template_from_a_file(
         pytest.param({"chat_template": "no.jinja"}, "no file no.jinja", id="template"),
         pytest.param({"resume_from_checkpoint": "/no/folder"}, "no folder /no/folder", id="resume"),
         pytest.param({"resume_from_checkpoint": "{tmp}"}, "complete checkpoint", id="half"),
-        pytest.param({"eval_strategy": "steps"}, "no pairs to evaluate on", id="no eval data"),
+        pytest.param({"eval_strategy": "steps"}, "nothing to evaluate on", id="no eval data"),
         pytest.param({"output_dir": "{tmp}/pairs.jsonl"}, "is a file", id="output is a file"),
         pytest.param({"test_size": "8"}, "less than all 8 pairs", id="all for the test"),
         pytest.param({"dataset_split": "tset"}, "split: expected one of train", id="split"),
@@ -345,6 +347,20 @@ def test_resume(
     assert [call["checkpoint"] for call in trained] == [None, str(last), str(last), None]
 
 
+def test_another_runs_checkpoint_is_not_resumed(
+    model_path: Path, data_path: Path, tmp_path: Path, trained: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    last = checkpoint(out, 9, '{"global_step": 9}')
+    write_record(out, new_record({}))
+    assert train(model_path, data_path, out, "--resume_from_checkpoint") == 2
+    assert "which has none, got checkpoint-9 of another run" in one_error(capsys)
+    assert trained == []
+    assert train(model_path, data_path, out, "--resume_from_checkpoint", str(last)) == 0
+    assert trained[0]["checkpoint"] == str(last)
+
+
 def test_interrupted(
     model_path: Path, data_path: Path, tmp_path: Path, trained: list[Any],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
@@ -378,7 +394,7 @@ def test_interrupted(
 )  # fmt: skip
 def test_continuation(monkeypatch: pytest.MonkeyPatch, argv: list[str], expected: str) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert train_command.continuation(argv, "out/checkpoint-1") == expected
+    assert continuation("train", argv, "out/checkpoint-1") == expected
 
 
 def test_last_values() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
-from fastdaa.train import config as config_module
+from fastdaa.online.config import OnlineConfig
 from fastdaa.train.config import PreferenceConfig
+from fastdaa.train.stage_config import RewardConfig, SftConfig
 
 OWN = {field.name for field in dataclasses.fields(PreferenceConfig)} - {
     field.name for field in dataclasses.fields(TrainingArguments)
@@ -99,6 +101,27 @@ def test_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
         make(tmp_path, **fields)
 
 
+@pytest.mark.parametrize("kind", [PreferenceConfig, SftConfig, RewardConfig, OnlineConfig])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tokens_per_pack", 0, "expected an integer above 0, got 0"),
+        ("tokens_per_pack", 2.5, "expected an integer above 0, got 2.5"),
+        ("head_max_bytes", True, "expected an integer above 0, got True"),
+        ("impl", "score", "expected one of 'auto'"),
+        ("attention", "flash", "expected one of 'auto'"),
+    ],
+)
+def test_what_all_have_is_refused_alike(
+    tmp_path: Path, kind: Any, name: str, value: Any, message: str
+) -> None:
+    if name not in {field.name for field in dataclasses.fields(kind)}:
+        assert kind is RewardConfig  # it has no LM head
+        return
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        kind(output_dir=str(tmp_path / "out"), **{name: value})
+
+
 def test_loss_kwargs_of_another_type(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="mapping"):
         make(tmp_path, loss_kwargs="[1, 2]")
@@ -141,10 +164,8 @@ def test_bf16(
     launched: str | None,
     expected: bool,
 ) -> None:
-    monkeypatch.setattr(config_module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        config_module.torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16
-    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)

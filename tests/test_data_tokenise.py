@@ -269,7 +269,8 @@ def test_wrong_arguments(options: dict, message: str) -> None:
 )
 def test_split_points(prompt, chosen, rejected, split) -> None:
     pair = split_sequences(prompt, chosen, rejected)
-    assert pair == (prompt[:split], chosen[split:], rejected[split:], split < len(prompt))
+    sides = (chosen[split:], rejected[split:])
+    assert pair == (prompt[:split], sides, split < len(prompt))
 
 
 def test_rows_for_a_loader() -> None:

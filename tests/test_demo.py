@@ -102,6 +102,9 @@ def test_a_glimpse_of_the_whole_demo(tmp_path, capsys):
     assert "these numbers mean nothing" in text
     assert "SLiC: most gold at beta" in text and "R(d) = d (" in text
     assert "index.html" in text.splitlines()[-2]
+    page = (tmp_path / "index.html").read_text()
+    assert "these numbers mean nothing" in page.split("<h1>")[0]
+    assert "Claims" not in page and "reproduced" not in page.split("</style>")[1]
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def test_tokens_that_both_exclude_cost_nothing_and_have_no_gradient():
 
 # What the interpreter's numpy says about masked -inf - -inf.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.interpreter
 def test_the_fused_kernel_gives_the_same_values_and_no_gradient():
     hidden, head, ref_hidden, ref_head = heads(n=5, v=37)
     for kind in KINDS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tile_budget import tiles_of
 
 from fastdaa import (
     FusedLinearDPOLoss,
@@ -20,7 +21,10 @@ from fastdaa import (
 )
 
 # What the interpreter's numpy says about masked -inf - -inf.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.interpreter,
+]
 
 LENGTHS = (3, 4, 0, 3, 2, 2)
 N, D, V = sum(LENGTHS), 8, 37
@@ -59,11 +63,12 @@ def test_the_single_pass_takes_the_objective_kernel_where_it_has_the_formula(
     assert objective_kernel.has_kernel(objective) == jitted
     results = {}
     for engine in ("torch", "triton"):
-        # A budget of 8 rows: several chunks of pairs, one launch each.
-        out = pair_loss(
-            tensors[0], LmHead(tensors[1]), chosen, objective, ref_token_logps=ref, engine=engine,
-            max_bytes=4 * V * 8,
-        )  # fmt: skip
+        # Several chunks of pairs, one launch each.
+        with tiles_of(8, V):
+            out = pair_loss(
+                tensors[0], LmHead(tensors[1]), chosen, objective, ref_token_logps=ref,
+                engine=engine,
+            )  # fmt: skip
         results[engine] = (out.losses, *torch.autograd.grad(out.loss, tensors))
     assert bool(calls) == jitted
     for a, b in zip(results["torch"], results["triton"], strict=True):

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from fastdaa.cli.kernel_search import choose, search_kernels
-from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
+from fastdaa.kernels.configs import ROW_CONFIGS
+from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig
 from fastdaa.kernels.search import (
     Trial,
     random_problem,
+    row_candidates,
     score_candidates,
     search_score,
     search_sizes,
+    searches,
 )
 
 SMALL = TileConfig(16, 32, 16, 4, 2, split_v=64)
@@ -22,11 +25,26 @@ def problem():
     return random_problem(5, 70, 16, torch.device("cpu"))
 
 
-def test_candidates_begin_with_the_tables_entry_and_repeat_nothing():
-    entry = tile_config(SCORE_CONFIGS, False, problem()[:2])
-    candidates = list(score_candidates(entry))
+@pytest.mark.parametrize("half", [True, False])
+def test_candidates_begin_with_the_tables_entry_and_repeat_nothing(half):
+    entry = SCORE_CONFIGS[90, half, False]
+    candidates = list(score_candidates(entry, half))
     assert candidates[0] == entry
     assert len(set(candidates)) == len(candidates) > 20
+    assert all(config.split_v % config.block_v == 0 for config in candidates)
+    rows = list(row_candidates(ROW_CONFIGS["row_statistics"][90]))
+    assert rows[0] == ROW_CONFIGS["row_statistics"][90]
+    assert len(set(rows)) == len(rows) > 10
+
+
+def test_every_kernel_with_a_table_is_searched(monkeypatch):
+    from fastdaa.kernels import search
+
+    monkeypatch.setattr(search, "score_candidates", lambda entry, half: [SMALL])
+    monkeypatch.setattr(search, "row_candidates", lambda entry: [entry._replace(block_v=32)])
+    found = {name: list(trials) for name, trials in searches(*problem(), timer=lambda run: 2.0)}
+    assert list(found) == ["score", "score with statistics", "row_statistics", "row_gradient"]
+    assert all([trial.milliseconds for trial in trials] == [2.0] for trials in found.values())
 
 
 def test_every_candidate_is_run_checked_and_timed():
@@ -58,7 +76,7 @@ def test_a_wrong_or_failing_candidate_is_not_timed(monkeypatch):
     candidates = [SMALL, SMALL._replace(block_v=128), SMALL._replace(block_v=48)]
     trials = list(search_score(*problem(), candidates=candidates, timer=lambda run: 1.0))
     assert [trial.milliseconds for trial in trials] == [1.0, None, None]
-    assert trials[1].problem == "wrong: log-probs differ by 1.0e-01 nat"
+    assert trials[1].problem == "wrong: results differ by 1.0e-01"
     assert trials[2].problem == "out of resource: shared memory"
 
 

@@ -37,6 +37,14 @@ COMPILE = """if True:
     print(json.dumps([measure(entry, target) for entry in ENTRIES for target in entry.targets]))
     in_place = [entry for entry in ENTRIES if entry.constants.get("IN_PLACE")]
     print(json.dumps({entry.name: disassembly(entry, "sm_90") for entry in in_place}))
+    unused = [
+        f"{entry.name}: {parameter.name}"
+        for entry in ENTRIES
+        for parameter in entry.kernel.params
+        if entry.arguments.get(parameter.name, "").endswith(":16")
+        and (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    ]
+    print(json.dumps(unused))
     (wide,) = [e for e in ENTRIES if e.name.startswith("row_statistics/stats-bias-softcap/")]
     print(json.dumps(measure(wide._replace(num_warps=1), "sm_90")))
 """
@@ -45,6 +53,7 @@ COMPILE = """if True:
 class Compiled(NamedTuple):
     numbers: dict[tuple[str, str], Numbers]
     sass: dict[str, str]
+    unused: list[str]
     too_few_warps: Numbers
 
 
@@ -57,11 +66,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, repository_root: Path) ->
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    numbers, sass, too_few_warps = map(json.loads, done.stdout.splitlines())
+    numbers, sass, unused, too_few_warps = map(json.loads, done.stdout.splitlines())
     rows = [Numbers(*row) for row in numbers]
     print(f"\n{table(rows)}")
     by_case = {(row.name, row.target): row for row in rows}
-    return Compiled(by_case, sass, Numbers(*too_few_warps))
+    return Compiled(by_case, sass, unused, Numbers(*too_few_warps))
 
 
 def test_names_are_unique() -> None:
@@ -85,6 +94,10 @@ def test_threads_meet_between_the_reads_and_the_writes_of_a_block(
     last_load = len(found) - 1 - found[::-1].index("LDG")
     assert found.count("BAR") == 1
     assert found[last_load + 1] == "BAR" and set(found[last_load + 2 :]) == {"STG"}
+
+
+def test_entries_assume_no_alignment_that_the_launch_does_not_tell(compiled: Compiled) -> None:
+    assert compiled.unused == []
 
 
 def test_spills_are_seen(compiled: Compiled) -> None:

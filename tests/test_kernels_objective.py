@@ -163,6 +163,12 @@ def test_default_hyperparameters(name):
     close("token_coefficients", got.token_coefficients, by_tokens, 2e-6, 1e-8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dpo", "slic", "orpo", "exo_pair", "apa_pairs"])
+def test_some_objectives_on_a_gpu(name):
+    test_default_hyperparameters(name)
+
+
 @pytest.mark.parametrize(
     ("names", "weights"),
     [

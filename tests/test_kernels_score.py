@@ -250,6 +250,20 @@ def test_a_row_has_the_same_bits_in_every_batch(config):
         assert torch.equal(values, repeated) and torch.equal(values[20:21], single)
 
 
+@pytest.mark.parametrize("config", ["pointers", "halves", "quarters"])
+def test_the_targets_of_other_rows_change_no_bit(config):
+    """Tiles that hold a target are folded another way; the bits of rows without one stay."""
+    hidden, weight, targets, options = problem(16, 32, 203, "everything")
+    targets[:] = 200
+    before = score_tokens(
+        hidden, weight, targets, stats=True, config=CONFIGS[config], **options
+    )  # fmt: skip
+    targets[3:] = torch.arange(3, 16, device=DEVICE) * 13
+    after = score_tokens(hidden, weight, targets, stats=True, config=CONFIGS[config], **options)
+    for values, moved in zip(before, after, strict=True):
+        assert torch.equal(values[:3], moved[:3])
+
+
 def test_rows_with_gaps_and_operands_that_no_descriptor_reads():
     hidden, weight, targets, _ = problem(9, 32, 70)
     right = score_tokens(hidden[:, :20].contiguous(), weight[:, :20].contiguous(), targets,

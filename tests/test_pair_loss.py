@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tile_budget import tiles_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,8 +24,8 @@ from fastdaa import (
     token_logps,
     token_stats,
 )
+from fastdaa.chunks import chunks_of_pairs
 from fastdaa.logps import head_logps, sequence_logps
-from fastdaa.single_pass import chunks_of_pairs
 
 COUNTS = (6, 9, 1, 4, 12, 3, 7, 7)
 PATHS = ("single_pass", "recompute", "frozen", "score")
@@ -63,11 +64,12 @@ class Batch(NamedTuple):
         leaves = zip(("hidden_states", "weight", "bias"), self[:3], strict=True)
         return {k: t.grad for k, t in leaves if t is not None and t.requires_grad}
 
-    def run(self, objective, **kwargs):
-        out = pair_loss(
-            self.hidden_states, self.head, self.selection, objective,
-            **{"ref_token_logps": self.ref_token_logps, **kwargs},
-        )  # fmt: skip
+    def run(self, objective, tile_rows=None, **kwargs):
+        with tiles_of(tile_rows, len(self.weight)):
+            out = pair_loss(
+                self.hidden_states, self.head, self.selection, objective,
+                **{"ref_token_logps": self.ref_token_logps, **kwargs},
+            )  # fmt: skip
         if out.loss.requires_grad:
             out.loss.backward()
         return out, self.grads()
@@ -142,7 +144,7 @@ OBJECTIVES = {
     ],
 )
 def test_every_path_is_as_accurate_as_plain_torch(within_budget, objective, path, dtype):
-    compare(within_budget, batch(dtype=dtype), OBJECTIVES[objective], path, max_bytes=4 * V * 14)
+    compare(within_budget, batch(dtype=dtype), OBJECTIVES[objective], path, tile_rows=14)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_every_path_is_as_accurate_as_plain_torch(within_budget, objective, path
     ],
 )  # fmt: skip
 def test_head_options(within_budget, head, path):
-    compare(within_budget, batch(**head), OBJECTIVES["dpo"], path, max_bytes=4 * V * 14)
+    compare(within_budget, batch(**head), OBJECTIVES["dpo"], path, tile_rows=14)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_head_options(within_budget, head, path):
 def test_chunks_do_not_change_the_result(objective, rows):
     made = batch(softcap=4.0, bias=True)
     expected, grads = made.copies().run(OBJECTIVES[objective])
-    out, chunked = made.copies().run(OBJECTIVES[objective], max_bytes=4 * V * rows)
+    out, chunked = made.copies().run(OBJECTIVES[objective], tile_rows=rows)
     assert torch.equal(out.token_logps, expected.token_logps)
     assert torch.equal(out.losses, expected.losses)
     for name in grads:
@@ -215,7 +217,7 @@ def test_chunks_hold_whole_pairs_within_the_budget(counts, budget, sizes):
 @pytest.mark.parametrize("path", PATHS[:3])
 def test_empty_completions(within_budget, counts, path):
     made = batch(counts)
-    compare(within_budget, made, OBJECTIVES["dpo"], path, max_bytes=4 * V * 3)
+    compare(within_budget, made, OBJECTIVES["dpo"], path, tile_rows=3)
     out, grads = made.copies(path=path).run(OBJECTIVES["mixture"], impl=path)
     assert all(t.isfinite().all() for t in (out.losses, *grads.values()))
     sides = torch.stack([out.policy.chosen, out.policy.rejected], 1).flatten()
@@ -241,13 +243,11 @@ def with_margins(margins, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "bias": True}], ids=["plain", "softcap"])
-@pytest.mark.parametrize(
-    "max_bytes", [None, 4 * V * 40], ids=["one-chunk", "a-pair-beyond-the-budget"]
-)
-def test_rows_of_a_satisfied_hinge_leave_the_products_and_change_nothing(options, max_bytes):
+@pytest.mark.parametrize("tile_rows", [None, 40], ids=["one-chunk", "a-pair-beyond-the-budget"])
+def test_rows_of_a_satisfied_hinge_leave_the_products_and_change_nothing(options, tile_rows):
     made = with_margins((-50.0, 50.0, 50.0, -50.0), **options)
     objective = Objective.parse("slic", beta=0.1)
-    out, grads = made.copies().run(objective, max_bytes=max_bytes)
+    out, grads = made.copies().run(objective, tile_rows=tile_rows)
     assert [x > 0 for x in out.losses.tolist()] == [True, False, False, True]
     expected, oracle = made.copies().oracle(objective)
     torch.testing.assert_close(out.losses, expected, rtol=1e-4, atol=1e-4)
@@ -272,7 +272,7 @@ def test_only_satisfied_pairs_give_an_exact_zero():
 @pytest.mark.parametrize("name", ["kto", "aot"])
 def test_coupled_losses_take_another_path(within_budget, name):
     made, objective = batch(), Objective.parse(name)
-    compare(within_budget, made, objective, "auto", max_bytes=4 * V * 14)
+    compare(within_budget, made, objective, "auto", tile_rows=14)
     with pytest.raises(ValueError, match="impl='single_pass' cannot serve a loss that couples"):
         made.run(objective, impl="single_pass")
 
@@ -280,9 +280,7 @@ def test_coupled_losses_take_another_path(within_budget, name):
 def test_advantages_reach_token_level_losses():
     made = batch()
     advantages = torch.randn(len(COUNTS))
-    out, _ = made.copies().run(
-        Objective.parse("apa", lam=0.5), advantages=advantages, max_bytes=4 * V * 14
-    )
+    out, _ = made.copies().run(Objective.parse("apa", lam=0.5), advantages=advantages, tile_rows=14)
     per_token = torch.cat([a.expand(n) for a, n in zip(advantages, COUNTS, strict=True)])
     error = (out.token_logps - made.ref_token_logps - per_token / 0.5).square()
     torch.testing.assert_close(out.loss.detach(), error.mean(), rtol=1e-5, atol=1e-5)
@@ -320,18 +318,18 @@ def test_completion_lengths_are_the_divisors_of_means():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("max_bytes", [None, 4 * V * 5], ids=["whole", "chunked"])
-def test_stats_come_from_every_path(path, max_bytes):
+@pytest.mark.parametrize("tile_rows", [None, 5], ids=["whole", "chunked"])
+def test_stats_come_from_every_path(path, tile_rows):
     made = batch(softcap=3.0)
     out, _ = made.copies(path=path).run(
-        OBJECTIVES["dpo"], impl=path, stats=True, max_bytes=max_bytes
+        OBJECTIVES["dpo"], impl=path, stats=True, tile_rows=tile_rows
     )
     rows = made.hidden_states.reshape(-1, D)[made.selection.rows]
     expected = reference.token_stats(rows, made.weight, made.selection.targets, softcap=3.0)
     for got, want in zip(out.stats, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert not got.requires_grad
-    plain, _ = made.copies(path=path).run(OBJECTIVES["dpo"], impl=path, max_bytes=max_bytes)
+    plain, _ = made.copies(path=path).run(OBJECTIVES["dpo"], impl=path, tile_rows=tile_rows)
     assert plain.stats is None
     assert torch.equal(plain.losses, out.losses)
 
@@ -434,7 +432,7 @@ def test_identical_models_have_a_margin_of_exactly_zero(v, dtype, options, path)
     rows = made.hidden_states.reshape(-1, D)[made.selection.rows]
     with torch.no_grad():  # the reference is scored with another budget, so in other blocks
         ref = head_logps(rows, made.head, made.selection.targets, max_bytes=4 * v * 111)
-    out, _ = made.run(OBJECTIVES["dpo"], ref_token_logps=ref, impl=path, max_bytes=4 * v * 250)
+    out, _ = made.run(OBJECTIVES["dpo"], ref_token_logps=ref, impl=path, tile_rows=250)
     assert torch.equal(out.token_logps, ref)
     ref_logps = sequence_logps(ref, made.selection.lengths)
     margin = (out.policy.chosen - ref_logps[::2]) - (out.policy.rejected - ref_logps[1::2])

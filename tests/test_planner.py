@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdaa import HeadPlan, plan_head
+from fastdaa import HeadPlan, plan_head, planner
 
 V = 128256
 
@@ -72,17 +72,17 @@ def test_a_path_that_cannot_serve_raises(call, message):
 
 
 KEPT = (2 << 30) // (2 * V)  # tokens whose half-precision gradients take 2 GiB
+CHUNK = KEPT // 256 * 256  # rows that fill the tiles of products
 
 
 @pytest.mark.parametrize(
     ("call", "kept", "path"),
     [
         pytest.param({"tokens": KEPT}, KEPT, "single_pass", id="fits"),
-        pytest.param({"tokens": KEPT + 1}, 0, "single_pass", id="too-many"),
-        pytest.param({}, 0, "single_pass", id="tokens-unknown"),
-        pytest.param({"tokens": 0}, 0, "single_pass", id="no-tokens"),
+        pytest.param({"tokens": KEPT + 1}, -CHUNK, "single_pass", id="too-many"),
+        pytest.param({}, -CHUNK, "single_pass", id="tokens-unknown"),
+        pytest.param({"tokens": 9, "sharded": True}, -CHUNK, "single_pass", id="sharded"),
         pytest.param({"tokens": 9, "operand": torch.float32}, 0, "single_pass", id="fp32"),
-        pytest.param({"tokens": 9, "operand": None}, 0, "single_pass", id="dtype-unknown"),
         pytest.param({"tokens": 9, "operand": torch.float16}, 0, "single_pass", id="fp16"),
         pytest.param({"tokens": 9, "loss_inside": False}, 0, "recompute", id="loss-outside"),
         pytest.param({"tokens": 9, "head_grad": False}, 0, "frozen", id="frozen"),
@@ -90,16 +90,77 @@ KEPT = (2 << 30) // (2 * V)  # tokens whose half-precision gradients take 2 GiB
         pytest.param({"tokens": 9, "coupled": True}, 9, "single_pass", id="coupled"),
         pytest.param({"tokens": KEPT + 1, "coupled": True}, 0, "recompute", id="coupled-too-many"),
         pytest.param({"tokens": 8, "max_bytes": 32 * V}, 8, "single_pass", id="within-half"),
-        pytest.param({"tokens": 9, "max_bytes": 32 * V}, 0, "single_pass", id="beyond-half"),
+        pytest.param({"tokens": 9, "max_bytes": 32 * V}, 0, "recompute", id="beyond-half"),
+        pytest.param(
+            {"tokens": 9, "max_bytes": 32 * V, "impl": "single_pass"}, -8, "single_pass",
+            id="beyond-half-asked-for",
+        ),
     ],
 )  # fmt: skip
 def test_bf16_gradients_are_kept_where_they_fit(call, kept, path):
+    """``kept`` tokens; a negative number for chunks of a batch that does not fit."""
     made = plan(device="cuda", **{"loss_inside": True, "operand": torch.bfloat16, **call})
-    assert (made.kept_tokens, made.path) == (kept, path)
-    assert made.chunk_tokens == (kept or made.tile_rows)
+    assert (made.kept_tokens, made.kept_whole, made.path) == (abs(kept), kept > 0, path)
+    assert made.chunk_tokens == (abs(kept) or made.tile_rows)
     if kept:
         assert made.tile_rows == made.block_rows
         assert made.kept_bytes + made.tile_bytes <= call.get("max_bytes", (2 << 30) + (512 << 20))
+
+
+@pytest.mark.parametrize(
+    ("max_mib", "path", "reason"),
+    [
+        pytest.param(None, "single_pass", "known within a chunk", id="default"),
+        pytest.param(3500, "single_pass", "known within a chunk", id="larger"),
+        pytest.param(
+            2600, "recompute", "take 2260 MiB, more than three quarters of max_bytes", id="sums"
+        ),
+    ],
+)  # fmt: skip
+def test_a_single_pass_whose_sums_do_not_fit_is_no_good(max_mib, path, reason):
+    made = plan(
+        device="cuda", loss_inside=True, tokens=16384, hidden_size=4096, operand=torch.bfloat16,
+        max_bytes=max_mib and max_mib << 20,
+    )  # fmt: skip
+    assert made.path == path and reason in made.reason
+    if path == "single_pass":
+        assert made.chunk_tokens >= 1024
+
+
+@pytest.mark.parametrize(("dtype", "path"), [("bfloat16", "recompute"), ("float32", "single_pass")])
+def test_chunks_below_the_break_even_are_computed_again(dtype, path):
+    """Chunks of some 400 tokens beside sums that fit: for fp32 the products are slower."""
+    options = {"loss_inside": True, "tokens": 16384, "hidden_size": 512, "max_bytes": 500 << 20}
+    made = plan(device="cuda", operand=getattr(torch, dtype), **options)
+    assert made.path == path
+    if path == "recompute":
+        assert "computing the logits again" in made.reason
+    assert plan(device="cuda", impl="single_pass", **options).path == "single_pass"
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
+@pytest.mark.parametrize("max_mib", [None, 4000, 1000])
+def test_all_paths_take_statistics_of_as_many_rows(monkeypatch, engine, softcap, max_mib):
+    """A GPU's library may choose another kernel, with other last bits, for other heights."""
+    monkeypatch.setattr(planner, "_check_triton", lambda *_: None)
+    rows = set()
+    for tokens in (8192, 16384):
+        for kwargs in (
+            {"hidden_grad": False, "head_grad": False},
+            {"hidden_grad": False, "head_grad": False, "stats": True},
+            {"head_grad": False},
+            {"head_grad": False, "stats": True},
+            {"impl": "recompute"},
+            {"loss_inside": True},
+            {"loss_inside": True, "stats": True},
+        ):
+            made = plan(
+                device="cuda", operand=torch.bfloat16, tokens=tokens, hidden_size=4096,
+                engine=engine, softcap=softcap, max_bytes=max_mib and max_mib << 20, **kwargs,
+            )  # fmt: skip
+            rows.add(made.block_rows)
+    assert len(rows) == 1 and min(rows) % 256 == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -125,7 +186,8 @@ def test_the_default_budget_serves_a_vocabulary_of_any_size():
 def test_explain_names_path_cost_tile_and_reason():
     line = plan(50257, loss_inside=True, max_bytes=4 * 50257 * 100).explain()
     assert line == (
-        "single_pass (3U, tiles of 100 tokens x 50257 vocabulary entries = 19 MiB): "
+        "single_pass (3U, tiles of 100 tokens x 50257 vocabulary entries = 19 MiB, at "
+        "most 19 MiB in all): "
         "the head is trained and the loss is known within a chunk of pairs"
     )
 
@@ -135,7 +197,7 @@ def test_explain_names_what_is_kept():
         device="cuda", loss_inside=True, tokens=8192, operand=torch.bfloat16, engine="triton"
     )
     assert made.explain() == (
-        "single_pass (3U, gradients of the logits of 8192 tokens kept = 2004 MiB, tiles of 1046 "
-        "tokens x 128256 vocabulary entries = 512 MiB): the head is trained and the gradients of "
-        "the batch's logits fit in memory; engine triton: asked for"
+        "single_pass (3U, gradients of the logits of 8192 tokens kept = 2004 MiB, tiles of 1024 "
+        "tokens x 128256 vocabulary entries = 501 MiB, at most 2505 MiB in all): the head is "
+        "trained and the gradients of the batch's logits fit in memory; engine triton: asked for"
     )

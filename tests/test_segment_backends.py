@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from fastdaa.data.collate import TOKEN_FIELDS, PairCollator
+from fastdaa.data.collate import PairCollator
+from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.train import segment_backends
 from fastdaa.train.segment_backends import BACKENDS, choose_backend
 from fastdaa.train.segments import segment_attention

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tile_budget import tiles_of
 
 from fastdaa import LmHead, Objective, TokenSelection, VocabShard, pair_loss
 from fastdaa.divergence import token_kl
@@ -32,11 +33,12 @@ CASES = {
     "softcap": {"wanted": (True, True), "softcap": 4.0, "logit_scale": 0.5},
     "bias": {"wanted": (True, True), "bias": True},
     "bf16": {"wanted": (True, True), "loss": "dpo", "dtype": torch.bfloat16},
-    "small budget": {"wanted": (True, True), "loss": "dpo", "max_bytes": 4 * 60 * 3},
+    "small budget": {"wanted": (True, True), "loss": "dpo", "tile_rows": 3},
 }
+COMPILED = ("recompute", "single pass", "coupled")
 
 
-def run(case, rank=None):
+def run(case, rank=None, group=None, compiled=False):
     """Values and gradients of a case, with the whole head or with the slice of a process."""
     generator = torch.Generator().manual_seed(3)
     dtype = case.get("dtype", torch.float64)
@@ -47,24 +49,31 @@ def run(case, rank=None):
     hidden, weight, bias, ref = randn(N, D), randn(V, D), randn(V), -50 + randn(6)
     targets = torch.randint(0, V, (N,), generator=generator)
     ids = slice(0, V) if rank is None else (slice(0, CUT), slice(CUT, V))[rank]
-    shard = None if rank is None else VocabShard(ids.start, V)
+    shard = None if rank is None else VocabShard(ids.start, V, group)
     want_hidden, want_head = case.get("wanted", (False, False))
     hidden.requires_grad_(want_hidden)
     weight = weight[ids].clone().requires_grad_(want_head)
     bias = bias[ids].clone().requires_grad_(want_head) if case.get("bias") else None
-    head = LmHead(weight, bias, case.get("softcap"), case.get("logit_scale", 1.0), shard=shard)
-    max_bytes = case.get("max_bytes")
-    if "loss" in case:
-        lengths = torch.tensor(LENGTHS)
-        selection = TokenSelection(torch.arange(N), targets, lengths, LENGTHS)
+
+    def head():
+        return LmHead(weight, bias, case.get("softcap"), case.get("logit_scale", 1.0), shard=shard)
+
+    def call():
+        if "loss" not in case:
+            logps = head_logps(hidden, head(), targets)
+            return [logps], logps.sin().sum()
+        selection = TokenSelection(torch.arange(N), targets, torch.tensor(LENGTHS), LENGTHS)
         out = pair_loss(
-            hidden, head, selection, Objective.parse(case["loss"]),
-            ref_logps=ref.float(), max_bytes=max_bytes,
-        )  # fmt: skip
-        result, total = [out.loss, out.losses, out.token_logps], out.loss
-    else:
-        logps = head_logps(hidden, head, targets, max_bytes=max_bytes)
-        result, total = [logps, *token_stats(hidden, head, targets)[1]], logps.sin().sum()
+            hidden, head(), selection, Objective.parse(case["loss"]), ref_logps=ref.float()
+        )
+        return [out.loss, out.losses, out.token_logps], out.loss
+
+    if compiled:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with tiles_of(case.get("tile_rows"), head().planned_width):
+        result, total = call()
+    if "loss" not in case and not compiled:
+        result += token_stats(hidden, head(), targets)[1]
     leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     grads = torch.autograd.grad(total, leaves) if leaves else ()
     return [t.detach() for t in result], list(grads)
@@ -76,6 +85,8 @@ def worker(port, folder, rank):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     outcome = {name: (run(case, rank), run(case, rank)) for name, case in CASES.items()}
+    for name, group in zip(COMPILED, (None, dist.new_group([0, 1]), None), strict=True):
+        outcome[name] += (run(CASES[name], rank, group, compiled=True),)
     torch.save(outcome, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,11 +131,22 @@ def test_two_processes_compute_what_one_does(outcomes, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_processes_agree_to_the_bit_and_repeat(outcomes, name):
-    (a, again), (b, _) = (outcome[name] for outcome in outcomes)
+    (a, again), (b, _) = (outcome[name][:2] for outcome in outcomes)
     for x, y, z in zip(a[0], b[0], again[0], strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)
     for x, z in zip(a[1], again[1], strict=True):
         assert torch.equal(x, z)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_one_node_of_a_compiled_graph_has_the_same_bits(outcomes, name):
+    for outcome in outcomes:
+        (values, grads), _, (compiled_values, compiled_grads) = outcome[name]
+        # Token statistics are not compiled.
+        for x, y in zip(values, compiled_values, strict=False):
+            assert torch.equal(x, y)
+        for x, y in zip(grads, compiled_grads, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_a_slice_outside_the_vocabulary_is_refused():
@@ -132,6 +154,7 @@ def test_a_slice_outside_the_vocabulary_is_refused():
         LmHead(torch.zeros(5, 3), shard=VocabShard(7, 10))
 
 
+@pytest.mark.interpreter
 def test_what_needs_the_whole_vocabulary_says_so(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     head = LmHead(torch.zeros(5, 3), shard=VocabShard(0, 10))

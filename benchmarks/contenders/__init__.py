@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastdaa.benchmarks.contenders import cce
 from fastdaa.benchmarks.contenders.base import Absent, Contender, Outputs, TokenScorer
-from fastdaa.benchmarks.contenders.fastdaa import Fastdaa
+from fastdaa.benchmarks.contenders.fastdaa import ENGINES_OF, LESS_BYTES, Fastdaa
 from fastdaa.benchmarks.contenders.liger import FusedLinearCrossEntropy, FusedLinearDPO
 from fastdaa.benchmarks.contenders.pytorch import (
     Compiled,
@@ -30,13 +30,19 @@ ALL: list[Contender] = [
     Quack(),
     *(
         Fastdaa(path, engine)
-        for engine in ("torch", "triton")
-        for path in ("score", "frozen", "single_pass", "recompute")
+        for engine in ("torch", "triton", "fused")
+        for path, engines in ENGINES_OF.items()
+        if engine in engines
     ),
     *(
         Fastdaa(path, engine, max_bytes=64 << 20)
         for engine in ("torch", "triton")
         for path in ("single_pass", "recompute")
+    ),
+    *(
+        Fastdaa(path, engine, max_bytes=LESS_BYTES, kinds=())
+        for engine in ("torch", "triton")
+        for path in ("score", "frozen", "recompute")
     ),
 ]
 """In the order of tables."""

@@ -1,4 +1,4 @@
-"""Every path of fastdaa, with both engines."""
+"""Every path of fastdaa, with every engine."""
 
 from __future__ import annotations
 
@@ -19,29 +19,62 @@ from fastdaa.losses import Objective
 from fastdaa.outputs import TokenSelection
 from fastdaa.pair_loss import pair_loss
 
+ENGINES_OF = {
+    "score": ("torch", "triton", "fused"),
+    "frozen": ("torch", "triton"),
+    "single_pass": ("torch", "triton"),
+    "recompute": ("torch", "triton"),
+}
+"""Engines by path; ``fused`` has no gradient."""
+LESS_BYTES = 256 << 20
+"""``max_bytes`` of a call that is asked for little memory."""
+
+
+def name_of(path: str, engine: str = "torch", max_bytes: int | None = None) -> str:
+    """The name of a contender, such as ``fastdaa-single-pass-triton``."""
+    parts = ["fastdaa", path.replace("_", "-")]
+    parts += [engine] if engine != "torch" else []
+    parts += [f"{max_bytes >> 20}mib"] if max_bytes is not None else []
+    return "-".join(parts)
+
 
 class Fastdaa(TokenScorer):
-    """One path with one engine. The path that ``impl="auto"`` would take says so in its detail."""
+    """One path with one engine. The path that ``impl="auto"`` would take says so in its detail.
+
+    Args:
+        max_bytes: less memory than the default, for the sake of memory.
+        kinds: the benchmarks that it is in without being named; by default ``"memory"`` with
+            ``max_bytes``, else all.
+        interpreted: on a CPU the Triton engines run in the interpreter, for rehearsals.
+    """
 
     family = "fastdaa"
 
-    def __init__(self, path: str, engine: str = "torch", max_bytes: int | None = None):
+    def __init__(
+        self,
+        path: str,
+        engine: str = "torch",
+        max_bytes: int | None = None,
+        *,
+        kinds: tuple[str, ...] | None = None,
+        interpreted: bool = False,
+    ):
         self.path, self.engine, self.max_bytes = path, engine, max_bytes
-        suffix = "" if engine == "torch" else f"-{engine}"
-        if max_bytes is not None:  # less memory than the default, for the sake of memory
-            suffix, self.kinds = f"{suffix}-{max_bytes >> 20}mib", ("memory",)
-        self.name = f"fastdaa-{path.replace('_', '-')}{suffix}"
+        self.interpreted = interpreted
+        if kinds is not None or max_bytes is not None:
+            self.kinds = ("memory",) if kinds is None else kinds
+        self.name = name_of(path, engine, max_bytes)
 
     def version(self) -> str:
         """fastdaa's."""
         return __version__
 
     def check_device(self, device: str) -> None:
-        """The Triton engine needs CUDA: its interpreter is for tests."""
-        if self.engine != "triton":
+        """The Triton engines need CUDA: the interpreter is for tests and rehearsals."""
+        if self.engine == "torch":
             return
-        if device != "cuda":
-            raise Absent("the Triton engine runs on CUDA devices (elsewhere it is interpreted)")
+        if device != "cuda" and not self.interpreted:
+            raise Absent("the Triton engines run on CUDA devices (elsewhere they are interpreted)")
         if importlib.util.find_spec("triton") is None:
             raise Absent("triton is not installed (pip install 'fastdaa[triton]')")
 

@@ -34,13 +34,13 @@ figcaption{margin:0 0 4px;color:var(--ink);font-weight:600;overflow-wrap:anywher
 figcaption span{display:block;font-weight:400;color:var(--muted)}
 .box{overflow-x:auto;border:1px solid var(--grid);border-radius:6px;margin:10px 0}
 table{border-collapse:collapse;font-size:.85rem;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:5px 12px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
+th,td{padding:5px 8px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
 td.wide{white-space:normal;min-width:240px;overflow-wrap:anywhere}
 tbody tr:last-child>*{border-bottom:0}
-thead th{color:var(--muted);font-weight:600}
+thead th{color:var(--muted);font-weight:600;white-space:normal;vertical-align:bottom}
 .number{text-align:right}
 th.case{background:var(--panel);font-weight:600}
-th.case span{position:sticky;left:12px;display:inline-block;white-space:normal;
+th.case span{position:sticky;left:8px;display:inline-block;white-space:normal;
 max-width:min(78vw,1080px)}
 tr.ours td:first-child{color:var(--fastdaa);font-weight:600}
 tr.wrong td,tr.failed td,td.bad{color:var(--wrong)}
@@ -54,7 +54,7 @@ dt{font-weight:600}
 dd{margin:0;min-width:0;overflow-wrap:anywhere}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 @media (max-width:560px){h1{font-size:1.55rem}dl{grid-template-columns:1fr;gap:0}
-dd{margin-bottom:10px}th,td{padding:5px 9px}}
+dd{margin-bottom:10px}th,td{padding:5px 7px}}
 """
 
 

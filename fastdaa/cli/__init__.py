@@ -43,14 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in available():
         return _fail("fastdaa", f"expected a command, got {command!r}{_nearest(command)}")
+    from fastdaa.cli.missing_package import check_packages, missing_package
+
     try:
+        check_packages(command)
         return int(importlib.import_module(f"{__name__}.{command}").run(rest))
     except KeyboardInterrupt:
         return _fail(f"fastdaa {command}", "interrupted", _INTERRUPTED)
     except _USER_ERRORS as error:
         if debug:
             traceback.print_exc()
-        return _fail(f"fastdaa {command}", f"error: {one_line(error)}")
+        return _fail(f"fastdaa {command}", f"error: {missing_package(error) or one_line(error)}")
 
 
 def available() -> dict[str, str]:

@@ -52,18 +52,16 @@ def run(argv: Sequence[str]) -> int:
         "minute or two) and print which is the fastest; nothing is changed",
     )
     options = parser.parse_args(list(argv))
-    sections = {"versions": version_rows(), "devices": device_rows()}
+    # What follows may need what the first table finds missing.
+    ok = [_print("versions", version_rows()), _print("devices", device_rows())]
     if options.model is not None:
         model = empty_model(options.model, options.trust_remote_code)
-        sections[f"model {options.model}"] = model_rows(model)
-    for title, rows in sections.items():
-        _print(title, rows)
+        ok.append(_print(f"model {options.model}", model_rows(model)))
     if options.kernels:
-        sections["kernels"] = kernel_rows()
-        _print("kernels", sections["kernels"])
+        ok.append(_print("kernels", kernel_rows()))
     if options.search_kernels is not None:
         print(search_kernels(options.search_kernels))
-    return 0 if all(row.ok for rows in sections.values() for row in rows) else 1
+    return 0 if all(ok) else 1
 
 
 def version_rows() -> list[Row]:
@@ -89,10 +87,13 @@ def device_rows() -> list[Row]:
 
     threads = torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpu = f"{os.cpu_count()} cores, {threads} threads used, {memory:.0f} GiB"
+    used = f"{threads} thread{'' if threads == 1 else 's'} used"
+    cpu = f"{os.cpu_count()} cores, {used}, {memory:.0f} GiB"
     rows = [Row("cpu", f"{platform.machine()}, {cpu}")]
     if not torch.cuda.is_available():
-        return [*rows, Row("cuda", f"no device (torch built for CUDA {torch.version.cuda})")]
+        built = torch.version.cuda
+        what = "is the CPU build" if built is None else f"was built for CUDA {built}"
+        return [*rows, Row("cuda", f"no device (this torch {what})")]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         free, total = (number / 2**30 for number in torch.cuda.mem_get_info(index))
@@ -107,7 +108,9 @@ def kernel_rows() -> list[Row]:
         from fastdaa.kernels.aot import faults, measure, table
         from fastdaa.kernels.aot_entries import ENTRIES
     except ModuleNotFoundError as error:
-        return [Row("triton", f"expected Triton, got: {error}", ok=False)]
+        if error.name != "triton":
+            raise
+        return [Row("triton", "not installed: pip install 'fastdaa[triton]'", ok=False)]
     try:
         measured = [
             (entry, measure(entry, target)) for entry in ENTRIES for target in entry.targets
@@ -124,13 +127,25 @@ def kernel_rows() -> list[Row]:
 
 
 def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a configuration on the meta device: no weights are read or allocated."""
+    """The model of a configuration on the meta device: no weights are read or allocated.
+
+    Raises:
+        OSError, ValueError: there is none, or it is not that of a causal language model.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    from fastdaa.cli.paths import check_model
+
+    check_model("model", source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise type(error)(
+            f"model: expected a causal language model, got {source!r}: {error}"
+        ) from error
 
 
 def model_rows(model: PreTrainedModel) -> list[Row]:
@@ -215,13 +230,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _print(title: str, rows: Sequence[Row]) -> None:
+def _print(title: str, rows: Sequence[Row]) -> bool:
+    """Prints a section; whether all is well in it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    # Plain text: `[triton]` would be read as a style.
+    table = Table(title=Text(title, style="table.title"), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(row.name, row.value, style=None if row.ok else "bold red")
+        table.add_row(Text(row.name), Text(row.value), style=None if row.ok else "bold red")
     Console().print(table)
+    return all(row.ok for row in rows)

@@ -16,7 +16,7 @@ def search_kernels(sizes: str) -> str:
         sizes: ``"N,V,D"``: tokens, vocabulary and hidden size of the problem.
 
     Returns:
-        One line: the fastest, and the table's entry beside it.
+        A line a kernel: the fastest, and the table's entry beside it.
 
     Raises:
         ValueError: sizes that are none, no CUDA device, or no candidate that works.
@@ -25,11 +25,14 @@ def search_kernels(sizes: str) -> str:
 
     if not torch.cuda.is_available():
         raise ValueError("--search-kernels: expected a CUDA device, got none")
-    from fastdaa.kernels.search import random_problem, search_score, search_sizes
+    from fastdaa.kernels.search import random_problem, search_sizes, searches
 
     problem = random_problem(*search_sizes(sizes), device=torch.device("cuda"))
-    print(f"score, N,V,D = {sizes}, {problem[0].dtype}; the first line is the table's entry")
-    return choose(search_score(*problem))
+    lines = []
+    for name, trials in searches(*problem):
+        print(f"{name}, N,V,D = {sizes}, {problem[0].dtype}; the first line is the table's entry")
+        lines.append(f"{name}: {choose(trials)}")
+    return "\n".join(lines)
 
 
 def choose(trials: Iterable[Trial]) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdaa.cli import building
+from fastdaa.cli import building, paths
 from fastdaa.cli.online_arguments import OnlineArguments, parse
-from fastdaa.cli.stages import INTERRUPTED, print_continuation
-from fastdaa.cli.train import _log_lines
+from fastdaa.cli.runs import INTERRUPTED, command_run, print_continuation
 
 if TYPE_CHECKING:
     from fastdaa.online.config import OnlineConfig
@@ -35,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
         from fastdaa.cli.pipeline import run_pipeline
 
         return run_pipeline(arguments, config, argv)
-    with _log_lines(True):
+    with command_run():
         return train_online(arguments, config, argv)
 
 
@@ -60,11 +58,9 @@ def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
 def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
     """Checks every local path before anything slow, and finds the checkpoint to resume from."""
     if arguments.reward is not None and ":" not in arguments.reward:
-        building._check_model_path("reward", arguments.reward)
-    names: Any = SimpleNamespace(
-        output_dir=config.output_dir, resume_from_checkpoint=arguments.resume_from_checkpoint
-    )
-    return building.check_paths(arguments, names)
+        paths.check_model("reward", arguments.reward)
+    folder = str(config.output_dir)
+    return paths.check_paths(arguments, folder, arguments.resume_from_checkpoint)
 
 
 def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
@@ -92,7 +88,7 @@ def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
     building.check_vocabulary(policy, tokenizer)
     policy, reference = policy.to(device), None
     if arguments.ref_model is not None:
-        given: Any = building.load_model(arguments.ref_model, arguments)
+        given: Any = building.load_model(arguments.ref_model, arguments, "ref_model")
         reference = given.to(device)
     peft_config = building.lora_config(arguments)
     if peft_config is not None:
@@ -112,17 +108,13 @@ def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
 
 
 def _load_prompts(arguments: OnlineArguments, config: OnlineConfig, tokenizer: Any) -> _Data:
-    from fastdaa.cli.stages import load_splits
     from fastdaa.data.examples import load_examples
     from fastdaa.online.prompts import read_prompts
 
     def load(source: Any, **options: Any) -> Any:
         return load_examples(source, prompts_only=True, **options)
 
-    settings = SimpleNamespace(
-        eval_strategy="no", on_bad_row=arguments.on_bad_row, seed=config.seed, data_seed=None
-    )
-    parts = load_splits(arguments, settings, load)
+    parts = building.load_splits(arguments, load, on_bad_row=arguments.on_bad_row, seed=config.seed)
     read: dict[str, Any] = {
         "max_length": arguments.max_prompt_length, "on_bad_row": arguments.on_bad_row,
     }  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdaa.cli.arguments import _build
-from fastdaa.cli.stages import StageArguments, parse_options
+from fastdaa.cli.arguments import AdapterArguments
+from fastdaa.cli.options import build, option_parser, read_options
 from fastdaa.online.config import OnlineConfig
-from fastdaa.validation import check_choice, check_positive
+from fastdaa.train.options import check_count, read_mapping
+from fastdaa.train.packed_config import ON_BAD_ROW
+from fastdaa.validation import check_choice
 
 ROLLOUT_SOURCES = ("transformers", "vllm")
 _WHAT = (
@@ -20,7 +21,7 @@ _WHAT = (
 
 
 @dataclass
-class OnlineArguments(StageArguments):
+class OnlineArguments(AdapterArguments):
     """What ``fastdaa online`` builds before it calls the loop."""
 
     _argument_group_name = "models and prompts"
@@ -67,7 +68,7 @@ class OnlineArguments(StageArguments):
         default="error",
         metadata={
             "help": "Stop at a row that cannot be used, or count such rows.",
-            "choices": ("error", "skip"),
+            "choices": ON_BAD_ROW,
         },
     )
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": ""})
@@ -90,13 +91,15 @@ class OnlineArguments(StageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("rollouts", self.rollouts, ROLLOUT_SOURCES)
-        check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
-        for name in ("max_prompt_length", "eval_steps", "eval_rollouts", "generation_batch_size"):
-            check_positive(name, getattr(self, name))
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        check_count("max_prompt_length", self.max_prompt_length, optional=True)
+        for name in ("eval_steps", "eval_rollouts", "generation_batch_size"):
+            check_count(name, getattr(self, name))
         if not 0 < self.vllm_memory <= 1:
             raise ValueError(f"vllm_memory: expected a share up to 1, got {self.vllm_memory}")
-        self.sft_options = _mapping("sft_options", self.sft_options)
-        self.reward_options = _mapping("reward_options", self.reward_options)
+        for name in ("sft_options", "reward_options"):
+            given = getattr(self, name)
+            setattr(self, name, read_mapping(name, given, "options", '{"num_train_epochs": 1}'))
         if self.reward is None and not self.pipeline:
             raise ValueError(
                 "reward: expected --reward with a model or a function, or --pipeline to train one"
@@ -110,23 +113,10 @@ def parse(argv: Sequence[str]) -> tuple[OnlineArguments, OnlineConfig]:
         ValueError: an unknown option or key, with the nearest valid one, or a bad value.
         OSError: the YAML file cannot be read.
     """
-    (arguments,), values = parse_options("online", [OnlineArguments, OnlineConfig], argv, _WHAT)
-    config = _build(OnlineConfig, values)
+    kinds = (OnlineArguments, OnlineConfig)
+    parser = option_parser("online", kinds, _WHAT, title="on-policy training")
+    (arguments,), values = read_options(parser, kinds, argv)
+    config = build(OnlineConfig, values)
     if config.output_dir in (None, "none"):
         raise ValueError("output_dir: expected a folder for checkpoints and the policy, got none")
     return arguments, config
-
-
-def _mapping(name: str, given: Any) -> dict[str, Any]:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{name}: expected a JSON object such as '{{\"num_train_epochs\": 1}}', got "
-                f"{given!r} ({error})"
-            ) from error
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise ValueError(f"{name}: expected a mapping of options, got {given!r}")
-    return given

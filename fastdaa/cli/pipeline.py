@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdaa.cli.stages import INTERRUPTED, continuation
-from fastdaa.cli.train import _log_lines
+from fastdaa.cli.runs import INTERRUPTED, continuation, log_lines
 
 if TYPE_CHECKING:
     from fastdaa.cli.online_arguments import OnlineArguments
@@ -59,7 +58,6 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
         pipeline=False,
         resume_from_checkpoint="true",
     )
-    last.track = arguments.track
     return _run_online(last, config, root / "online", argv)
 
 
@@ -74,7 +72,7 @@ def _run_online(
     if _is_done(folder, words):
         return 0
     # Its continuation is the pipeline's own command.
-    with _log_lines(True):
+    with log_lines():
         logger.info("stage online: %s", settings.algorithm)
         code = online.train_online(arguments, settings, argv)
     if code == 0:
@@ -118,7 +116,7 @@ def _stage_argv(
 def _run_stage(command: str, words: list[str]) -> int:
     import importlib
 
-    with _log_lines(True):
+    with log_lines():
         logger.info("stage %s", command)
     module = importlib.import_module(f"fastdaa.cli.{command}")
     return int(module.run([*words, "--resume_from_checkpoint"]))
@@ -141,7 +139,7 @@ def _is_done(folder: Path, words: list[str]) -> bool:
             f"({'; '.join(changed[:3]) or 'more or fewer of them'}); delete it or choose another "
             "output_dir"
         )
-    with _log_lines(True):
+    with log_lines():
         logger.info("stage %s is done: %s", folder.name, folder)
     return True
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdaa.cli import building
-from fastdaa.cli.stages import StageArguments, load_splits, parse_options, run_stage, stage_config
-from fastdaa.cli.train import _log_lines
+from fastdaa.cli.arguments import ModelArguments, trainer_config
+from fastdaa.cli.options import option_parser, read_options
+from fastdaa.cli.runs import command_run, train_and_save
+from fastdaa.cli.summary import STAGE, print_summary
 from fastdaa.data import load_pairs
 from fastdaa.train.stage_config import RewardConfig
 
@@ -19,44 +21,37 @@ _WHAT = (
 
 
 @dataclass
-class RewardArguments(StageArguments):
+class RewardArguments(ModelArguments):
     """What ``fastdaa reward`` builds before it calls the trainer."""
-
-    _argument_group_name = "model and data"
 
     model: str = field(
         metadata={"help": "A causal language model, whose backbone is taken, or a reward model."}
     )
-    use_peft: bool = field(init=False, default=False)
-    lora_r: int = field(init=False, default=16)
-    lora_alpha: int = field(init=False, default=32)
-    lora_dropout: float = field(init=False, default=0.0)
-    lora_target_modules: list[str] | None = field(init=False, default=None)
 
 
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
-    (arguments,), values = parse_options("reward", [RewardArguments, RewardConfig], argv, _WHAT)
-    config = stage_config(RewardConfig, values, arguments)
-    with _log_lines(config.process_index == 0):
+    kinds = (RewardArguments, RewardConfig)
+    parser = option_parser("reward", kinds, _WHAT, title="reward model")
+    (arguments,), values = read_options(parser, kinds, argv)
+    config = trainer_config(RewardConfig, values, arguments)
+    with command_run(main_process=config.process_index == 0):
         return _train(arguments, config, argv)
 
 
 def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
-    from transformers import set_seed
-
     from fastdaa.train.reward import RewardTrainer
     from fastdaa.train.reward_models import load_reward_model
 
-    checkpoint = building.check_paths(arguments, config)
-    set_seed(config.seed)
-    tokenizer = building.load_tokenizer(arguments)
-    train, evaluation = load_splits(arguments, config, load_pairs)
-    building.check_template(tokenizer, train)
-    options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    model = load_reward_model(arguments.model, tokenizer, dtype=arguments.dtype, **options)
-    building.check_vocabulary(model, tokenizer)
-    trainer = RewardTrainer(model, config, train, evaluation, processing_class=tokenizer)
-    return run_stage("reward", trainer, checkpoint, argv)
+    start = building.start_stage(arguments, config, load_pairs)
+    building.check_template(start.tokenizer, start.train)
+    options = building.model_options(arguments)
+    model = load_reward_model(arguments.model, start.tokenizer, **options)
+    building.check_vocabulary(model, start.tokenizer)
+    trainer = RewardTrainer(
+        model, config, start.train, start.evaluation, processing_class=start.tokenizer
+    )
+    code = train_and_save("reward", trainer, start.checkpoint, argv)
+    if code == 0 and trainer.is_world_process_zero():
+        print_summary(trainer.state.log_history, config.output_dir, STAGE)
+    return code

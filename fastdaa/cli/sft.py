@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdaa.cli import building
-from fastdaa.cli.stages import StageArguments, load_splits, parse_options, run_stage, stage_config
-from fastdaa.cli.train import _log_lines
+from fastdaa.cli.arguments import AdapterArguments, trainer_config
+from fastdaa.cli.options import option_parser, read_options
+from fastdaa.cli.runs import command_run, train_and_save
+from fastdaa.cli.summary import STAGE, print_summary
 from fastdaa.data.examples import load_examples
 from fastdaa.train.stage_config import SftConfig
 
@@ -16,10 +18,8 @@ _WHAT = "Teaches a causal language model the completions of a dataset."
 
 
 @dataclass
-class SftArguments(StageArguments):
+class SftArguments(AdapterArguments):
     """What ``fastdaa sft`` builds before it calls the trainer."""
-
-    _argument_group_name = "model and data"
 
     model: str = field(metadata={"help": "Model to train: a local folder or a hub id."})
     dataset: str = field(
@@ -32,25 +32,26 @@ class SftArguments(StageArguments):
 
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
-    (arguments,), values = parse_options("sft", [SftArguments, SftConfig], argv, _WHAT)
-    config = stage_config(SftConfig, values, arguments)
-    with _log_lines(config.process_index == 0):
+    kinds = (SftArguments, SftConfig)
+    parser = option_parser("sft", kinds, _WHAT, title="fine-tuning")
+    (arguments,), values = read_options(parser, kinds, argv)
+    config = trainer_config(SftConfig, values, arguments)
+    with command_run(main_process=config.process_index == 0):
         return _train(arguments, config, argv)
 
 
 def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
-    from transformers import set_seed
-
     from fastdaa.train.sft import SftTrainer
 
-    checkpoint = building.check_paths(arguments, config)
-    set_seed(config.seed)
-    tokenizer = building.load_tokenizer(arguments)
-    train, evaluation = load_splits(arguments, config, load_examples)
+    start = building.start_stage(arguments, config, load_examples)
     peft_config = building.lora_config(arguments)
     model = building.load_model(arguments.model, arguments)
-    building.check_vocabulary(model, tokenizer)
+    building.check_vocabulary(model, start.tokenizer)
     trainer = SftTrainer(
-        model, config, train, evaluation, processing_class=tokenizer, peft_config=peft_config
-    )
-    return run_stage("sft", trainer, checkpoint, argv)
+        model, config, start.train, start.evaluation,
+        processing_class=start.tokenizer, peft_config=peft_config,
+    )  # fmt: skip
+    code = train_and_save("sft", trainer, start.checkpoint, argv)
+    if code == 0 and trainer.is_world_process_zero():
+        print_summary(trainer.state.log_history, config.output_dir, STAGE)
+    return code

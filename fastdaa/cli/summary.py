@@ -1,15 +1,12 @@
-"""What ``fastdaa train`` prints at its end: the last numbers, and where everything is."""
+"""What a training command prints at its end: the last numbers, and where everything is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastdaa.train.config import PreferenceConfig
-
-_SHOWN = (
+ALIGNMENT = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
@@ -19,6 +16,16 @@ _SHOWN = (
     ("throughput/tokens_per_second", "tokens per second"),
     ("memory/peak_gib", "peak memory (GiB)"),
 )
+"""What is shown of ``fastdaa train``: key and title."""
+STAGE = (
+    ("loss", "loss"),
+    ("mean_token_accuracy", "token accuracy"),
+    ("entropy", "entropy (nats)"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "margin"),
+    ("rewards/center", "centre of rewards"),
+)
+"""What is shown of the stages before it."""
 _FILES = (
     ("metrics.jsonl", "every logged row"),
     ("curves.png", "curves"),
@@ -26,7 +33,12 @@ _FILES = (
 )
 
 
-def print_summary(rows: Sequence[Mapping[str, Any]], config: PreferenceConfig) -> None:
+def print_summary(
+    rows: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    shown: Sequence[tuple[str, str]],
+    heading: str = "",
+) -> None:
     """Prints the last training and evaluation values of ``rows``, and the files of the run."""
     from rich.console import Console
     from rich.table import Table
@@ -37,17 +49,19 @@ def print_summary(rows: Sequence[Mapping[str, Any]], config: PreferenceConfig) -
     table.add_column("training", justify="right")
     if evaluation:
         table.add_column("evaluation", justify="right")
-    for key, title in _SHOWN:
+    for key, title in shown:
         values = [train.get(key)] + ([evaluation.get(key)] if evaluation else [])
         if any(value is not None for value in values):
             table.add_row(title, *("" if v is None else f"{v:,.4g}" for v in values))
     console = Console()
-    console.print(str(config.objective()), highlight=False, soft_wrap=True)
-    console.print(table)
+    if heading:
+        console.print(heading, highlight=False, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
     runtime = next((row["train_runtime"] for row in reversed(rows) if "train_runtime" in row), None)
     if runtime is not None:
         console.print(f"{runtime:,.1f} s of training")
-    folder = Path(str(config.output_dir))
+    folder = Path(output_dir)
     console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)
     for file, what in _FILES:
         if (folder / file).is_file():

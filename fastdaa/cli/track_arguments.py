@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from fastdaa.train.options import check_count
+
 if TYPE_CHECKING:
     from fastdaa.study.track.settings import TrackSettings
 
@@ -62,9 +64,7 @@ class TrackArguments:
 
     def __post_init__(self) -> None:
         for name in ("track_steps", "track_stop", "track_prompts", "track_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected an integer above 0, got {value}")
+            check_count(name, getattr(self, name), optional=True)
         if not self.on:
             given = [
                 entry.name

@@ -15,7 +15,8 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Makes the values of a YAML file the defaults of ``parser``.
 
     Raises:
-        ValueError: the file is no mapping, a key is unknown, or a value does not fit its option.
+        ValueError: the file is no mapping, a key is unknown or there twice, or a value does not
+            fit its option.
         OSError: the file cannot be read.
     """
     if not path.is_file():
@@ -25,11 +26,19 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected 'option: value' lines, got {type(content).__name__}")
+        got = "an empty file" if content is None else type(content).__name__
+        raise ValueError(f"{path}: expected 'option: value' lines, got {got}")
+    seen: dict[str, str] = {}
     for key, value in content.items():
         action = parser._option_string_actions.get(f"--{key}")
         if action is None or key in ("config", "help"):
             raise ValueError(f"{path}: unknown key {key!r}{nearest_option(parser, str(key))}")
+        # `loss` and `loss_type` are one option, and so are `max_steps` and `max-steps`.
+        if action.dest in seen:
+            raise ValueError(
+                f"{path}: expected an option once, got {seen[action.dest]!r} and {key!r}"
+            )
+        seen[action.dest] = key
         try:
             action.default = _from_yaml(action, value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -46,7 +55,21 @@ def nearest_option(parser: argparse.ArgumentParser, given: str, prefix: str = ""
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars: ``no`` is a word (``eval_strategy: no``), ``1e-6`` is a number."""
+    """YAML 1.2's scalars: ``no`` is a word (``eval_strategy: no``), ``1e-6`` is a number.
+
+    And its mappings, in which a key is there only once; PyYAML would take the last of several.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        # Before keys are merged in (`<<`), which those beside it may override.
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    problem=f"expected a key once, got {key.value!r} again in line {line}"
+                )
+        return super().construct_mapping(node, deep)
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastdaa.data.collate import Layout, PairCollator, dense_mask, selection_from
+from fastdaa.data.collate import Layout, PairCollator
 from fastdaa.data.packing import pack_by_length, pack_by_width
+from fastdaa.data.packs import dense_mask, selection_from
+from fastdaa.data.pairs import load_pairs, read_pairs
 from fastdaa.data.reports import SkipReport, TokenizeReport
 from fastdaa.data.rows import PairRows
-from fastdaa.data.sources import load_pairs, read_pairs
 from fastdaa.data.tokenise import tokenize_pairs
 from fastdaa.data.validate import DataError
 

@@ -1,4 +1,4 @@
-"""From tokenised pairs to a batch of packs, in one of three layouts."""
+"""From tokenised rows to a batch of packs: preference pairs, and prompts with one completion."""
 
 from __future__ import annotations
 
@@ -10,17 +10,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdaa.data import layouts
+from fastdaa.data import packs
+from fastdaa.data.fields import (
+    ADVANTAGE_FIELDS,
+    REF_FIELDS,
+    REF_TOKEN_FIELDS,
+    SEQUENCE_FIELDS,
+    SKIP_FIELDS,
+    TOKEN_FIELDS,
+)
 from fastdaa.data.packing import pack_by_length, pack_by_width
-from fastdaa.outputs import TokenSelection
 from fastdaa.validation import check_choice, check_positive
 
 Layout = Literal["prefix_shared", "packed", "padded"]
-TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-SKIP_FIELDS = ("chosen_skip", "rejected_skip")
-REF_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
-ADVANTAGE_FIELDS = ("chosen_advantage", "rejected_advantage")
-REF_TOKEN_FIELDS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+SequenceLayout = Literal["packed", "padded"]
+
+
+class _Collator:
+    """What collators have in common: layout, padding, and the budget of a pack."""
+
+    layouts: tuple[str, ...]
+    rows_per_item: int
+
+    def __init__(
+        self, layout: str, pad_token_id: int | None = None, tokens_per_pack: int | None = None
+    ) -> None:
+        check_choice("layout", layout, self.layouts)
+        check_positive("tokens_per_pack", tokens_per_pack)
+        if layout == "padded" and pad_token_id is None:
+            raise ValueError("pad_token_id: expected an int for layout 'padded', got None")
+        self.layout = layout
+        self.pad_token_id = pad_token_id
+        self.tokens_per_pack = tokens_per_pack
+
+    def _groups(self, widths: list[int], stored: list[int]) -> list[list[int]]:
+        """Items of each pack, by the longest row of an item and by the tokens that it stores."""
+        if self.tokens_per_pack is None:
+            return [list(range(len(widths)))]
+        if self.layout == "padded":
+            return pack_by_width(widths, self.tokens_per_pack, rows_per_item=self.rows_per_item)
+        return pack_by_length(stored, self.tokens_per_pack)
+
+    def _pack(
+        self,
+        prompts: list[np.ndarray],
+        completions: list[np.ndarray],
+        reuses: np.ndarray | None = None,
+    ) -> dict[str, Any]:
+        if self.layout == "padded":
+            assert self.pad_token_id is not None
+            return packs.padded(prompts, completions, self.pad_token_id)
+        return packs.packed(prompts, completions, reuses)
 
 
 class _Pair(NamedTuple):
@@ -35,8 +75,13 @@ class _Pair(NamedTuple):
         chosen, rejected = (len(p) + len(c) for p, c in zip(*self[:2], strict=True))
         return chosen, rejected
 
+    @property
+    def stored(self) -> int:
+        """Tokens that a packed row keeps of it."""
+        return sum(self.widths) - (len(self.prompts[1]) if self.shared else 0)
 
-class PairCollator:
+
+class PairCollator(_Collator):
     """Collates tokenised pairs into packs; a ``collate_fn`` for a ``DataLoader``.
 
     A row has ``row_id`` (int), ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists or 1-D
@@ -79,19 +124,16 @@ class PairCollator:
             rows only.
     """
 
+    layouts = get_args(Layout)
+    rows_per_item = 2
+
     def __init__(
         self,
         layout: Layout = "prefix_shared",
         pad_token_id: int | None = None,
         tokens_per_pack: int | None = None,
     ) -> None:
-        check_choice("layout", layout, get_args(Layout))
-        check_positive("tokens_per_pack", tokens_per_pack)
-        if layout == "padded" and pad_token_id is None:
-            raise ValueError("pad_token_id: expected an int for layout 'padded', got None")
-        self.layout = layout
-        self.pad_token_id = pad_token_id
-        self.tokens_per_pack = tokens_per_pack
+        super().__init__(layout, pad_token_id, tokens_per_pack)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of ``rows``; see the class for its format."""
@@ -100,85 +142,76 @@ class PairCollator:
         pairs = [_read_pair(row, self.layout == "prefix_shared") for row in rows]
         ref_logps = _read_numbers(rows, REF_FIELDS)
         advantages = _read_numbers(rows, ADVANTAGE_FIELDS)
-        width = max(max(pair.widths) for pair in pairs)
-        packs = []
-        for members in self._groups(pairs):
-            pack = self._pack([pairs[index] for index in members])
+        widths = [max(pair.widths) for pair in pairs]
+        batch = []
+        for members in self._groups(widths, [pair.stored for pair in pairs]):
+            pack = self._pack_pairs([pairs[index] for index in members])
             pack["pair_index"] = torch.tensor(members)
-            pack["padded_tokens"] = 2 * len(members) * width
+            pack["padded_tokens"] = 2 * len(members) * max(widths)
             if ref_logps is not None:
                 pack["ref_logps"] = ref_logps[members].flatten()
             if advantages is not None:
                 pack["advantages"] = advantages[members].flatten()
             if REF_TOKEN_FIELDS[0] in rows[0]:
                 pack["ref_token_logps"] = _token_logps([rows[i] for i in members], pack["counts"])
-            packs.append(pack)
-        return {"row_ids": torch.tensor([int(row["row_id"]) for row in rows]), "packs": packs}
+            batch.append(pack)
+        return {"row_ids": _row_ids(rows), "packs": batch}
 
-    def _groups(self, pairs: list[_Pair]) -> list[list[int]]:
-        if self.tokens_per_pack is None:
-            return [list(range(len(pairs)))]
-        if self.layout == "padded":
-            return pack_by_width([max(pair.widths) for pair in pairs], self.tokens_per_pack)
-        return pack_by_length([_stored_tokens(pair) for pair in pairs], self.tokens_per_pack)
-
-    def _pack(self, pairs: list[_Pair]) -> dict[str, Any]:
-        prompt_len = np.array([len(prompt) for pair in pairs for prompt in pair.prompts])
-        completion_len = np.array([len(tokens) for pair in pairs for tokens in pair.completions])
-        pack: dict[str, Any] = {}
-        if self.layout == "padded":
-            width = int((prompt_len + completion_len).max())
-            spans = layouts.spans_padded(prompt_len, completion_len, width)
-            pack.update(_padded_rows(pairs, width, self.pad_token_id))
-        else:
-            shared = np.array([pair.shared for pair in pairs])
-            spans = layouts.spans_packed(prompt_len, completion_len, shared)
-            pack["input_ids"] = torch.from_numpy(np.concatenate(_pieces(pairs)))[None]
-            pack["position_ids"] = torch.from_numpy(layouts.position_ids(spans))[None]
-            pack["segments"] = _segments(spans)
-        predicting, predicted, lengths = layouts.scored_tokens(spans)
-        targets = pack["input_ids"].flatten()[torch.from_numpy(predicted)]
-        pack["rows"] = torch.from_numpy(predicting)
-        pack["targets"] = targets
-        pack["lengths"] = torch.from_numpy(lengths)
-        pack["counts"] = lengths.tolist()
-        pack["completion_lengths"] = torch.from_numpy(completion_len)
-        pack["tokens"] = int(spans.query_len.sum())
+    def _pack_pairs(self, pairs: list[_Pair]) -> dict[str, Any]:
+        prompts = [prompt for pair in pairs for prompt in pair.prompts]
+        completions = [tokens for pair in pairs for tokens in pair.completions]
+        reuses = np.zeros(2 * len(pairs), dtype=bool)
+        reuses[1::2] = [pair.shared for pair in pairs]
+        pack = self._pack(prompts, completions, reuses)
+        pack["completion_lengths"] = torch.tensor([len(tokens) for tokens in completions])
         return pack
 
 
-def selection_from(pack: Mapping[str, Any]) -> TokenSelection:
-    """The scored tokens of a pack, on whatever device its tensors are."""
-    return TokenSelection(pack["rows"], pack["targets"], pack["lengths"], tuple(pack["counts"]))
+class SequenceCollator(_Collator):
+    """Collates prompts with one completion each into packs; a ``collate_fn`` for a ``DataLoader``.
 
-
-def dense_mask(segments: Mapping[str, Any], length: int, window: int | None = None) -> Tensor:
-    """The attention mask that the segments of a packed row stand for.
-
-    Segment ``g`` has the queries ``cu_q[g]:cu_q[g + 1]`` of the row and the keys
-    ``kv_index[cu_k[g]:cu_k[g + 1]]``, causal and aligned at the bottom right: its last query sees
-    all its keys.
+    A row has ``row_id`` (int), ``prompt_ids`` and ``completion_ids`` (1-D arrays or lists). A batch
+    is ``{"row_ids": int64 [B], "packs": [pack, ...]}``. A pack has the entries of
+    :mod:`fastdaa.data.packs`, and ``padded_tokens`` as in :class:`PairCollator`.
 
     Args:
-        segments: ``cu_q``, ``cu_k`` int32 ``[G + 1]``; ``kv_index`` int64 ``[K]``; ``q_lens`` and
-            ``k_lens``, the lengths on the host.
-        length: positions of the row, ``L``.
-        window: if given, a query sees at most its own and the ``window - 1`` keys before it.
+        layout: ``packed`` stores sequences back to back, ``padded`` one right-padded row each.
+        pad_token_id: fills the rows of ``padded``.
+        tokens_per_pack: splits a batch into packs of at most this many tokens (in ``padded``,
+            padding included); a longer sequence gets its own pack. None: one pack.
 
-    Returns:
-        bool ``[1, 1, L, L]`` on the device of ``kv_index``; True where a query (third axis) may
-        attend a key (fourth axis). The memory is quadratic: for tests and as a fallback.
+    Raises:
+        ValueError: an unknown layout, ``padded`` without ``pad_token_id``, a budget below 1; when
+            called: no rows.
     """
-    kv_index = segments["kv_index"]
-    mask = torch.zeros(length, length, dtype=torch.bool, device=kv_index.device)
-    query = key = 0
-    for q_len, k_len in zip(segments["q_lens"], segments["k_lens"], strict=True):
-        block = torch.ones(q_len, k_len, dtype=torch.bool, device=mask.device).tril(k_len - q_len)
-        if window is not None:
-            block = block.triu(k_len - q_len - window + 1)
-        mask[query : query + q_len, kv_index[key : key + k_len]] = block
-        query, key = query + q_len, key + k_len
-    return mask[None, None]
+
+    layouts = get_args(SequenceLayout)
+    rows_per_item = 1
+
+    def __init__(
+        self,
+        layout: SequenceLayout = "packed",
+        pad_token_id: int | None = None,
+        tokens_per_pack: int | None = None,
+    ) -> None:
+        super().__init__(layout, pad_token_id, tokens_per_pack)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of ``rows``; see the class for its format."""
+        if not rows:
+            raise ValueError("rows: expected at least one row, got none")
+        prompts, completions = ([_as_array(row[f]) for row in rows] for f in SEQUENCE_FIELDS)
+        sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        batch = []
+        for members in self._groups(sizes, sizes):
+            pack = self._pack([prompts[i] for i in members], [completions[i] for i in members])
+            pack["padded_tokens"] = len(members) * max(sizes)
+            batch.append(pack)
+        return {"row_ids": _row_ids(rows), "packs": batch}
+
+
+def _row_ids(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([int(row["row_id"]) for row in rows])
 
 
 def _read_pair(row: Mapping[str, Any], share_prompts: bool) -> _Pair:
@@ -218,51 +251,3 @@ def _token_logps(rows: Sequence[Mapping[str, Any]], counts: list[int]) -> Tensor
             f"{[len(side) for side in sides]}"
         )
     return torch.from_numpy(np.concatenate(sides))
-
-
-def _stored_tokens(pair: _Pair) -> int:
-    return sum(pair.widths) - (len(pair.prompts[1]) if pair.shared else 0)
-
-
-def _pieces(pairs: list[_Pair]) -> list[np.ndarray]:
-    pieces = []
-    for (chosen_prompt, rejected_prompt), (chosen, rejected), shared in pairs:
-        pieces += [chosen_prompt, chosen]
-        pieces += [rejected] if shared else [rejected_prompt, rejected]
-    return pieces
-
-
-def _padded_rows(pairs: list[_Pair], width: int, pad_token_id: int | None) -> dict[str, Tensor]:
-    ids = np.full((2 * len(pairs), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for index, pair in enumerate(pairs):
-        for side in (0, 1):
-            prompt, completion = pair.prompts[side], pair.completions[side]
-            end = len(prompt) + len(completion)
-            row = 2 * index + side
-            ids[row, : len(prompt)] = prompt
-            ids[row, len(prompt) : end] = completion
-            mask[row, :end] = 1
-    positions = torch.arange(width).expand(len(ids), width).contiguous()
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "position_ids": positions,
-        "attention_mask": torch.from_numpy(mask),
-    }
-
-
-def _segments(spans: layouts.Spans) -> dict[str, Any]:
-    kv_index, k_lens = layouts.key_index(spans)
-    return {
-        "cu_q": _boundaries(spans.query_len),
-        "cu_k": _boundaries(k_lens),
-        "kv_index": torch.from_numpy(kv_index),
-        "q_lens": spans.query_len.tolist(),
-        "k_lens": k_lens.tolist(),
-    }
-
-
-def _boundaries(lengths: np.ndarray) -> Tensor:
-    ends = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=ends[1:])
-    return torch.from_numpy(ends)

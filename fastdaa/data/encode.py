@@ -1,61 +1,80 @@
-"""Text and conversations to token ids: chunks of pairs, in one or several processes."""
+"""Text and conversations to token ids: chunks of rows, in one or several processes."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdaa.data.validate import BadRow, common_prefix, is_conversational
+from fastdaa.data.validate import BadRow, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
-Checked = tuple[str, dict[str, Any], Any]
-"""Place, normalised pair, and anything else, which is not looked at."""
-Encoded = tuple[str, "TokenizedPair | BadRow"]
+Row = Mapping[str, Any]
+"""``prompt`` and completions, all text or all lists of messages; in conversations also ``tools``
+(JSON text) and ``chat_template_kwargs``, where there are some."""
+Encoded = tuple[str, "Tokenized | BadRow"]
 _CHUNK = 256
 _worker_tokenizer: PreTrainedTokenizerBase | None = None
 
 
-class TokenizedPair(NamedTuple):
-    """Token ids of one pair: the prompt that both completions share, and the completions."""
+class Tokenized(NamedTuple):
+    """Token ids of one row: the prompt that all completions share, and the completions."""
 
     prompt: Ids
-    chosen: Ids
-    rejected: Ids
+    completions: tuple[Ids, ...]
     shortened: bool = False
     """Whether the end of the prompt, tokenised alone, is not part of the sequences."""
 
 
-def encode_pairs(
-    pairs: Iterable[Checked], tokenizer: PreTrainedTokenizerBase, num_proc: int = 1
+def encode(
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    fields: Sequence[str],
+    num_proc: int = 1,
 ) -> Iterator[Encoded]:
-    """Tokenises pairs in their order; a pair that the chat template refuses comes as ``BadRow``."""
-    rows = ((place, pair) for place, pair, _ in pairs)
-    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
+    """Tokenises rows in their order; one that the chat template refuses comes as ``BadRow``.
+
+    Args:
+        rows: each with its place.
+        fields: of the completions, in the order in which they come.
+    """
+    work = iter(rows)
+    chunks = iter(lambda: list(islice(work, _CHUNK)), [])
     if num_proc == 1:
         for chunk in chunks:
-            yield from _encode_chunk(chunk, tokenizer)
+            yield from _encode_chunk(chunk, tokenizer, fields)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_proc, spawn, _start_worker, (tokenizer,)) as pool:
         # So many chunks at a time that nobody waits, and the rows are never all copied at once.
         while wave := list(islice(chunks, 8 * num_proc)):
-            for encoded in pool.map(_encode_in_worker, wave):
+            for encoded in pool.map(partial(_encode_in_worker, fields=fields), wave):
                 yield from encoded
 
 
-def split_sequences(prompt: Ids, chosen: Ids, rejected: Ids) -> TokenizedPair:
-    """Splits two tokenised sequences where either leaves the tokenised prompt."""
-    split = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    shortened = split < len(prompt)
-    return TokenizedPair(prompt[:split], chosen[split:], rejected[split:], shortened)
+def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """The prompt of a row as it is when an answer is asked for; a chat template may raise."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        options = _template_options(row)
+        return _apply_template(tokenizer, [prompt], add_generation_prompt=True, **options)[0]
+    ids: Ids = tokenizer(prompt, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
+def split_sequences(prompt: Ids, *sequences: Ids) -> Tokenized:
+    """Splits tokenised sequences where any of them leaves the tokenised prompt."""
+    split = min(common_prefix(prompt, sequence) for sequence in sequences)
+    completions = tuple(sequence[split:] for sequence in sequences)
+    return Tokenized(prompt[:split], completions, split < len(prompt))
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,69 +84,79 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
     _worker_tokenizer = tokenizer
 
 
-def _encode_in_worker(chunk: list[tuple[str, dict[str, Any]]]) -> list[Encoded]:
+def _encode_in_worker(chunk: list[tuple[str, Row]], fields: Sequence[str]) -> list[Encoded]:
     assert _worker_tokenizer is not None
-    return _encode_chunk(chunk, _worker_tokenizer)
+    return _encode_chunk(chunk, _worker_tokenizer, fields)
 
 
 def _encode_chunk(
-    chunk: list[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+    chunk: list[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase, fields: Sequence[str]
 ) -> list[Encoded]:
-    places, pairs = [place for place, _ in chunk], [pair for _, pair in chunk]
-    encode = _encode_chats if is_conversational(pairs[0]) else _encode_texts
-    return list(zip(places, encode(pairs, tokenizer), strict=True))
+    places, rows = [place for place, _ in chunk], [row for _, row in chunk]
+    encode_all = _encode_texts if isinstance(rows[0]["prompt"], str) else _encode_chats
+    return list(zip(places, encode_all(rows, tokenizer, fields), strict=True))
 
 
 def _encode_texts(
-    pairs: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Sequence[TokenizedPair]:
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Sequence[str]
+) -> Sequence[Tokenized]:
     eos = str(tokenizer.eos_token)
-    texts = [pair["prompt"] for pair in pairs]
-    for side in ("chosen", "rejected"):
-        for pair in pairs:
-            completion = pair[side]
+    texts = [row["prompt"] for row in rows]
+    for field in fields:
+        for row in rows:
+            completion = row[field]
             ending = "" if completion.endswith(eos) else eos
-            texts.append(pair["prompt"] + completion + ending)
+            texts.append(row["prompt"] + completion + ending)
     ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    size = len(pairs)
-    return list(map(split_sequences, ids[:size], ids[size : 2 * size], ids[2 * size :]))
+    return _split_all(ids, len(rows))
 
 
 def _encode_chats(
-    pairs: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Sequence[TokenizedPair | BadRow]:
-    """One call of the template for all pairs with the same tools and options, in any order."""
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Sequence[str]
+) -> Sequence[Tokenized | BadRow]:
+    """One call of the template for all rows with the same tools and options, in any order."""
     groups: dict[str, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        key = json.dumps([pair.get("tools"), pair.get("chat_template_kwargs")], sort_keys=True)
+    for index, row in enumerate(rows):
+        key = json.dumps([row.get("tools"), row.get("chat_template_kwargs")], sort_keys=True)
         groups.setdefault(key, []).append(index)
-    encoded: list[TokenizedPair | BadRow | None] = [None] * len(pairs)
+    encoded: list[Tokenized | BadRow | None] = [None] * len(rows)
     for members in groups.values():
-        results = _encode_like_chats([pairs[index] for index in members], tokenizer)
+        results = _encode_like_chats([rows[index] for index in members], tokenizer, fields)
         for index, result in zip(members, results, strict=True):
             encoded[index] = result
     return [result for result in encoded if result is not None]
 
 
 def _encode_like_chats(
-    pairs: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Sequence[TokenizedPair | BadRow]:
-    options = dict(pairs[0].get("chat_template_kwargs") or {})
-    tools = pairs[0].get("tools")
-    options.setdefault("tools", json.loads(tools) if tools else None)
-    prompts = [pair["prompt"] for pair in pairs]
-    whole = [pair["prompt"] + pair[side] for side in ("chosen", "rejected") for pair in pairs]
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, fields: Sequence[str]
+) -> Sequence[Tokenized | BadRow]:
+    options = _template_options(rows[0])
+    prompts = [row["prompt"] for row in rows]
+    whole = [row["prompt"] + row[field] for field in fields for row in rows]
     try:
         prompt_ids = _apply_template(tokenizer, prompts, add_generation_prompt=True, **options)
         ids = _apply_template(tokenizer, whole, **options)
     except Exception as error:
-        # A template can fail in any way (it is a program); find the pair that it fails on.
-        if len(pairs) == 1:
+        # A template can fail in any way (it is a program); find the row that it fails on.
+        if len(rows) == 1:
             what = f"{type(error).__name__}: {error}"
             problem = f"expected a conversation that the chat template accepts, got {what}"
             return [BadRow("chat template failed", problem)]
-        return [_encode_like_chats([pair], tokenizer)[0] for pair in pairs]
-    return list(map(split_sequences, prompt_ids, ids[: len(pairs)], ids[len(pairs) :]))
+        return [_encode_like_chats([row], tokenizer, fields)[0] for row in rows]
+    return _split_all([*prompt_ids, *ids], len(rows))
+
+
+def _split_all(ids: list[Ids], count: int) -> Sequence[Tokenized]:
+    """``count`` prompts, followed by as many sequences for each field."""
+    columns = [ids[start : start + count] for start in range(0, len(ids), count)]
+    return list(map(split_sequences, *columns))
+
+
+def _template_options(row: Row) -> dict[str, Any]:
+    options = dict(row.get("chat_template_kwargs") or {})
+    tools = row.get("tools")
+    options.setdefault("tools", json.loads(tools) if tools else None)
+    return options
 
 
 def _apply_template(

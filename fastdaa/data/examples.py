@@ -8,21 +8,23 @@ completion; and, where prompts alone are wanted, ``prompt``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.data.bad_rows import OnBadRow, good_rows
 from fastdaa.data.readers import Place, Records
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.sources import OnBadRow, _open_source, handle_bad_row
+from fastdaa.data.sources import nothing_in, open_source
+from fastdaa.data.tables import to_dataset
 from fastdaa.data.validate import (
-    TEMPLATE_FIELDS,
     BadRow,
-    DataError,
-    _read_turns,
-    _says_something,
-    _template_fields,
     bad_field,
+    check_content,
+    check_last_role,
     normalise_pair,
+    read_turns,
+    template_fields,
 )
 from fastdaa.validation import check_choice, check_positive
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 EXAMPLE_FIELDS = ("prompt", "completion")
 _KINDS = "'prompt' and 'completion', 'chosen' and 'rejected', 'messages' or 'text'"
-_ANSWERING = ("assistant", "model")
 
 
 def load_examples(
@@ -60,17 +61,12 @@ def load_examples(
     check_choice("on_bad_row", on_bad_row, ("error", "skip"))
     check_positive("limit", limit)
     report = SkipReport()
-    examples: list[dict[str, Any]] = []
-    records = _open_source(source, split, name)
-    for _, example in checked_examples(records, on_bad_row, report, prompts_only):
-        examples.append(example)
-        if limit is not None and len(examples) >= limit:
-            break
+    records = open_source(source, split, name)
+    found = islice(checked_examples(records, on_bad_row, report, prompts_only), limit)
+    examples = [example for _, example in found]
     if not examples:
-        where = source if isinstance(source, str | PathLike) else "dataset"
-        detail = f" ({report})" if report.skipped else ""
-        raise DataError(f"{where}: expected at least one record, got none{detail}")
-    return _to_dataset(examples)
+        raise nothing_in(source, "record", report)
+    return to_dataset(examples, EXAMPLE_FIELDS[: 1 if prompts_only else 2])
 
 
 def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]:
@@ -83,7 +79,7 @@ def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]
         raise BadRow("not an object", f"expected an object with fields, got {record!r}")
     given = {name for name, value in record.items() if value is not None}
     if prompts_only and "prompt" in given:
-        prompt = _read_turns("prompt", record["prompt"])
+        prompt = read_turns("prompt", record["prompt"])
         if not prompt:
             raise bad_field("missing prompt", "prompt", "text or messages", "an empty one")
         example = {"prompt": prompt}
@@ -101,7 +97,7 @@ def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]
             "missing field", "prompt", _KINDS, f"only {', '.join(map(repr, record)) or 'nothing'}"
         )
     if isinstance(example["prompt"], list):
-        example |= _template_fields(record)
+        example |= template_fields(record)
     if prompts_only:
         example.pop("completion", None)
     return example
@@ -112,27 +108,26 @@ def checked_examples(
 ) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Good records, all of the first one's kind: conversations or text."""
     first: type | None = None
-    for place, record in records:
-        try:
-            if isinstance(record, BadRow):
-                raise record
-            example = normalise_example(record, prompts_only)
-            kind = type(example["prompt"])
-            first = first or kind
-            if kind is not first:
-                names = ("text", "a list of messages")
-                kinds = names if first is str else names[::-1]
-                raise bad_field("mixed formats", "prompt", f"{kinds[0]} as before", kinds[1])
-        except BadRow as error:
-            handle_bad_row(place, error, on_bad_row, report)
-            continue
+
+    def read(record: Any) -> dict[str, Any]:
+        nonlocal first
+        example = normalise_example(record, prompts_only)
+        kind = type(example["prompt"])
+        first = first or kind
+        if kind is not first:
+            names = ("text", "a list of messages")
+            kinds = names if first is str else names[::-1]
+            raise bad_field("mixed formats", "prompt", f"{kinds[0]} as before", kinds[1])
+        return example
+
+    for place, _, example in good_rows(records, read, on_bad_row, report):
         yield place, example
 
 
 def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("prompt") is None:
         raise bad_field("missing prompt", "prompt", "text or messages", "none")
-    prompt, completion = (_read_turns(field, record[field]) for field in EXAMPLE_FIELDS)
+    prompt, completion = (read_turns(field, record[field]) for field in EXAMPLE_FIELDS)
     if isinstance(prompt, list) != isinstance(completion, list):
         kinds = ("a list of messages", "text") if isinstance(prompt, list) else ("text", "messages")
         raise bad_field("mixed formats", "completion", f"{kinds[0]} as in 'prompt'", kinds[1])
@@ -146,7 +141,7 @@ def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversation(value: Any) -> dict[str, Any]:
-    turns = _read_turns("messages", value)
+    turns = read_turns("messages", value)
     if not isinstance(turns, list) or len(turns) < 2:
         raise bad_field("wrong messages", "messages", "a question and an answer", repr(value)[:60])
     _check_answer("messages", turns[-1:])
@@ -154,29 +149,11 @@ def _conversation(value: Any) -> dict[str, Any]:
 
 
 def _check_answer(field: str, turns: list[dict[str, Any]]) -> None:
-    if not any(_says_something(turn) for turn in turns):
-        raise bad_field("empty completion", field, "an answer with content", "an empty one")
-    if turns[-1]["role"] not in _ANSWERING:
-        got = f"one from {turns[-1]['role']!r}"
-        raise bad_field("wrong messages", field, "a last message from 'assistant'", got)
+    check_content(field, turns)
+    check_last_role(field, turns)
 
 
 def _whole_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise bad_field("empty completion", "text", "text", repr(value)[:60])
     return value
-
-
-def _to_dataset(examples: list[dict[str, Any]]) -> Dataset:
-    import datasets
-
-    names = [name for name in EXAMPLE_FIELDS if name in examples[0]]
-    text = datasets.Value("string")
-    kind: Any = text if isinstance(examples[0]["prompt"], str) else [datasets.Json()]
-    columns: dict[str, list[Any]] = {n: [example[n] for example in examples] for n in names}
-    features: dict[str, Any] = dict.fromkeys(names, kind)
-    for field in TEMPLATE_FIELDS:
-        if any(field in example for example in examples):
-            columns[field] = [example.get(field) for example in examples]
-            features[field] = text if field == "tools" else datasets.Json()
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

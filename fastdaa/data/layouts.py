@@ -32,21 +32,23 @@ def exclusive_cumsum(values: Ints) -> Ints:
     return np.cumsum(values) - values
 
 
-def spans_packed(prompt_len: Ints, completion_len: Ints, shared: NDArray[np.bool_]) -> Spans:
-    """Sequences back to back; the rejected one of a ``shared`` pair reuses the chosen's prompt.
+def spans_packed(
+    prompt_len: Ints, completion_len: Ints, reuses: NDArray[np.bool_] | None = None
+) -> Spans:
+    """Sequences back to back; one that ``reuses`` a prompt has that of the sequence before it.
 
     Args:
         prompt_len: ``[S]`` prompt tokens that each sequence sees.
         completion_len: ``[S]`` completion tokens.
-        shared: ``[S / 2]`` pairs whose prompt is stored once.
+        reuses: ``[S]`` sequences whose prompt is stored with the one before, which has its own;
+            None for none.
     """
-    reuses = np.zeros(len(prompt_len), dtype=bool)
-    reuses[1::2] = shared
+    if reuses is None:
+        reuses = np.zeros(len(prompt_len), dtype=bool)
     own_prompt = np.where(reuses, 0, prompt_len)
     query_len = own_prompt + completion_len
     query_start = exclusive_cumsum(query_len)
-    prompt_start = query_start.copy()
-    prompt_start[1::2] = np.where(shared, query_start[0::2], query_start[1::2])
+    prompt_start = np.where(reuses, np.roll(query_start, 1), query_start)
     completion_start = query_start + own_prompt
     return Spans(prompt_start, prompt_len, completion_start, completion_len, query_start, query_len)
 

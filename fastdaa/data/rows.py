@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
-from fastdaa.data.collate import (
+from fastdaa.data.fields import (
     ADVANTAGE_FIELDS,
     REF_FIELDS,
     REF_TOKEN_FIELDS,
+    SEQUENCE_FIELDS,
     SKIP_FIELDS,
     TOKEN_FIELDS,
 )
@@ -20,31 +21,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class PairRows(TorchDataset[dict[str, Any]]):
-    """Rows of a tokenised dataset for :class:`PairCollator`, each with its ``row_id``.
+class _Rows(TorchDataset[dict[str, Any]]):
+    """Rows with their ``row_id`` and such columns as a collator reads; others are left out."""
 
-    Token ids come as 1-D int arrays straight from Arrow, which is several times faster than
-    lists. A batch is read in one go where the loader supports it (``__getitems__``).
-
-    Args:
-        dataset: with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and optionally the skips,
-            reference log-probs and advantages that :class:`PairCollator` names; other columns are
-            left out.
-
-    Raises:
-        ValueError: a column of token ids is missing.
-    """
+    tokens: tuple[str, ...]
+    """Columns of token ids, all required."""
+    lists: tuple[str, ...] = ()
+    """Further columns of lists, read where there are some."""
+    scalars: tuple[str, ...] = ()
+    """Columns of numbers, read where there are some."""
 
     def __init__(self, dataset: Dataset) -> None:
-        missing = [field for field in TOKEN_FIELDS if field not in dataset.column_names]
+        missing = [field for field in self.tokens if field not in dataset.column_names]
         if missing:
-            raise ValueError(f"dataset: expected the columns {TOKEN_FIELDS}, got no {missing}")
-        scalars = [
-            f for f in (*SKIP_FIELDS, *REF_FIELDS, *ADVANTAGE_FIELDS) if f in dataset.column_names
-        ]
-        self._scalars = scalars
-        self._lists = [*TOKEN_FIELDS, *(f for f in REF_TOKEN_FIELDS if f in dataset.column_names)]
-        self._dataset = dataset.with_format("arrow", columns=[*self._lists, *scalars])
+            raise ValueError(f"dataset: expected the columns {self.tokens}, got no {missing}")
+        known = dataset.column_names
+        self._lists = [*self.tokens, *(field for field in self.lists if field in known)]
+        self._scalars = [field for field in self.scalars if field in known]
+        self._dataset = dataset.with_format("arrow", columns=[*self._lists, *self._scalars])
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -70,8 +64,41 @@ class PairRows(TorchDataset[dict[str, Any]]):
         table = self._dataset[:]
         return {
             field: pyarrow.compute.list_value_length(table[field]).to_numpy().astype(np.int64)
-            for field in TOKEN_FIELDS
+            for field in self.tokens
         }
+
+
+class PairRows(_Rows):
+    """Rows of a tokenised dataset for :class:`PairCollator`, each with its ``row_id``.
+
+    Token ids come as 1-D int arrays straight from Arrow, which is several times faster than
+    lists. A batch is read in one go where the loader supports it (``__getitems__``).
+
+    Args:
+        dataset: with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and optionally the skips,
+            reference log-probs and advantages that :class:`PairCollator` names; other columns are
+            left out.
+
+    Raises:
+        ValueError: a column of token ids is missing.
+    """
+
+    tokens = TOKEN_FIELDS
+    lists = REF_TOKEN_FIELDS
+    scalars = (*SKIP_FIELDS, *REF_FIELDS, *ADVANTAGE_FIELDS)
+
+
+class SequenceRows(_Rows):
+    """Rows of a tokenised dataset for :class:`SequenceCollator`, read as :class:`PairRows` does.
+
+    Args:
+        dataset: with ``prompt_ids`` and ``completion_ids``; other columns are left out.
+
+    Raises:
+        ValueError: one of the columns is missing.
+    """
+
+    tokens = SEQUENCE_FIELDS
 
 
 def _arrays(column: Any) -> list[np.ndarray]:

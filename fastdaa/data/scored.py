@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from fastdaa.data.collate import ADVANTAGE_FIELDS
+from fastdaa.data.fields import ADVANTAGE_FIELDS
 from fastdaa.data.readers import Place, Records
 from fastdaa.data.validate import BadRow, bad_field, describe
 

@@ -1,19 +1,26 @@
-"""From checked pairs to token ids, in TRL 1.16's conventions, so that losses compare."""
+"""From checked pairs or examples to token ids, in TRL 1.16's conventions, so that losses compare.
+
+Examples are prompts with one completion, see :mod:`fastdaa.data.examples`.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from array import array
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fastdaa.data.collate import ADVANTAGE_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
-from fastdaa.data.encode import Checked, Ids, TokenizedPair, encode_pairs
+from fastdaa.data.bad_rows import OnBadRow, handle_bad_row
+from fastdaa.data.columns import TokenColumns
+from fastdaa.data.encode import Row, encode
+from fastdaa.data.examples import checked_examples
+from fastdaa.data.fields import ADVANTAGE_FIELDS, SEQUENCE_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
+from fastdaa.data.pairs import checked_pairs
+from fastdaa.data.readers import Place
 from fastdaa.data.reports import SkipReport, TokenizeReport, percentiles
-from fastdaa.data.sources import OnBadRow, check_records, handle_bad_row, rows_of
+from fastdaa.data.sources import rows_of
+from fastdaa.data.truncation import TruncationMode, cut
 from fastdaa.data.validate import BadRow, DataError
 from fastdaa.validation import check_choice, check_positive
 
@@ -22,19 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-TruncationMode = Literal["keep_start", "keep_end"]
-PROMPT_TOO_LONG = "prompts of max_length tokens or more"
-NO_COMPLETION = "completions without a token of their own"
-
-
-class CutPair(NamedTuple):
-    """A :class:`TokenizedPair` within ``max_length``, as rows of the dataset."""
-
-    ids: tuple[Ids, Ids, Ids]
-    skips: tuple[int, int]
-    """Leading prompt tokens that the chosen and the rejected completion do not see."""
-    truncated: int
-    """Sequences that lost a token: 0, 1 or 2."""
 
 
 def tokenize_pairs(
@@ -75,165 +69,160 @@ def tokenize_pairs(
             pair left.
         ValueError: an unknown mode, or a number below 1.
     """
-    check_choice("truncation_mode", truncation_mode, ("keep_start", "keep_end"))
-    check_choice("on_bad_row", on_bad_row, ("error", "skip"))
-    check_positive("max_length", max_length)
-    check_positive("num_proc", num_proc)
-    _check_tokenizer(dataset, tokenizer)
-    report = TokenizeReport(pairs=len(dataset))
-    skips = SkipReport()
-    checked = check_records(rows_of(dataset, "dataset"), on_bad_row, skips)
-    columns = _Columns(keep_end=truncation_mode == "keep_end")
-    advantages: dict[str, tuple[float, ...]] = {}
-    checked = _remember_advantages(checked, advantages)
-    for place, encoded in encode_pairs(checked, tokenizer, num_proc or 1):
-        numbers = advantages.pop(place, ())
-        if isinstance(encoded, BadRow):
-            handle_bad_row(place, encoded, on_bad_row, skips)
-            continue
-        cut = _cut(encoded, max_length, truncation_mode)
-        if isinstance(cut, str):
-            report.drop(cut)
-            continue
-        columns.add(cut.ids, cut.skips, numbers)
-        report.truncated += cut.truncated
-        report.identical += cut.ids[1] == cut.ids[2]
-        report.shortened_prompts += encoded.shortened
-    return _finish(columns, report, skips)
-
-
-def _remember_advantages(
-    checked: Iterator[Checked], advantages: dict[str, tuple[float, ...]]
-) -> Iterator[Checked]:
-    """The same rows; their advantages, if they have any, are put under their places."""
-    for place, pair, extra in checked:
-        numbers = [extra.get(field) for field in ADVANTAGE_FIELDS]
-        if any(number is not None for number in numbers):
-            if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-                raise DataError(
-                    f"{place}: expected {ADVANTAGE_FIELDS} to be two finite numbers, got {numbers}"
-                )
-            advantages[place] = tuple(float(n) for n in numbers)
-        yield place, pair, extra
-
-
-def _finish(
-    columns: _Columns, report: TokenizeReport, skips: SkipReport
-) -> tuple[Dataset, TokenizeReport]:
-    report.dropped.update(skips.skipped)
-    report.first.update(skips.first)
-    prompt, chosen, rejected = columns.lengths
-    report.kept = len(prompt)
-    report.prompt_tokens = percentiles(prompt)
-    report.completion_tokens = percentiles([*chosen, *rejected])
-    report.total_tokens = sum(prompt) + sum(chosen) + sum(rejected)
-    if not report.kept:
-        summary = str(report).splitlines()[0]
-        raise DataError(f"dataset: expected at least one pair to train on, got none ({summary})")
-    if report.shortened_prompts:
+    run = _Run("pair", TOKEN_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
+    if not len(dataset):
+        raise DataError("dataset: expected at least one pair, got none")
+    checked = checked_pairs(rows_of(dataset, "dataset"), on_bad_row, run.skips)
+    skip_fields = SKIP_FIELDS if truncation_mode == "keep_end" else ()
+    tokens = run.tokenize(dataset, run.with_advantages(checked), tokenizer, skip_fields)
+    if run.report.shortened_prompts:
         logger.warning(
             "In %d of %d pairs the prompt, tokenised alone, is not how prompt and completion "
             "begin (the chat template renders it differently, or tokens merge across the "
             "boundary): the completion begins where they diverge.",
-            report.shortened_prompts,
-            report.kept,
+            run.report.shortened_prompts,
+            run.report.kept,
         )
-    return columns.to_dataset(), report
+    return tokens, run.report
 
 
-def _cut(pair: TokenizedPair, max_length: int | None, mode: TruncationMode) -> CutPair | str:
-    """The pair within ``max_length``, or the reason to drop it."""
-    prompt, chosen, rejected, _ = pair
-    if max_length is not None and mode == "keep_start" and len(prompt) >= max_length:
-        return PROMPT_TOO_LONG
-    if not chosen or not rejected:
-        return NO_COMPLETION
-    if max_length is None:
-        return CutPair((prompt, chosen, rejected), (0, 0), 0)
-    over = [max(0, len(prompt) + len(side) - max_length) for side in (chosen, rejected)]
-    truncated = sum(map(bool, over))
-    if mode == "keep_start":
-        room = max_length - len(prompt)
-        return CutPair((prompt, chosen[:room], rejected[:room]), (0, 0), truncated)
-    unseen = [min(len(prompt), tokens) for tokens in over]
-    shared = min(unseen)
-    chosen, rejected = chosen[over[0] - unseen[0] :], rejected[over[1] - unseen[1] :]
-    skips = (unseen[0] - shared, unseen[1] - shared)
-    return CutPair((prompt[shared:], chosen, rejected), skips, truncated)
+def tokenize_examples(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> tuple[Dataset, TokenizeReport]:
+    """Tokenises prompts with their completions, as :func:`tokenize_pairs` does.
+
+    Args:
+        dataset: records of the forms of :mod:`fastdaa.data.examples`; every row is checked.
+        tokenizer, max_length, truncation_mode, num_proc, on_bad_row: as there.
+
+    Returns:
+        A dataset with ``prompt_ids`` and ``completion_ids`` (lists of int32), and the report.
+
+    Raises:
+        DataError: no chat template for conversations, no EOS token for text, a bad row, or none
+            left.
+        ValueError: an unknown mode, or a number below 1.
+    """
+    run = _Run("example", SEQUENCE_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
+    rows = checked_examples(rows_of(dataset, "dataset"), on_bad_row, run.skips, False)
+    return run.tokenize(dataset, rows, tokenizer), run.report
 
 
-class _Columns:
-    """The columns of the tokenised dataset while they grow."""
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, prompt: object, dataset: Dataset, *, needs_eos: bool = True
+) -> None:
+    """Raise ``DataError`` if the tokenizer lacks what a dataset with this prompt needs.
 
-    def __init__(self, keep_end: bool) -> None:
-        self.keep_end = keep_end
-        self.tokens = [array("i") for _ in TOKEN_FIELDS]
-        self.lengths: list[list[int]] = [[] for _ in TOKEN_FIELDS]
-        self.skips = [array("i") for _ in SKIP_FIELDS]
-        self.advantages = [array("d") for _ in ADVANTAGE_FIELDS]
-
-    def add(
-        self, ids: Sequence[Ids], skips: tuple[int, int], advantages: tuple[float, ...]
-    ) -> None:
-        for tokens, lengths, side in zip(self.tokens, self.lengths, ids, strict=True):
-            tokens.extend(side)
-            lengths.append(len(side))
-        for column, skip in zip(self.skips, skips, strict=True):
-            column.append(skip)
-        # Nothing where a row has none; `to_dataset` sees whether all rows had them.
-        for numbers, number in zip(self.advantages, advantages, strict=False):
-            numbers.append(number)
-
-    def to_dataset(self) -> Dataset:
-        import datasets
-        import pyarrow
-
-        table: dict[str, Any] = {}
-        for field, tokens, lengths in zip(TOKEN_FIELDS, self.tokens, self.lengths, strict=True):
-            ends = np.concatenate([[0], np.cumsum(lengths)])
-            values = pyarrow.array(np.asarray(tokens))
-            table[field] = _list_chunks(ends, values)
-        if self.keep_end:
-            for field, skips in zip(SKIP_FIELDS, self.skips, strict=True):
-                table[field] = pyarrow.array(np.asarray(skips))
-        given = len(self.advantages[0])
-        if given not in (0, len(self.lengths[0])):
-            raise DataError(
-                f"dataset: expected {ADVANTAGE_FIELDS} in all rows or in none, got them in {given} "
-                f"of {len(self.lengths[0])}"
-            )
-        if given:
-            for field, numbers in zip(ADVANTAGE_FIELDS, self.advantages, strict=True):
-                table[field] = pyarrow.array(np.asarray(numbers))
-        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(table)))
-
-
-def _list_chunks(ends: np.ndarray, values: Any, limit: int = 2**30) -> Any:
-    """Lists of ``values`` in chunks that 32-bit offsets can address."""
-    import pyarrow
-
-    chunks, start = [], 0
-    while start < len(ends) - 1:
-        stop = max(int(np.searchsorted(ends, ends[start] + limit, side="right")) - 1, start + 1)
-        offsets = pyarrow.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
-        part = values.slice(int(ends[start]), int(ends[stop] - ends[start]))
-        chunks.append(pyarrow.ListArray.from_arrays(offsets, part))
-        start = stop
-    return pyarrow.chunked_array(chunks)
-
-
-def _check_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not len(dataset):
-        raise DataError("dataset: expected at least one pair, got none")
-    chosen = dataset[0].get("chosen")
-    if isinstance(chosen, str) and tokenizer.eos_token is None:
+    Args:
+        prompt: text, or the messages of a conversation.
+        needs_eos: completions of text are tokenised, which end with EOS.
+    """
+    if isinstance(prompt, str) and needs_eos and tokenizer.eos_token is None:
         raise DataError(
             "tokenizer: expected an EOS token, which ends every completion of plain text, "
             "got none; set tokenizer.eos_token"
         )
     brings_template = "chat_template_kwargs" in dataset.column_names
-    if isinstance(chosen, list) and tokenizer.chat_template is None and not brings_template:
+    if isinstance(prompt, list) and tokenizer.chat_template is None and not brings_template:
         raise DataError(
-            "tokenizer: expected a chat template, since the pairs are conversations, got none; "
-            "set tokenizer.chat_template (a base model has none) or use pairs of plain text"
+            "tokenizer: expected a chat template, since the data are conversations, got none; "
+            "set tokenizer.chat_template (a base model has none) or use plain text"
         )
+
+
+@dataclass
+class _Run:
+    """The tokenisation of one dataset, and what is counted meanwhile."""
+
+    unit: str
+    """What a row is."""
+    fields: tuple[str, ...]
+    """Columns of token ids: of the prompt, and of each completion."""
+    max_length: int | None
+    truncation_mode: TruncationMode
+    num_proc: int | None
+    on_bad_row: OnBadRow
+    report: TokenizeReport = field(default_factory=TokenizeReport)
+    skips: SkipReport = field(default_factory=SkipReport)
+    advantages: dict[Place, tuple[float, ...]] = field(default_factory=dict)
+    """Of the rows that are being tokenised, if they have any."""
+
+    def __post_init__(self) -> None:
+        check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
+        check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
+        check_positive("max_length", self.max_length)
+        check_positive("num_proc", self.num_proc)
+
+    def with_advantages(
+        self, checked: Iterable[tuple[Place, Row, Any]]
+    ) -> Iterator[tuple[Place, Row]]:
+        """The same rows; their advantages, if they have any, are put under their places."""
+        for place, pair, extra in checked:
+            numbers = [extra.get(name) for name in ADVANTAGE_FIELDS]
+            if any(number is not None for number in numbers):
+                if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+                    raise DataError(
+                        f"{place}: expected {ADVANTAGE_FIELDS} to be two finite numbers, got "
+                        f"{numbers}"
+                    )
+                self.advantages[place] = tuple(float(n) for n in numbers)
+            yield place, pair
+
+    def tokenize(
+        self,
+        dataset: Dataset,
+        rows: Iterable[tuple[Place, Row]],
+        tokenizer: PreTrainedTokenizerBase,
+        skip_fields: tuple[str, ...] = (),
+    ) -> Dataset:
+        """The token ids of the good ``rows`` of ``dataset``; what happened is in the report."""
+        self.report.pairs = len(dataset)
+        columns = TokenColumns(self.fields, skip_fields)
+        completions = [name.removesuffix("_ids") for name in self.fields[1:]]
+        checked = _with_tokenizer_checked(rows, tokenizer, dataset)
+        for place, encoded in encode(checked, tokenizer, completions, self.num_proc or 1):
+            advantages = self.advantages.pop(place, ())
+            if isinstance(encoded, BadRow):
+                handle_bad_row(place, encoded, self.on_bad_row, self.skips)
+                continue
+            kept = cut(encoded, self.max_length, self.truncation_mode)
+            if isinstance(kept, str):
+                self.report.drop(kept)
+                continue
+            columns.add(kept.ids, kept.skips, advantages)
+            self.report.truncated += kept.truncated
+            self.report.identical += len(kept.ids) > 2 and kept.ids[1] == kept.ids[2]
+            self.report.shortened_prompts += encoded.shortened
+        self._count(columns)
+        return columns.to_dataset()
+
+    def _count(self, columns: TokenColumns) -> None:
+        report = self.report
+        report.dropped.update(self.skips.skipped)
+        report.first.update(self.skips.first)
+        prompts, *completions = columns.lengths
+        report.kept = len(prompts)
+        report.prompt_tokens = percentiles(prompts)
+        report.completion_tokens = percentiles(size for side in completions for size in side)
+        report.total_tokens = sum(map(sum, columns.lengths))
+        if not report.kept:
+            summary = str(report).splitlines()[0]
+            raise DataError(
+                f"dataset: expected at least one {self.unit} to train on, got none ({summary})"
+            )
+
+
+def _with_tokenizer_checked(
+    rows: Iterable[tuple[Place, Row]], tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> Iterator[tuple[Place, Row]]:
+    """The same rows, which are all of the first one's kind."""
+    for number, (place, row) in enumerate(rows):
+        if number == 0:
+            check_tokenizer(tokenizer, row["prompt"], dataset)
+        yield place, row

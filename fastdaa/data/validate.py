@@ -79,7 +79,7 @@ def normalise_pair(record: Any) -> dict[str, Any]:
         raise bad_field("chosen equals rejected", "rejected", "another answer than 'chosen'", got)
     pair = _with_prompt(pair, record.get("prompt"), conversational)
     if conversational:
-        pair.update(_template_fields(record))
+        pair.update(template_fields(record))
     return pair
 
 
@@ -153,7 +153,7 @@ def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dic
             )
         pair = dict(zip(PAIR_FIELDS, parts, strict=True))
     else:
-        read = _read_turns("prompt", prompt)
+        read = read_turns("prompt", prompt)
         if isinstance(read, list) != conversational:
             expected = "a list of messages" if conversational else "text"
             raise bad_field(
@@ -162,23 +162,40 @@ def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dic
         if read == []:
             raise bad_field("missing prompt", "prompt", "at least one message", "an empty list")
         pair = {"prompt": read, **pair}
-    for field in ("chosen", "rejected"):
-        if conversational and not any(_says_something(turn) for turn in pair[field]):
-            raise bad_field("empty completion", field, "an answer with content", "an empty one")
+    if conversational:
+        for field in ("chosen", "rejected"):
+            check_content(field, pair[field])
     return pair
 
 
 def _read_side(field: str, value: Any) -> str | list[dict[str, Any]]:
-    turns = _read_turns(field, value)
+    turns = read_turns(field, value)
     if not turns:
         raise bad_field("empty completion", field, "an answer with content", "an empty one")
-    if isinstance(turns, list) and turns[-1]["role"] not in _ANSWERING:
-        got = f"one from {turns[-1]['role']!r}"
-        raise bad_field("wrong messages", field, "a last message from 'assistant'", got)
+    if isinstance(turns, list):
+        check_last_role(field, turns)
     return turns
 
 
-def _read_turns(field: str, value: Any) -> str | list[dict[str, Any]]:
+def check_last_role(field: str, turns: list[dict[str, Any]]) -> None:
+    """Raise ``BadRow`` where the last message is not one of the model."""
+    if turns[-1]["role"] not in _ANSWERING:
+        got = f"one from {turns[-1]['role']!r}"
+        raise bad_field("wrong messages", field, "a last message from 'assistant'", got)
+
+
+def check_content(field: str, turns: list[dict[str, Any]]) -> None:
+    """Raise ``BadRow`` where no message has content or calls a tool."""
+    if not any(_says_something(turn) for turn in turns):
+        raise bad_field("empty completion", field, "an answer with content", "an empty one")
+
+
+def read_turns(field: str, value: Any) -> str | list[dict[str, Any]]:
+    """Text as it is, or messages checked one by one.
+
+    Raises:
+        BadRow: it is neither.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
@@ -220,7 +237,12 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return bool(content or message.get("tool_calls"))
 
 
-def _template_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+def template_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``tools`` (JSON text) and ``chat_template_kwargs`` of a record that has them.
+
+    Raises:
+        BadRow: they are of another kind.
+    """
     found: dict[str, Any] = {}
     tools = _parse_json("tools", record.get("tools"), list)
     if tools and not all(isinstance(tool, Mapping) for tool in tools):

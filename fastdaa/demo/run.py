@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastdaa.demo.table import best_lines, fit_lines, results_table
 from fastdaa.study.full import closing_steps, run_full, sweep_step
+from fastdaa.study.kept_runs import POINTS
 from fastdaa.study.language import Language
 from fastdaa.study.plan import LOSSES, Run, grid
-from fastdaa.study.presets import PRESETS
-from fastdaa.study.sweep import POINTS
+from fastdaa.study.presets import GLIMPSE, PRESETS
 from fastdaa.study.table import read_table
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(
 def fast_runs(losses: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """Few and short runs in a language of 1,555 responses."""
     preset = replace(
-        PRESETS["H"], name="fast", pairs=128, held_out_pairs=64, sft_samples=1024, sft_epochs=1
+        PRESETS["H"], name=GLIMPSE, pairs=128, held_out_pairs=64, sft_samples=1024, sft_epochs=1
     )
     language = Language(longest=4)
     return grid((preset,), losses, FAST_BETAS, seeds, checkpoints=3, language=language)

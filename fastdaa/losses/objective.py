@@ -133,6 +133,14 @@ class Objective:
         return any(term.loss.coupled for term in self.terms)
 
     @property
+    def sparse(self) -> bool:
+        """Whether many tokens have a derivative of exactly 0, in every term."""
+        return all(
+            term.loss.sparse or term.values.get("g") in ("hinge", "truncated_quadratic")
+            for term in self.terms
+        )
+
+    @property
     def has_token_level(self) -> bool:
         """Whether ``token_losses`` is needed beside the call."""
         return bool(self.token_terms)

@@ -30,6 +30,8 @@ class Loss:
     """Reads the reference log-probabilities; otherwise they may be None."""
     coupled: bool = False
     """Couples the pairs of a batch, which then cannot be split into chunks."""
+    sparse: bool = False
+    """Gives many tokens a derivative of exactly 0: those of satisfied pairs, or of one side."""
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ _TABLE = (
         margin.slic,
         "Liu et al., Statistical Rejection Sampling (RSO), arXiv 2309.06657",
         "hinge on the reference-normalised margin",
+        sparse=True,
     ),
     Loss(
         "slic_hf",
@@ -79,8 +82,15 @@ _TABLE = (
         "Zhao et al., SLiC-HF, arXiv 2305.10425",
         "reference-free hinge with a likelihood regulariser",
         needs_ref=False,
+        sparse=True,
     ),
-    Loss("truncated_quadratic", margin.truncated_quadratic, _GPO, "squared hinge of the margin"),
+    Loss(
+        "truncated_quadratic",
+        margin.truncated_quadratic,
+        _GPO,
+        "squared hinge of the margin",
+        sparse=True,
+    ),
     Loss("exponential", margin.exponential, _GPO, "exponential loss of the margin"),
     Loss("savage", margin.savage, _GPO, "bounded, non-convex loss of the margin"),
     Loss(
@@ -164,6 +174,7 @@ _TABLE = (
         "Ouyang et al., Training Language Models to Follow Instructions, arXiv 2203.02155",
         "negative log-likelihood per chosen token",
         needs_ref=False,
+        sparse=True,
     ),
     Loss(
         "apa_pairs",

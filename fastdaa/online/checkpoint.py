@@ -206,10 +206,9 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 def _remove_old(config: OnlineConfig) -> None:
     if not config.save_total_limit:
         return
-    found = Path(str(config.output_dir)).glob("checkpoint-*")
-    complete = [path for path in found if checkpoints.is_complete(path)]
-    complete.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    for path in complete[: -config.save_total_limit]:
-        # First what says that it is whole, so that a half-deleted one is not taken for one.
-        checkpoints.invalidate(path)
-        shutil.rmtree(path, ignore_errors=True)
+    complete = checkpoints.complete(str(config.output_dir))
+    for _, path in complete[: -config.save_total_limit]:
+        # Under a name that does not count, so that a half-deleted one is not taken for a whole one.
+        partial = path.with_name(f".{path.name}.partial")
+        os.rename(path, partial)
+        shutil.rmtree(partial, ignore_errors=True)

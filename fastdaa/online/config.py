@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastdaa.train.config import ATTENTION_CHOICES, ENGINE_CHOICES, IMPL_CHOICES
+from fastdaa.train.options import HeadOptions, PackOptions, check_count
 from fastdaa.validation import check_choice
 
 Algorithm = Literal["apa", "ppo", "awr"]
@@ -33,11 +33,10 @@ _COUNTS = (
     "iterations", "rollouts_per_iteration", "minibatch", "epochs", "max_new_tokens",
     "logging_steps", "save_steps",
 )  # fmt: skip
-_COUNTS_OR_NONE = ("tokens_per_pack", "head_max_bytes")
 
 
 @dataclass
-class OnlineConfig:
+class OnlineConfig(HeadOptions, PackOptions):
     """Settings of :class:`fastdaa.online.loop.OnlineTrainer`; ``HfArgumentParser`` reads them.
 
     One iteration draws ``rollouts_per_iteration`` completions from the policy and takes
@@ -148,26 +147,6 @@ class OnlineConfig:
         default=1.0, metadata={"help": "Of policy and critic, each for itself; 0: no clipping."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout 0 in all models."})
-
-    tokens_per_pack: int | None = field(
-        default=None, metadata={"help": "Tokens of one forward. Default: a whole minibatch."}
-    )
-    attention: str = field(
-        default="auto",
-        metadata={"help": "Kernel that attends over packed rows.", "choices": ATTENTION_CHOICES},
-    )
-    impl: str = field(
-        default="auto",
-        metadata={"help": "Way through the LM head; auto: planned.", "choices": IMPL_CHOICES},
-    )
-    head_engine: str = field(
-        default="auto",
-        metadata={"help": "What works on tiles of logits.", "choices": ENGINE_CHOICES},
-    )
-    head_max_bytes: int | None = field(
-        default=None,
-        metadata={"help": "Bytes of fp32 logits held at a time. Default: the device's."},
-    )
     bf16: bool = field(default=False, metadata={"help": "bf16 mixed precision."})
 
     seed: int = field(default=0, metadata={"help": "Of prompts, rollouts and minibatches."})
@@ -185,9 +164,7 @@ class OnlineConfig:
         for name, choices in (
             ("algorithm", ALGORITHMS), ("whiten_advantages", WHITENING),
             ("kl_controller", CONTROLLERS), ("critic", CRITICS), ("critic_head", CRITIC_HEADS),
-            ("reward_scaling", SCALINGS), ("attention", ATTENTION_CHOICES),
-            ("impl", IMPL_CHOICES), ("head_engine", ENGINE_CHOICES),
-            ("lr_scheduler_type", SCHEDULES),
+            ("reward_scaling", SCALINGS), ("lr_scheduler_type", SCHEDULES),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
         for name in _POSITIVE + _POSITIVE_OR_NONE:
@@ -197,10 +174,10 @@ class OnlineConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in _COUNTS + _COUNTS_OR_NONE:
-            value = getattr(self, name)
-            if not ((value is None and name in _COUNTS_OR_NONE) or value >= 1):
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.check_head()
+        self.check_packs()
+        for name in _COUNTS:
+            check_count(name, getattr(self, name))
         for name in ("gamma", "gae_lambda", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")

@@ -55,15 +55,10 @@ def sample(
     return completions
 
 
-def score_rollouts(
-    source: RewardSource,
-    prompts: Sequence[Tensor],
-    completions: Completions,
-    config: OnlineConfig,
-    running: RunningStd | None,
-    tokenizer: Any = None,
-) -> Rollouts:
-    """Completions with their scores.
+def raw_scores(
+    source: RewardSource, prompts: Sequence[Tensor], completions: Completions, tokenizer: Any = None
+) -> Tensor:
+    """``[S]`` rewards of the source, which reads text where there is a tokenizer; on the CPU.
 
     Raises:
         ValueError: the source did not give one finite number a completion.
@@ -81,7 +76,24 @@ def score_rollouts(
             f"reward: expected {len(prompts)} finite numbers, one a completion, got shape "
             f"{list(raw.shape)} with {int((~torch.isfinite(raw)).sum())} that are not finite"
         )
-    raw, finished = raw.detach().float().cpu(), completions.finished.bool().cpu()
+    return raw.detach().cpu()
+
+
+def score_rollouts(
+    source: RewardSource,
+    prompts: Sequence[Tensor],
+    completions: Completions,
+    config: OnlineConfig,
+    running: RunningStd | None,
+    tokenizer: Any = None,
+) -> Rollouts:
+    """Completions with their scores.
+
+    Raises:
+        ValueError: the source did not give one finite number a completion.
+    """
+    raw = raw_scores(source, prompts, completions, tokenizer).float()
+    finished = completions.finished.bool().cpu()
     scores = shape_scores(
         raw, finished, running=running, clip=config.reward_clip,
         missing_eos_penalty=config.missing_eos_penalty,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel
 
 from fastdaa.online.types import Completions
@@ -59,10 +60,12 @@ class TransformersRollouts:
         with undisturbed(model), torch.no_grad():
             for number, start in enumerate(range(0, len(order), self.batch_size)):
                 places = order[start : start + self.batch_size]
-                _seed(seed, number)
-                rows = _generate(model, [prompts[place] for place in places], self.sampling)
-                for place, row in zip(places, rows, strict=True):
-                    drawn[place] = cut(row, self.sampling.end_ids)
+                answers = sample_batch(
+                    model, [prompts[place] for place in places], self.sampling,
+                    seed=seed, batch=number,
+                )  # fmt: skip
+                for place, answer in zip(places, answers, strict=True):
+                    drawn[place] = answer
         finished = torch.tensor([ended for _, ended in drawn], dtype=torch.bool)
         return Completions([ids for ids, _ in drawn], finished)
 
@@ -71,6 +74,35 @@ def check_sampling(sampling: Sampling) -> None:
     """Raise ``ValueError`` for numbers out of range."""
     check_positive("max_new_tokens", sampling.max_new_tokens)
     check_positive("temperature", sampling.temperature)
+
+
+def sample_batch(
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch: int,
+    synced: bool | None = None,
+) -> list[tuple[Tensor, bool]]:
+    """One completion a prompt, ``[n]`` int64 on the CPU, and whether it ended by itself.
+
+    Call it within :func:`undisturbed`.
+
+    Args:
+        model: the policy, in any wrapping.
+        prompts: ``[n]`` int64 each; padded on the left.
+        batch: number of the batch: together with ``seed`` it seeds the random numbers, so that
+            completions depend neither on what was drawn before nor on who computes which batch.
+        synced: every rank generates until all are done (sharded models); None for transformers to
+            decide.
+    """
+    mixed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    rows = _generate(model, prompts, sampling, synced)
+    return [cut(row, sampling.end_ids) for row in rows]
 
 
 def cut(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, bool]:
@@ -121,19 +153,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _seed(seed: int, batch: int) -> None:
-    mixed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
-
-
-def _generate(model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling) -> Tensor:
+def _generate(
+    model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling, synced: bool | None
+) -> Tensor:
     """Generated tokens ``[prompts, most]`` on the CPU, padded behind their ends."""
     core = causal_lm(model)
     device = next(core.parameters()).device
     width = max(map(len, prompts))
-    rows = torch.full((len(prompts), width), sampling.pad_id)
+    rows = torch.full((len(prompts), width), sampling.pad_id, dtype=torch.int64)
     mask = torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, ids in enumerate(prompts):
         rows[row, width - len(ids) :] = ids
@@ -148,11 +175,12 @@ def _generate(model: nn.Module, prompts: Sequence[Tensor], sampling: Sampling) -
         pad_token_id=sampling.pad_id,
         use_cache=True,
     )
-    with _own_generation_config(core, config):
+    with _own_generation_config(core, config), _whole_root(model, core):
         generate: Any = core.generate
         output = generate(
-            input_ids=rows.to(device), attention_mask=mask.to(device), generation_config=config
-        )
+            input_ids=rows.to(device), attention_mask=mask.to(device), generation_config=config,
+            synced_gpus=synced,
+        )  # fmt: skip
     generated: Tensor = output[:, width:].cpu()
     return generated
 
@@ -167,3 +195,21 @@ def _own_generation_config(core: PreTrainedModel, config: GenerationConfig) -> I
         yield
     finally:
         core.generation_config = before
+
+
+@contextlib.contextmanager
+def _whole_root(model: nn.Module, core: PreTrainedModel) -> Iterator[None]:
+    """The parameters that FSDP2 keeps in the outermost module, which ``core`` passes by.
+
+    That is so with adapters: the PEFT model is the root, and generation calls what it wraps.
+    """
+    if not isinstance(model, FSDPModule) or model is core:
+        yield
+        return
+    # FSDP2 settles in the first forward which module is the root.
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=core.device), use_cache=False)
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()

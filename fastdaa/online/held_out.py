@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastdaa.online.experience import sample
+from fastdaa.online.experience import raw_scores, sample
 from fastdaa.online.packs import make_packs
 from fastdaa.online.rewards import sequence_sums
 from fastdaa.online.scoring import score_tokens
@@ -84,12 +84,5 @@ class HeldOut:
         return sample(trainer.sources[0], model, self.prompts, self.seed)
 
     def _score(self, trainer: OnlineTrainer, completions: Completions) -> float:
-        texts = None
-        if trainer.tokenizer is not None:
-            sides = (
-                trainer.tokenizer.batch_decode(list(side), skip_special_tokens=True)
-                for side in (self.prompts, completions.completion_ids)
-            )
-            texts = list(zip(*sides, strict=True))
-        scores = trainer.sources[1].score(self.prompts, completions.completion_ids, texts)
+        scores = raw_scores(trainer.sources[1], self.prompts, completions, trainer.tokenizer)
         return float(scores.double().mean())

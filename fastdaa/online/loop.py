@@ -27,6 +27,7 @@ from fastdaa.train import checkpoints
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
 from fastdaa.train.references import check_reference, frozen_copy
+from fastdaa.train.run_record import remove_record
 from fastdaa.train.support import supports_segments
 
 Evaluation = Callable[["OnlineTrainer"], Mapping[str, float] | None]
@@ -265,13 +266,16 @@ class OnlineTrainer:
         output_dir = self.config.output_dir
         if output_dir is not None:
             tidy(output_dir)
-        last = None if output_dir is None else checkpoints.last_complete(output_dir)
+        found = [] if output_dir is None else checkpoints.complete(output_dir)
+        last = found[-1][1] if found else None
         if resume is False:
             if last is not None and self.place.steps == 0:
                 raise ValueError(
                     f"output_dir: expected a folder without checkpoints for a new run, got {last}; "
                     "resume it, or choose another folder"
                 )
+            if output_dir is not None:
+                remove_record(output_dir)
             return
         folder = last if resume is True else resume
         if folder is None:

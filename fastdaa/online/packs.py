@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdaa.data import layouts
 from fastdaa.data.packing import pack_by_length
+from fastdaa.data.packs import packed
 
 
 def make_packs(
@@ -42,42 +42,10 @@ def make_packs(
     groups = everything if tokens_per_pack is None else pack_by_length(sizes, tokens_per_pack)
     packs = []
     for group in groups:
-        pack = _pack([prompts[i] for i in group], [completions[i] for i in group], attention)
+        pack = packed([prompts[i] for i in group], [completions[i] for i in group])
+        pack["segments"]["backend"] = attention
         packs.append((torch.tensor(group), to_device(pack, device)))
     return packs
-
-
-def _pack(
-    prompts: list[np.ndarray], completions: list[np.ndarray], attention: str
-) -> dict[str, Any]:
-    prompt_len = np.array([len(ids) for ids in prompts])
-    completion_len = np.array([len(ids) for ids in completions])
-    query_len = prompt_len + completion_len
-    start = layouts.exclusive_cumsum(query_len)
-    spans = layouts.Spans(start, prompt_len, start + prompt_len, completion_len, start, query_len)
-    pieces = [piece for pair in zip(prompts, completions, strict=True) for piece in pair]
-    input_ids = torch.from_numpy(np.concatenate(pieces))
-    rows, predicted, lengths = layouts.scored_tokens(spans)
-    boundaries = np.zeros(len(query_len) + 1, dtype=np.int32)
-    np.cumsum(query_len, out=boundaries[1:])
-    cu = torch.from_numpy(boundaries)
-    return {
-        "input_ids": input_ids[None],
-        "position_ids": torch.from_numpy(layouts.position_ids(spans))[None],
-        "segments": {
-            "cu_q": cu,
-            "cu_k": cu,
-            "kv_index": torch.arange(len(input_ids)),
-            "q_lens": query_len.tolist(),
-            "k_lens": query_len.tolist(),
-            "backend": attention,
-        },
-        "rows": torch.from_numpy(rows),
-        "targets": input_ids[torch.from_numpy(predicted)],
-        "lengths": torch.from_numpy(lengths),
-        "counts": lengths.tolist(),
-        "tokens": len(input_ids),
-    }
 
 
 def to_device(pack: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

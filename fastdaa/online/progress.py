@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 # Key, name in a line, format.
 _LINE = (
-    ("objective/scores", "score", ".3f"),
+    ("objective/raw_scores", "reward", ".4g"),
     ("objective/kl", "KL", ".3f"),
     ("policy/token_entropy", "entropy/token", ".3f"),
     ("loss/policy", "policy loss", ".4f"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.data.tokenise_examples import TokenizedPrompt, tokenize_prompts
+from fastdaa.data.tokenise_prompts import TokenizedPrompt, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Prompts:
 def read_prompts(
     dataset: Any, tokenizer: Any, name: str, *, max_length: int | None, on_bad_row: Any = "error"
 ) -> Prompts:
-    """Different prompts of a dataset, see :func:`fastdaa.data.tokenise_examples.tokenize_prompts`.
+    """Different prompts of a dataset, see :func:`fastdaa.data.tokenise_prompts.tokenize_prompts`.
 
     Raises:
         DataError: a prompt that cannot be used, or none left.

@@ -34,7 +34,7 @@ class FunctionReward:
     """
 
     def __init__(self, function: str | RewardFunction, original: Original | None = None) -> None:
-        self.label = function if isinstance(function, str) else _name(function)
+        self.label = function if isinstance(function, str) else function_name(function)
         self._function = load_function(function) if isinstance(function, str) else function
         self._original = original
 
@@ -124,5 +124,6 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _name(function: RewardFunction) -> str:
+def function_name(function: RewardFunction) -> str:
+    """What messages call it."""
     return str(getattr(function, "__qualname__", type(function).__name__))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdaa.online.critic import Critic
 from fastdaa.online.packs import token_index
-from fastdaa.planner import plan_head
+from fastdaa.plan_call import plan_call
 from fastdaa.score import score
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.sharding import head_in_force
@@ -60,10 +60,7 @@ def score_tokens(
             rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, pack["rows"])
             with head_in_force(core) as whole:
                 head = replace(whole.detach(), temperature=temperature)
-                plan = plan_head(
-                    head.planned_width, rows.device, hidden_grad=False, head_grad=False,
-                    engine=engine, max_bytes=max_bytes,
-                )  # fmt: skip
+                plan = plan_call(rows, head, stats=True, engine=engine, max_bytes=max_bytes)
                 state, stats = score(rows, head, pack["targets"], plan, stats=True)
             assert stats is not None
             # The largest term of the sum is exp(0).

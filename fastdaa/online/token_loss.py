@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdaa.chunks import Chunk
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps
-from fastdaa.planner import plan_head
-from fastdaa.single_pass import Chunk, SinglePass, single_pass_plan
+from fastdaa.single_pass import plan_loss, single_pass
 from fastdaa.tiles import blocks
 
 TokenObjective = Callable[[Tensor, slice], Tensor]
@@ -52,12 +52,7 @@ def token_loss(
         divisor: tokens of the whole minibatch, of which these may be a part.
         impl, engine, max_bytes: as in :func:`fastdaa.pair_loss`.
     """
-    grad = torch.is_grad_enabled()
-    plan = plan_head(
-        head.planned_width, rows.device, hidden_grad=grad and rows.requires_grad,
-        head_grad=grad and head.trained, loss_inside=True, impl=impl, engine=engine,
-        max_bytes=max_bytes,
-    )  # fmt: skip
+    plan = plan_loss(rows, head, impl=impl, engine=engine, max_bytes=max_bytes)
     if plan.path != "single_pass":
         logps = head_logps(rows, head, targets, impl=plan.path, engine=engine, max_bytes=max_bytes)
         losses = objective(logps, slice(0, len(targets)))
@@ -70,10 +65,8 @@ def token_loss(
             (coefficients,) = torch.autograd.grad(losses.sum() / divisor, leaf)
         return losses.detach(), coefficients
 
-    plan = single_pass_plan(plan, head)
-    chunks = [Chunk(tokens, tokens) for tokens in blocks(len(targets), plan.tile_rows)]
-    loss, losses, logps, *_ = SinglePass.apply(
-        rows, head.weight, head.bias, targets, head.detach(), plan, chunks, evaluate, divisor,
-        False,
-    )  # fmt: skip
+    chunks = [Chunk(tokens, tokens) for tokens in blocks(len(targets), plan.chunk_tokens)]
+    loss, losses, logps, *_ = single_pass(
+        rows, head, targets, plan, chunks, evaluate, divisor, False
+    )
     return TokenLoss(loss, losses, logps)

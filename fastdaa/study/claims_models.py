@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from fastdaa.study.figures.fitted import Fit, fits
 from fastdaa.study.figures.frontier import regularised_groups, size_groups
 from fastdaa.study.figures.length import KINDS, mean_r2, r2_points
 from fastdaa.study.results import Results
-from fastdaa.study.verdicts import Finding, Verdict, no_data, share_verdict, told
+from fastdaa.study.verdicts import Finding, Seen, Verdict, conclude, each_preset, no_data
 from fastdaa.study.wording import count, join, number, span
 
 HALF = 0.55
@@ -88,33 +89,26 @@ def judge_d_quadratic(results: Results) -> Finding:
     return Finding(measured, verdict)
 
 
-def judge_length_regularised(results: Results) -> Finding:
+@each_preset("DPO and R-DPO at the same betas", regularised_groups)
+def judge_length_regularised(kinds: Mapping[str, Sequence[Row]]) -> Iterator[Seen]:
     """R-DPO's curve lies elsewhere than DPO's, and still rises and falls."""
-    kept, moved, cases, measured = 0, 0, 0, []
-    for preset, kinds in regularised_groups(results.rows).items():
-        shape = hump(curve(kinds["R-DPO"]))
-        gains = _gain_at_equal_distance(kinds["DPO"], kinds["R-DPO"])
-        if shape is None or not gains:
-            continue
-        cases += 1
-        gain = statistics.fmean(gains)
-        stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-        kept += shape.interior
-        moved += abs(gain) > 2 * (stderr or 0.0)
-        spread = "" if stderr is None else f" (standard error {number(stderr)}, {len(gains)} seeds)"
-        fall = "does not fall beyond noise"
-        if shape.interior:
-            fall = f"falls by {number(shape.fall)} beyond its best"
-        measured.append(
-            (
-                preset,
-                f"at equal √KL, R-DPO scores {number(gain, sign=True)} against DPO{spread}"
-                f"{_lengths(kinds['DPO'], kinds['R-DPO'])}; it {fall}.",
-            )
-        )
-    if not cases:
-        return no_data("DPO and R-DPO at the same betas")
-    return Finding(told(measured), share_verdict(kept + moved, 2 * cases))
+    shape = hump(curve(kinds["R-DPO"]))
+    gains = _gain_at_equal_distance(kinds["DPO"], kinds["R-DPO"])
+    if shape is None or not gains:
+        return
+    gain = statistics.fmean(gains)
+    stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+    moved = abs(gain) > 2 * (stderr or 0.0)
+    spread = "" if stderr is None else f" (standard error {number(stderr)}, {len(gains)} seeds)"
+    fall = "does not fall beyond noise"
+    if shape.interior:
+        fall = f"falls by {number(shape.fall)} beyond its best"
+    yield Seen(
+        f"at equal √KL, R-DPO scores {number(gain, sign=True)} against DPO{spread}"
+        f"{_lengths(kinds['DPO'], kinds['R-DPO'])}; it {fall}.",
+        shape.interior + moved,
+        2,
+    )
 
 
 def _gain_at_equal_distance(plain: Sequence[Row], other: Sequence[Row]) -> list[float]:
@@ -143,108 +137,80 @@ def _lengths(plain: Sequence[Row], other: Sequence[Row]) -> str:
     return f"; answers of {number(after)} instead of {number(before)} tokens"
 
 
-def judge_larger_models(results: Results) -> Finding:
+@each_preset("two or more model sizes at the same betas", size_groups)
+def judge_larger_models(sizes: Mapping[str, Sequence[Row]]) -> Iterator[Seen]:
     """The best mean quality rises with the model's size."""
-    holds, cases, measured = 0, 0, []
-    for preset, sizes in size_groups(results.rows).items():
-        peaks = {size: max(p.score for p in curve(rows)) for size, rows in sizes.items()}
-        values = list(peaks.values())
-        cases += 1
-        holds += values == sorted(values)
-        parts = [f"{size} {number(value, sign=True)}" for size, value in peaks.items()]
-        measured.append((preset, f"best mean quality {join(parts)}."))
-    if not cases:
-        return no_data("two or more model sizes at the same betas")
-    return Finding(told(measured), share_verdict(holds, cases))
+    peaks = {size: max(p.score for p in curve(rows)) for size, rows in sizes.items()}
+    values = list(peaks.values())
+    parts = [f"{size} {number(value, sign=True)}" for size, value in peaks.items()]
+    yield Seen(f"best mean quality {join(parts)}.", values == sorted(values))
 
 
-def judge_r2_by_size(results: Results) -> Finding:
+@each_preset("R² of two or more model sizes at the same betas", size_groups)
+def judge_r2_by_size(sizes: Mapping[str, Sequence[Row]]) -> Iterator[Seen]:
     """The smallest model's R^2 is clearly the largest."""
-    holds, cases, measured = 0, 0, []
-    for preset, sizes in size_groups(results.rows).items():
-        for kind, words in KINDS.items():
-            if not all(r2_points(rows, kind) for rows in sizes.values()):
-                continue
+    for kind, words in KINDS.items():
+        if all(r2_points(rows, kind) for rows in sizes.values()):
             values = {size: mean_r2(rows, kind) for size, rows in sizes.items()}
             smallest, *rest = values.values()
-            cases += 1
-            holds += smallest > max(rest) + CLEARLY
             parts = [f"{size} {number(value)}" for size, value in values.items()]
-            measured.append((preset, f"mean R² on {words} {join(parts)}."))
-    if not cases:
-        return no_data("R² of two or more model sizes at the same betas")
-    return Finding(told(measured), share_verdict(holds, cases))
+            yield Seen(f"mean R² on {words} {join(parts)}.", smallest > max(rest) + CLEARLY)
 
 
-def judge_r2_by_budget(results: Results) -> Finding:
+def _sizes_or_all(rows: Sequence[Row]) -> dict[Any, dict[str, list[Row]]]:
+    sized = size_groups(rows)
+    return {
+        preset: sized.get(preset) or {"all runs": group} for preset, group in sweeps(rows).items()
+    }
+
+
+@each_preset("R² on samples of six or more runs of a model size", _sizes_or_all)
+def judge_r2_by_budget(sizes: Mapping[str, Sequence[Row]]) -> Iterator[Seen]:
     """R^2 falls as KL grows, within each model size."""
-    holds, cases, measured = 0, 0, []
-    kind = "length_r2_samples"
-    sized = size_groups(results.rows)
-    for preset, rows in sweeps(results.rows).items():
-        parts = []
-        for name, group in (sized.get(preset) or {"all runs": rows}).items():
-            points = r2_points(group, kind)
-            r = pearson([kl for kl, _ in points], [r2 for _, r2 in points])
-            if r is None or len(points) < FEWEST:
-                continue
-            cases += 1
-            holds += r < 0
-            parts.append(f"{name} {number(r, sign=True)}")
-        if parts:
-            measured.append((preset, f"correlation of R² with KL: {join(parts)}."))
-    if not cases:
-        return no_data("R² on samples of six or more runs of a model size")
-    return Finding(told(measured), share_verdict(holds, cases))
+    found = {}
+    for name, group in sizes.items():
+        points = r2_points(group, "length_r2_samples")
+        r = pearson([kl for kl, _ in points], [r2 for _, r2 in points])
+        if r is not None and len(points) >= FEWEST:
+            found[name] = r
+    parts = [f"{name} {number(r, sign=True)}" for name, r in found.items()]
+    if found:
+        falls = sum(r < 0 for r in found.values())
+        yield Seen(f"correlation of R² with KL: {join(parts)}.", falls, len(found))
 
 
-def judge_metric(results: Results, metric: str) -> Finding:
+@each_preset("{metric} on held-out pairs of six or more runs of a loss")
+def judge_metric(rows: Sequence[Row], metric: str) -> Iterator[Seen]:
     """Quality is at most weakly correlated with a metric, within each loss."""
-    holds, cases, measured = 0, 0, []
-    for preset, rows in sweeps(results.rows).items():
-        seen = [
-            cloud
-            for cloud in correlations.clouds(rows)
-            if cloud.metric == metric and cloud.r is not None and len(cloud.scores) >= FEWEST
-        ]
-        if not seen:
-            continue
-        cases += len(seen)
-        holds += sum(abs(cloud.r or 0.0) < WEAK for cloud in seen)
+    seen = [
+        cloud
+        for cloud in correlations.clouds(rows)
+        if cloud.metric == metric and cloud.r is not None and len(cloud.scores) >= FEWEST
+    ]
+    if seen:
+        weak = sum(abs(cloud.r or 0.0) < WEAK for cloud in seen)
         parts = [f"{cloud.loss} {number(cloud.r, sign=True)}" for cloud in seen]
-        count = sum(len(cloud.scores) for cloud in seen)
-        measured.append((preset, f"r = {join(parts)} ({count} runs)."))
-    if not cases:
-        return no_data(f"{metric} on held-out pairs of six or more runs of a loss")
-    return Finding(told(measured), share_verdict(holds, cases))
+        runs = sum(len(cloud.scores) for cloud in seen)
+        yield Seen(f"r = {join(parts)} ({runs} runs).", weak, len(seen))
 
 
-def judge_likelihood(results: Results) -> Finding:
+@each_preset("chosen_logratio and kl_forward of six or more runs")
+def judge_likelihood(rows: Sequence[Row]) -> Iterator[Seen]:
     """The log-ratio of chosen answers falls as the forward KL grows."""
-    holds, cases, measured = 0, 0, []
-    for preset, rows in sweeps(results.rows).items():
-        x, y = column_pairs(finals(rows), "kl_forward", "chosen_logratio")
-        r = pearson(x, y)
-        if r is None or len(x) < FEWEST:
-            continue
-        cases += 1
-        holds += r <= CLOSE and min(y) < 0
-        measured.append(
-            (
-                preset,
-                f"r = {number(r, sign=True)} over {len(x)} runs; log-ratio "
-                f"{number(min(y), 1, sign=True)} where it is lowest, at a forward KL of "
-                f"{number(x[y.index(min(y))], 1)} nats.",
-            )
+    x, y = column_pairs(finals(rows), "kl_forward", "chosen_logratio")
+    r = pearson(x, y)
+    if r is not None and len(x) >= FEWEST:
+        yield Seen(
+            f"r = {number(r, sign=True)} over {len(x)} runs; log-ratio "
+            f"{number(min(y), 1, sign=True)} where it is lowest, at a forward KL of "
+            f"{number(x[y.index(min(y))], 1)} nats.",
+            r <= CLOSE and min(y) < 0,
         )
-    if not cases:
-        return no_data("chosen_logratio and kl_forward of six or more runs")
-    return Finding(told(measured), share_verdict(holds, cases))
 
 
 def judge_tree(results: Results) -> Finding:
     """Mass outside the pair grows in every setting, and no less at the smallest beta."""
-    holds, cases, parts = 0, 0, []
+    seen = []
     for pair, cells in tree.cells_of(results).items():
         grown = sum(cell["end"]["outside"] > cell["start"]["outside"] for cell in cells)
         losses = split(cells, tree.loss_name)
@@ -252,16 +218,12 @@ def judge_tree(results: Results) -> Finding:
         for mine in losses.values():
             ranked = sorted(mine, key=lambda cell: cell["beta"])
             worst_low += ranked[0]["end"]["outside"] >= ranked[-1]["end"]["outside"]
-        cases += 1
-        holds += grown == len(cells) and worst_low == len(losses)
-        parts.append(
+        text = (
             f"{tree.pair_title(results, pair)}: grew in {grown} of {len(cells)} settings, most at "
             f"the smallest beta for {worst_low} of {len(losses)} losses."
         )
-    if not cases:
-        return no_data("tree.json, by `fastdaa study tree`")
-    text = " ".join(part[0].upper() + part[1:] for part in parts)
-    return Finding(text, share_verdict(holds, cases))
+        seen.append((None, Seen(text, grown == len(cells) and worst_low == len(losses))))
+    return conclude(seen, "tree.json, by `fastdaa study tree`")
 
 
 def judge_null_space(results: Results) -> Finding:

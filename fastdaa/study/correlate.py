@@ -80,13 +80,7 @@ def correlate_table(table: Table, settings: CorrelateSettings | None = None) -> 
         ValueError: an empty table, or one without the score or anything to hold against it.
     """
     settings = settings or CorrelateSettings()
-    if not len(table):
-        raise ValueError("correlate: expected at least one row, got an empty table")
-    if settings.score not in table.columns:
-        raise ValueError(
-            f"score: expected a column with values ({', '.join(table.columns)}), "
-            f"got {settings.score}"
-        )
+    table.check_score("correlate", settings.score)
     wanted = (*PREDICTORS, *LENGTH_COLUMNS, "chosen_logratio")
     if not set(wanted) & set(table.columns):
         raise ValueError(

@@ -103,13 +103,7 @@ def fit_table(table: Table, settings: FitSettings | None = None) -> dict[str, An
         ValueError: an empty table, a column that is missing or holds no numbers.
     """
     settings = settings or FitSettings()
-    if not len(table):
-        raise ValueError("fit: expected at least one row, got an empty table")
-    if settings.score not in table.columns:
-        raise ValueError(
-            f"score: expected a column with values ({', '.join(table.columns)}), "
-            f"got {settings.score}"
-        )
+    table.check_score("fit", settings.score)
     columns = default_group(table) if settings.group is None else settings.group
     groups = [
         {"group": dict(zip(columns, key, strict=True)), **fit_group(rows, settings)}

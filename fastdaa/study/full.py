@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.study.environment import environment
 from fastdaa.study.json_file import write_json
+from fastdaa.study.kept_runs import POINTS, is_done
 from fastdaa.study.plan import Run, full_study
 from fastdaa.study.pool import worker_count
 from fastdaa.study.progress import bars
-from fastdaa.study.sweep import POINTS, is_done, sweep
+from fastdaa.study.sweep import sweep
 from fastdaa.study.table import read_table
 
 if TYPE_CHECKING:

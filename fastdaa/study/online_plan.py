@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from fastdaa.online.config import ALGORITHMS, OnlineConfig
 from fastdaa.study.language import LANGUAGE, Language
+from fastdaa.study.plan import hash_of
 from fastdaa.study.presets import ModelSize, Preset, preset_of, size_of
 from fastdaa.validation import check_choice
 
@@ -102,7 +102,7 @@ class OnlineRun:
 
     def fingerprint(self) -> str:
         """Hash of :meth:`settings`: two runs with the same one are the same run."""
-        return _hash(self.settings())
+        return hash_of(self.settings())
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class ExactRun:
 
     def fingerprint(self) -> str:
         """As that of :class:`OnlineRun`."""
-        return _hash(self.settings())
+        return hash_of(self.settings())
 
 
 def online_grid(
@@ -158,8 +158,3 @@ def online_grid(
         for seed in seeds
         for name, value, white in ways
     ]
-
-
-def _hash(settings: dict[str, Any]) -> str:
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache
 
 from fastdaa.online.loop import OnlineTrainer
 from fastdaa.online.types import Completions
@@ -27,6 +26,7 @@ from fastdaa.study.language import Language
 from fastdaa.study.measures import measure
 from fastdaa.study.online_plan import EXACT_STRENGTHS, ExactRun, OnlineRun
 from fastdaa.study.presets import ModelSize, Preset
+from fastdaa.study.sampling import draw_responses
 from fastdaa.study.sft import Reference, make_reference
 from fastdaa.study.tilt import train_proxy
 from fastdaa.study.world import World, make_world
@@ -43,23 +43,11 @@ class WorldRollouts:
     def __init__(self, language: Language) -> None:
         self.language = language
 
-    @torch.no_grad()
     def sample(self, model: Any, prompts: Sequence[Tensor], seed: int) -> Completions:
         """One response of every one-token prompt, all at once."""
         language = self.language
         generator = torch.Generator().manual_seed(seed)
-        last = torch.cat(list(prompts))
-        ids = torch.full((len(last), language.longest), language.pad)
-        going = torch.ones(len(last), dtype=torch.bool)
-        cache = DynamicCache(config=model.config)
-        for position in range(language.longest):
-            logits = model(input_ids=last[:, None], past_key_values=cache, use_cache=True).logits
-            probs = logits[:, -1].double().softmax(-1)
-            last = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-            ids[going, position] = last[going]
-            going &= last != language.eos
-            if not going.any():
-                break
+        ids = draw_responses(model, language, torch.cat(list(prompts)), generator)
         lengths = (ids != language.pad).sum(1).tolist()
         completions = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         # A response of the greatest length is over by itself.

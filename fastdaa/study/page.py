@@ -39,6 +39,8 @@ class Page:
 
     title: str
     lead: str
+    warning: str = ""
+    """What has to be known before all else."""
     claims: Sequence[Judged] = ()
     figures: Sequence[PageFigure] = ()
     tables: Sequence[PageTable] = ()
@@ -51,6 +53,7 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page as HTML. All text is escaped; nothing is loaded from elsewhere."""
+    warning = f'<p class="warning">{_text(page.warning)}</p>\n' if page.warning else ""
     sections = [
         _claims(page.claims),
         _figures(page.figures),
@@ -63,7 +66,7 @@ def render_page(page: Page) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(page.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<header>\n<h1>{_text(page.title)}</h1>\n<p>{_text(page.lead)}</p>\n"
+        f"<header>\n{warning}<h1>{_text(page.title)}</h1>\n<p>{_text(page.lead)}</p>\n"
         f"{_contents(page)}</header>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

@@ -26,6 +26,10 @@ body {{
 }}
 main {{ max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }}
 h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0.4em 0; }}
+.warning {{
+  max-width: none; padding: 8px 14px; border-radius: 8px; font-weight: 600;
+  color: var(--bad); background: var(--bad-paper);
+}}
 h2 {{ font-size: 1.25rem; line-height: 1.3; margin: 0 0 0.4em; }}
 p {{ max-width: 78ch; margin: 0 0 1em; overflow-wrap: break-word; }}
 section {{ border-top: 1px solid var(--line); padding-top: 24px; margin-top: 32px; }}
@@ -67,6 +71,9 @@ summary {{ cursor: pointer; padding: 6px 0; font-weight: 600; }}
   table.claims tbody tr td:first-child {{ font-weight: 600; padding-top: 12px; }}
   table.claims tbody tr td:last-child {{ width: auto; padding-bottom: 12px; }}
   table.claims tr + tr {{ border-top: 1px solid var(--line); }}
+  table.facts tbody, table.facts tr, table.facts th, table.facts td {{ display: block; }}
+  table.facts th {{ padding-bottom: 0; }}
+  table.facts td {{ min-width: 0; padding-top: 0; border-top: 0; }}
 }}
 @media print {{ .scroll {{ overflow: visible; }} details > * {{ display: block; }} }}
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,8 +95,7 @@ class Run:
 
     def fingerprint(self) -> str:
         """Hash of :meth:`settings`: two runs with the same one are the same run."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(self.settings())
 
 
 def grid(
@@ -174,3 +173,9 @@ def unique(runs: Iterable[Run]) -> list[Run]:
         if kept.setdefault(run.id, run) != run:
             raise ValueError(f"runs: expected one way to run {run.id}, got two that differ")
     return list(kept.values())
+
+
+def hash_of(settings: Mapping[str, Any]) -> str:
+    """Sixteen digits that are the same for the same settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -97,8 +97,9 @@ def _run(
     except BrokenProcessPool:  # noticed while handing out the next task
         return [*suspects, *running.values()]
     finally:
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
+        if running:  # left early; idle workers end by themselves and leave nothing behind
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -124,8 +125,11 @@ def _one_torch_thread() -> Iterator[None]:
 
 def _start_worker() -> None:
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    # By default a lock between processes, which would outlive a worker that is ended at once.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 

@@ -61,6 +61,8 @@ PRESETS = {
     "M": Preset("M", penalty=0.5, violations=0.03, pairs=1024, epochs=4),
 }
 """H, harsh: what the data hardly show costs much. M, mild: a gentle fall, for the fits."""
+GLIMPSE = "fast"
+"""Name of the preset of ``--fast``: runs that are too few and too short to say anything."""
 
 
 @dataclass(frozen=True)

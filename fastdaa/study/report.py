@@ -40,6 +40,10 @@ FIGURES = (
 """Modules of ``fastdaa.study.figures``, in the order of the page. Each has ``TITLE``, ``NEEDS`` and
 ``pictures(results)``, which is empty where the study has no data for it."""
 PAGE = "index.html"
+_GLIMPSE_WARNING = (
+    "A glimpse (--fast) of a much smaller world: these numbers mean nothing, and no claim is "
+    "judged by them."
+)
 
 
 def build_report(
@@ -71,9 +75,11 @@ def build_report(
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures, missing = collect_pictures(results)
     figures = _draw_all(pictures, folder / "figures", console)
-    claims = judge_claims(results) if results.is_study else []
+    judged = results.is_study and not results.is_glimpse
+    claims = judge_claims(results) if judged else []
     page = Page(
         title=_title(results),
+        warning=_GLIMPSE_WARNING if results.is_glimpse else "",
         lead=describe(results, claims),
         claims=[claim for claim in claims if claim.verdict != "no data"],
         figures=figures,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdaa.study.fit import fit_table
+from fastdaa.study.presets import GLIMPSE
 from fastdaa.study.table import Table, read_table
 
 
@@ -28,6 +29,11 @@ class Results:
     def in_world(self) -> bool:
         """Whether scores are gold rewards of the synthetic world."""
         return any(row.get("gold") is not None for row in self.rows)
+
+    @property
+    def is_glimpse(self) -> bool:
+        """Whether there are runs of ``--fast``, whose numbers mean nothing."""
+        return self.in_world and any(row.get("preset") == GLIMPSE for row in self.rows)
 
     @property
     def is_study(self) -> bool:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastdaa.study.language import Language
 from fastdaa.study.world import World
 
 
-@torch.no_grad()
 def sample_responses(model: Any, world: World, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """``count`` responses at temperature 1, as many to each prompt as can be, in random order.
 
@@ -27,8 +27,23 @@ def sample_responses(model: Any, world: World, count: int, seed: int) -> tuple[T
     language = world.language
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randperm(count, generator=generator) % language.prompts
-    ids = torch.full((count, language.longest), language.pad)
-    going = torch.ones(count, dtype=torch.bool)
+    ids = draw_responses(model, language, prompts, generator)
+    language.response_numbers(ids)
+    return prompts, ids
+
+
+@torch.no_grad()
+def draw_responses(
+    model: Any, language: Language, prompts: Tensor, generator: torch.Generator
+) -> Tensor:
+    """``[count, longest]`` ids padded after EOS: one response at temperature 1 to each prompt.
+
+    Args:
+        model: in evaluation mode, over the vocabulary of the language.
+        prompts: ``[count]`` int64, one token each.
+    """
+    ids = torch.full((len(prompts), language.longest), language.pad)
+    going = torch.ones(len(prompts), dtype=torch.bool)
     cache = DynamicCache(config=model.config)
     last = prompts
     for position in range(language.longest):
@@ -39,5 +54,4 @@ def sample_responses(model: Any, world: World, count: int, seed: int) -> tuple[T
         going &= last != language.eos
         if not going.any():
             break
-    language.response_numbers(ids)
-    return prompts, ids
+    return ids

@@ -1,44 +1,23 @@
-"""Many runs over worker processes: each finished one is kept, and none is done twice.
+"""Losses over betas, seeds and sizes: many runs, kept as :mod:`fastdaa.study.kept_runs` does.
 
-A study's folder gets ``world/`` (references, made once), ``runs/<run id>/rows.jsonl`` with
-``done.json`` beside it once the run is finished, and ``points.jsonl``, the rows of all of them.
+The study's folder also gets ``world/``: references, made once.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fastdaa.study.json_file import write_json
+from fastdaa.study.kept_runs import SweepResult, complete, keep
 from fastdaa.study.plan import Run, unique
-from fastdaa.study.pool import outcomes, worker_count
-from fastdaa.study.progress import bars
-from fastdaa.study.table import read_table, write_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastdaa.study.columns import Row
     from fastdaa.study.language import Language
     from fastdaa.study.presets import ModelSize, Preset
-
-POINTS = "points.jsonl"
-
-
-class SweepResult(NamedTuple):
-    """What a sweep did."""
-
-    finished: int
-    """Runs of this call."""
-    kept: int
-    """Runs that an earlier call had finished."""
-    failed: dict[str, str]
-    """Run ids, each with its error in one line."""
-    seconds: float
 
 
 def sweep(
@@ -50,54 +29,21 @@ def sweep(
 ) -> SweepResult:
     """Runs what is not done yet, and writes ``points.jsonl`` from everything that is.
 
+    References come first, then the runs, all by the same workers: starting one takes seconds.
+
     Args:
         runs: see :mod:`fastdaa.study.plan`.
         output: the study's folder.
-        workers: processes, each of one thread; by default one a core, at most ``MOST_WORKERS``.
-        console: shows progress there.
+        workers, console: as in :func:`fastdaa.study.kept_runs.complete`.
 
     Raises:
-        ValueError: no runs, or a run of the folder that was done under other settings.
-        KeyboardInterrupt: after Ctrl-C; what is finished is kept, in ``points.jsonl`` too.
+        ValueError, KeyboardInterrupt: as there.
     """
-    began = time.perf_counter()
-    output = Path(output)
-    workers = worker_count(workers)
-    if not runs:
-        raise ValueError("runs: expected at least one, got none")
-    runs = unique(runs)
-    pending = [run for run in runs if not is_done(run, output)]
-    failed: dict[str, str] = {}
-    try:
-        if pending:
-            _run_all(pending, output, workers, failed, console)
-    finally:
-        merge_points(output)
-    finished = len(pending) - len(failed)
-    return SweepResult(finished, len(runs) - len(pending), failed, time.perf_counter() - began)
-
-
-def _run_all(
-    pending: list[Run], output: Path, workers: int, failed: dict[str, str], console: Console | None
-) -> None:
-    """References first, then the runs, all by the same workers: starting one takes seconds."""
-    references = list(dict.fromkeys(map(_World.of, pending)))
-    tasks: list[_World | Run] = [*references, *pending]
-    with bars(console) as shown:
-        shown.add("references", len(references))
-        shown.add("runs", len(pending))
-        for task, outcome in outcomes(partial(_perform, output), tasks, workers):
-            if outcome.error is None:
-                words = f"{task.id}  {outcome.result}"
-            else:
-                words = f"failed: {task.id}: {outcome.error}"
-                failed[task.id] = outcome.error
-            shown.advance("runs" if isinstance(task, Run) else "references", words)
-            if outcome.error is not None:
-                shown.say(words)
-    # Without its reference a run has failed, too, and says so itself.
-    for reference in references:
-        failed.pop(reference.id, None)
+    return complete(
+        unique(runs), Path(output), _perform, _kind_of,
+        before=lambda pending: list(dict.fromkeys(map(_World.of, pending))),
+        workers=workers, console=console,
+    )  # fmt: skip
 
 
 class _World(NamedTuple):
@@ -117,37 +63,8 @@ class _World(NamedTuple):
         return f"reference {self.preset.name}-s{self.seed}-{self.size.name}"
 
 
-def is_done(run: Run, output: Path) -> bool:
-    """Whether the run is finished in the study's folder.
-
-    Raises:
-        ValueError: it is, but with other settings.
-    """
-    path = output / "runs" / run.id / "done.json"
-    try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from None
-    if done.get("fingerprint") == run.fingerprint():
-        return True
-    differences = ", ".join(_differences(done.get("settings", {}), run.settings()))
-    raise ValueError(
-        f"run {run.id}: expected the settings that it was done with in {output}, got others "
-        f"({differences}); choose another folder, or delete {path.parent}"
-    )
-
-
-def merge_points(output: Path) -> Path | None:
-    """Write ``points.jsonl`` from all finished runs of the folder; None if there is none."""
-    rows: list[Row] = []
-    for done in sorted((output / "runs").glob("*/done.json")):
-        rows += read_table(done.with_name("rows.jsonl"))
-    if not rows:
-        return None
-    write_table(output / POINTS, rows)
-    return output / POINTS
+def _kind_of(task: _World | Run) -> str:
+    return "runs" if isinstance(task, Run) else "references"
 
 
 def _perform(output: Path, task: _World | Run) -> str:
@@ -158,27 +75,7 @@ def _perform(output: Path, task: _World | Run) -> str:
     if isinstance(task, _World):
         setting(*task, output / "world")
         return f"{time.perf_counter() - began:.1f} s"
-    folder = output / "runs" / task.id
     rows = run_one(task, output / "world")
-    write_table(folder / "rows.jsonl", rows)
-    # Written last: it says that the rows are complete.
-    write_json(
-        folder / "done.json",
-        {
-            "run": task.id,
-            "fingerprint": task.fingerprint(),
-            "settings": task.settings(),
-            "rows": len(rows),
-            "seconds": time.perf_counter() - began,
-        },
-    )
+    keep(task, rows, time.perf_counter() - began, output)
     last = rows[-1]
     return f"KL {last['kl']:.2f}  gold {last['gold']:+.2f}  {last['seconds']:.1f} s"
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} {old!r} then, {new!r} now"

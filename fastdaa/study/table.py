@@ -52,6 +52,16 @@ class Table(Sequence[Row]):
             present.difference(REQUIRED, OPTIONAL)
         )
 
+    def check_score(self, action: str, score: str) -> None:
+        """Raise ``ValueError`` where there are no rows, or none with a value of the score."""
+        if not len(self):
+            raise ValueError(f"{action}: expected at least one row, got an empty table")
+        known = self.columns
+        if score not in known:
+            raise ValueError(
+                f"score: expected a column with values ({', '.join(known)}), got {score}"
+            )
+
     def where(self, condition: Callable[[Row], bool] | None = None, **equal: Any) -> Table:
         """Rows that fulfil ``condition`` and have the given values; a set or a list means any of.
 

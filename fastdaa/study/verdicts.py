@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+from fastdaa.study.curves import Row, sweeps
 from fastdaa.study.results import Results
 
 Verdict = Literal["reproduced", "partly", "not reproduced", "no data"]
@@ -39,9 +41,52 @@ def share_verdict(holds: int, cases: int) -> Verdict:
     return "partly" if holds else "not reproduced"
 
 
-def told(measured: list[tuple[object, str]]) -> str:
-    """Sentences by preset: ``Preset H: ...; preset M: ...``."""
-    return " ".join(
-        f"Preset {preset}: {text}" if preset is not None else text[0].upper() + text[1:]
-        for preset, text in measured
+class Seen(NamedTuple):
+    """What was measured in one preset."""
+
+    text: str
+    holds: int
+    """In how many of its ``cases`` the claim holds."""
+    cases: int = 1
+
+
+def conclude(seen: Iterable[tuple[object, Seen]], needed: str) -> Finding:
+    """The finding of all presets: ``Preset H: ... Preset M: ...``; a None is not named.
+
+    Args:
+        needed: what there would have to be, where nothing was seen.
+    """
+    found = list(seen)
+    cases = sum(each.cases for _, each in found)
+    if not cases:
+        return no_data(needed)
+    measured = " ".join(
+        f"Preset {preset}: {each.text}"
+        if preset is not None
+        else each.text[0].upper() + each.text[1:]
+        for preset, each in found
     )
+    return Finding(measured, share_verdict(sum(each.holds for _, each in found), cases))
+
+
+def each_preset(
+    needed: str, groups: Callable[[Sequence[Row]], Mapping[Any, Any]] = sweeps
+) -> Callable[[Callable[..., Iterator[Seen]]], Callable[..., Finding]]:
+    """Makes a judge of a study's results from one that looks at a single preset.
+
+    Args:
+        needed: what there has to be in a preset for something to be seen; options of the judge
+            stand in it in braces.
+        groups: from the rows of a study to what is looked at in each preset.
+    """
+
+    def decorate(look: Callable[..., Iterator[Seen]]) -> Callable[..., Finding]:
+        @functools.wraps(look)
+        def judge(results: Results, **options: str) -> Finding:
+            presets = groups(results.rows).items()
+            seen = ((preset, each) for preset, rows in presets for each in look(rows, **options))
+            return conclude(seen, needed.format(**options))
+
+        return judge
+
+    return decorate

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastdaa.data.collate import dense_mask as segments_mask
+from fastdaa.data.packs import dense_mask as segments_mask
 from fastdaa.train.segments import segment_attention
 
 ATTENTION_NAME = "fastdaa_segments"

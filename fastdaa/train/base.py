@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -19,10 +19,9 @@ from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted, saving_own_adapters
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.callbacks import restore_signals
-from fastdaa.train.config import PreferenceConfig
+from fastdaa.train.packed_config import PackedConfig
 from fastdaa.train.prepare import config_values, dropout_values
-
-logger = logging.getLogger(__name__)
+from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
 
 
 class PairTrainer(Trainer):
@@ -32,7 +31,7 @@ class PairTrainer(Trainer):
     at 0 while it is trained; what is saved holds the original ones.
     """
 
-    args: PreferenceConfig
+    args: PackedConfig
     model: Any
     processing_class: Any
 
@@ -41,11 +40,16 @@ class PairTrainer(Trainer):
         use_cache = getattr(config, "use_cache", None)
         self._new_tokens = 0
         self._parameters: int | None = None
+        self._record: RunRecord | None = None
         super().__init__(model=model, **options)
         # The Trainer has set it for its own forwards; nothing here asks it, and it would be saved.
         if use_cache is not None:
             config.use_cache = use_cache
         self._dropout = dropout_values(config) if self.args.disable_dropout else {}
+        # What no checkpoint holds, as it is before it is sharded.
+        self.frozen_facts: dict[str, Any] = {}
+        if is_adapted(model):
+            self.frozen_facts["base model"] = weights_fact(model, trainable=False)
 
     def rows_of(self, dataset: Any, name: str) -> PairRows:
         """Any dataset of pairs as the loader wants it."""
@@ -69,8 +73,7 @@ class PairTrainer(Trainer):
         return self._by_length(rows, size) or super()._get_train_sampler(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.args.sampling_seed)
         by_length = self._by_length(eval_dataset, self.args.eval_batch_size, generator)
         return by_length or super()._get_eval_sampler(eval_dataset)
 
@@ -86,21 +89,13 @@ class PairTrainer(Trainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Train; ``True`` continues from the last complete checkpoint of the output folder.
+        """Train; ``True`` continues the run that was started last in the output folder.
 
         Raises:
-            ValueError: the checkpoint to continue from was not written to its end.
+            ValueError: the checkpoint to continue from was not written to its end or belongs to
+                another run, or ``save_total_limit`` would delete those of others.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = checkpoints.last_complete(str(self.args.output_dir))
-            if checkpoint is None:
-                logger.warning("no complete checkpoint yet: training from the beginning")
-        elif checkpoint is not None and not checkpoints.is_complete(checkpoint):
-            raise ValueError(
-                f"resume_from_checkpoint: expected a complete checkpoint, {checkpoint} has no "
-                "readable trainer_state.json, which is written last"
-            )
+        checkpoint = self._begin_run(resume_from_checkpoint)
         self._new_tokens = 0
         off = dict.fromkeys(self._dropout, 0.0)
         try:
@@ -108,6 +103,25 @@ class PairTrainer(Trainer):
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             restore_signals(self)
+
+    def _begin_run(self, resume: str | bool | None) -> str | None:
+        """Find the checkpoint to continue from and put down whose output folder it is."""
+        facts = {**self.args.identity(), "data": rows_fact(self.train_dataset), **self.frozen_facts}
+        output_dir, rotates = str(self.args.output_dir), bool(self.args.save_total_limit)
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                found = [*checkpoints.begin(output_dir, resume, facts, rotates=rotates)]
+            except (ValueError, OSError) as error:
+                found = [None, str(error)]
+        # One process decides: the others would see what it writes, and wait for one that fails.
+        checkpoint, record = broadcast_object_list(found)
+        if isinstance(record, str):
+            raise ValueError(record)
+        if self.args.should_save:
+            write_record(output_dir, record)
+        self._record = record
+        return checkpoint
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with contextlib.ExitStack() as stack:
@@ -120,11 +134,17 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._settle_tokens()
         if self.args.should_save:
-            folder = self._get_output_dir(trial=trial)
-            checkpoints.invalidate(checkpoints.folder(folder, self.state.global_step))
-            if self.args.save_total_limit:
-                # Half of a checkpoint must not count, or it could push out a whole one.
-                checkpoints.remove_incomplete(folder)
+            folder, step = self._get_output_dir(trial=trial), self.state.global_step
+            checkpoint = checkpoints.folder(folder, step)
+            checkpoints.invalidate(checkpoint)
+            if self._record is not None:
+                record = self._record
+                self._record = record._replace(steps=sorted({*record.steps, step}))
+                write_record(str(self.args.output_dir), self._record)
+                if self.args.save_total_limit:
+                    # Half of a checkpoint must not count, or it could push out a whole one.
+                    checkpoints.remove_incomplete(folder, self._record.steps)
+                write_record(checkpoint, self._record)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -24,6 +24,6 @@ __all__ = [
 ]
 
 
-def default_callbacks() -> list[TrainerCallback]:
+def default_callbacks(*, curves: bool = True) -> list[TrainerCallback]:
     """New callbacks of one trainer, in the order that they need: rows are written, then drawn."""
-    return [Interrupt(), MetricsWriter(), Curves()]
+    return [Interrupt(), MetricsWriter(), *([Curves()] if curves else [])]

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdaa.chunks import Chunk
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps_and_stats
 from fastdaa.outputs import TokenStats
-from fastdaa.single_pass import Chunk, plan_loss, single_pass
+from fastdaa.single_pass import plan_loss, single_pass
 from fastdaa.tiles import blocks
 
 
@@ -47,7 +48,7 @@ def completion_loss(
         stats: also entropy, top-1 hits and mean logit of every token.
         impl, engine, max_bytes: as in :func:`fastdaa.pair_loss`.
     """
-    plan = plan_loss(rows, head, coupled=False, impl=impl, engine=engine, max_bytes=max_bytes)
+    plan = plan_loss(rows, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes)
     if plan.path != "single_pass":
         logps, values = head_logps_and_stats(
             rows, head, targets, stats=stats, impl=plan.path, engine=engine, max_bytes=max_bytes

@@ -168,7 +168,12 @@ class _BlockedAttention(torch.autograd.Function):
         do = _grouped_output(grad_out[0], groups)
         for span in ctx.spans:
             k, v = (_shared(_segment_rows(t[0], span), q) for t in (key, value))
-            segment_grads = [_zeros_by_row(t) for t in (k[:, 0].unsqueeze(0), v[:, 0].unsqueeze(0))]
+            # Without a prefix the sums are a slice of the row's own: short segments gain by that.
+            segment_grads = (
+                [_zeros_by_row(t[:, 0].unsqueeze(0)) for t in (k, v)]
+                if span.prefix
+                else [grad[:, :, span.start : span.stop] for grad in grads[1:]]
+            )
             for block in _blocks(span, ctx.window):
                 keys = slice(block.key_start, block.key_stop)
                 rows = slice(block.start, block.stop)
@@ -189,6 +194,8 @@ class _BlockedAttention(torch.autograd.Function):
                 for total, part in zip(segment_grads, found, strict=True):
                     total[0, :, keys] += part.sum(1) if part.shape[1] > 1 else part[:, 0]
             for grad, part in zip(grads[1:], segment_grads, strict=True):
+                if not span.prefix:
+                    continue
                 grad[0, :, span.prefix_start : span.prefix_stop] += part[0, :, : span.prefix]
                 grad[0, :, span.start : span.stop] += part[0, :, span.prefix :]
         return grads[0], grads[1], grads[2], None, None, None

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdaa.train.metrics_writer import metrics_path, read_metrics
+from fastdaa.train.metrics_writer import CURVES_FILE, metrics_path, read_metrics
 
 logger = logging.getLogger(__name__)
-CURVES_FILE = "curves.png"
 Rows = Sequence[Mapping[str, Any]]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _SUMMARY_KEY = "train_runtime"
 
 
@@ -20,10 +20,11 @@ class MetricsWriter(TrainerCallback):
     """Appends every logged row to ``<output_dir>/metrics.jsonl`` and flushes it.
 
     A row holds ``step``, the logged values, and ``time`` in seconds since the epoch. NaN and
-    infinities become null. The last row of a finished run holds ``train_runtime``. A resumed run
-    first removes the rows behind its checkpoint and the summaries of earlier parts; a fresh run
-    keeps an old file as ``metrics.1.jsonl``, ``metrics.2.jsonl`` and so on. Only the main process
-    writes.
+    infinities become null. A run that logs every so many steps logs its last step as well; the last
+    row of a finished run holds ``train_runtime``. A resumed run first removes the rows behind its
+    checkpoint and the summaries of earlier parts; a fresh run keeps an old file as
+    ``metrics.1.jsonl``, ``metrics.2.jsonl`` and so on, and its picture as ``curves.1.png``. Only
+    the main process writes.
     """
 
     def on_train_begin(
@@ -36,7 +37,15 @@ class MetricsWriter(TrainerCallback):
         if state.global_step > 0:
             truncate_metrics(path, state.global_step)
         else:
-            _put_aside(path)
+            _put_aside(path.parent)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # Or a run shorter than an interval would leave no row.
+        if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
 
     def on_log(
         self,
@@ -91,13 +100,21 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line + "\n", row
 
 
-def _put_aside(path: Path) -> None:
-    if not path.is_file() or path.stat().st_size == 0:
-        return
+def _put_aside(folder: Path) -> None:
+    """Give what an earlier run has drawn and logged a number that is still free for both."""
+    names = (METRICS_FILE, CURVES_FILE)
+    found = [folder / name for name in names if (folder / name).is_file()]
     number = 1
-    while (kept := path.with_name(f"metrics.{number}.jsonl")).exists():
+    while any((folder / _numbered(name, number)).exists() for name in names):
         number += 1
-    path.rename(kept)
+    for path in found:
+        if path.stat().st_size:
+            path.rename(folder / _numbered(path.name, number))
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, suffix = name.split(".")
+    return f"{stem}.{number}.{suffix}"
 
 
 def _plain(value: Any) -> Any:

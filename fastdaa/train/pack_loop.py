@@ -3,33 +3,87 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
+from fastdaa.train.adapters import check_adapters, is_adapted
+from fastdaa.train.backbone import causal_lm
 from fastdaa.train.base import PairTrainer
+from fastdaa.train.callbacks import default_callbacks, use_progress
 from fastdaa.train.metrics import MetricStore
+from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
+from fastdaa.train.sharding import check_parallelism
+
+logger = logging.getLogger(__name__)
 
 
 class PackLoop(PairTrainer):
     """One forward and backward a pack, metrics of packs in the logged rows.
 
     A subclass computes the loss of a batch; of ``inputs["packs"]`` only the first
-    ``inputs["counted"]`` count, where that is there.
+    ``inputs["counted"]`` count, where that is there. Before the first batch it calls
+    :meth:`check_policy` and :meth:`settle_layout`.
     """
 
     unit: ClassVar[str] = "pairs"
     """What a row of the dataset is, in the plural, for the names of rates."""
     store_type: ClassVar[type[MetricStore]] = MetricStore
     """Of an evaluation."""
+    draws_curves: ClassVar[bool] = True
+    """Whether ``curves.png`` is drawn."""
+    layout: Any
+    layout_reason: str
 
-    def __init__(self, model: nn.Module, **options: Any):
+    def __init__(
+        self, model: nn.Module, callbacks: list[TrainerCallback] | None = None, **options: Any
+    ):
         self._stores = {"train": MetricStore(), "eval": self.store_type()}
-        super().__init__(model=model, **options)
+        own = default_callbacks(curves=self.draws_curves)
+        super().__init__(model=model, callbacks=[*own, *(callbacks or [])], **options)
+        check_parallelism(self)
+        use_progress(self)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        embedding: Any = causal_lm(self.model).get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
+    def check_policy(self) -> None:
+        """Raise ``ValueError`` for adapters that do not fit, or a model with nothing to train."""
+        if is_adapted(self.model):
+            check_adapters(self.model)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "model: expected parameters to train, got none with requires_grad; load a trained "
+                "adapter with is_trainable=True"
+            )
+
+    def settle_layout(self, *references: nn.Module) -> None:
+        """Choose the layout that the policy and ``references`` can take; prepare the policy."""
+        wanted, layouts = self.args.layout, self.args.layouts
+        choice = list(choose_layout([self.model, *references], wanted, layouts))
+        # Ranks that wait for the weights of rank 0 could not look as closely.
+        self.layout, self.layout_reason = broadcast_object_list(choice)
+        if self.layout == "padded" and wanted == "auto" and self.args.should_log:
+            logger.warning("layout: padded, because of %s", self.layout_reason)
+        prepare_model(self.model, self.layout)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+
+    def with_backend(self, pack: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The pack, with the attention backend that the settings name."""
+        if "segments" not in pack or self.args.attention == "auto":
+            return pack
+        return {**pack, "segments": {**pack["segments"], "backend": self.args.attention}}
 
     def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What packs have to know of their whole batch, added to the inputs of each."""
@@ -74,8 +128,10 @@ class PackLoop(PairTrainer):
         """Loss and metrics of an evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         self._stores["eval"].begin_batch()
+        packs, facts = inputs["packs"], self.batch_facts(inputs)
+        whole = {**inputs, **facts, "packs": self._evened(packs), "counted": len(packs)}
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, inputs)
+            loss: Any = self.compute_loss(model, whole)
         self._stores["eval"].end_batch(inputs)
         return loss.detach(), None, None
 

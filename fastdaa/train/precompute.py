@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastdaa.data import PairRows
-from fastdaa.data.collate import REF_FIELDS, REF_TOKEN_FIELDS
+from fastdaa.data.fields import REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.reference_cache import ReferenceCache, hash_rows, hash_weights, store_key

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastdaa.data import PairRows, tokenize_pairs
-from fastdaa.data.collate import TOKEN_FIELDS
+from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.head import LmHead
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
@@ -21,7 +21,7 @@ from fastdaa.train.support import supports_segments
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from fastdaa.train.config import PreferenceConfig
+    from fastdaa.train.packed_config import PackedConfig
 
 logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 5
@@ -85,8 +85,13 @@ def config_values(config: PretrainedConfig, values: Mapping[str, Any]) -> Iterat
             setattr(text, name, value)
 
 
-def choose_layout(models: Sequence[nn.Module], wanted: str) -> tuple[str, str]:
+def choose_layout(
+    models: Sequence[nn.Module], wanted: str, layouts: Sequence[str]
+) -> tuple[str, str]:
     """The layout that all ``models`` can take, and the reason for it.
+
+    Args:
+        wanted: a layout, or ``"auto"`` for the first of ``layouts``, else ``"padded"``.
 
     Raises:
         ValueError: a packed layout was asked for, and a model cannot take it.
@@ -104,7 +109,19 @@ def choose_layout(models: Sequence[nn.Module], wanted: str) -> tuple[str, str]:
         if wanted == "auto":
             return "padded", reason
         raise ValueError(f"layout: expected 'padded' or 'auto', got {wanted!r} for {reason}")
-    return ("prefix_shared", reason) if wanted == "auto" else (wanted, "asked for")
+    return (layouts[0], reason) if wanted == "auto" else (wanted, "asked for")
+
+
+def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
+    """:func:`load_model`, wrapped in a new adapter where ``peft_config`` describes one."""
+    policy = load_model(model)
+    if peft_config is None:
+        return policy
+    from peft import get_peft_model
+
+    # The hints of PEFT ask for a model of transformers; it takes any module.
+    core: Any = policy
+    return get_peft_model(core, peft_config)
 
 
 @torch.no_grad()
@@ -142,6 +159,15 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def check_config(args: Any, kind: type) -> None:
+    """Raise ``TypeError`` for settings of another trainer, such as TRL's ``DPOConfig``."""
+    if not isinstance(args, kind):
+        raise TypeError(
+            f"args: expected a {kind.__name__}, got {type(args).__name__}; what both have has the "
+            f"same name, so give its options to {kind.__module__}.{kind.__name__}"
+        )
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """Raise ``TypeError`` for anything but a dataset of the ``datasets`` library with a length."""
     whole = hasattr(dataset, "column_names") and hasattr(dataset, "__len__")
@@ -152,6 +178,13 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
 
 
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """:func:`check_dataset` of those that there are; cheap, so before models are loaded."""
+    if train_dataset is not None:
+        check_dataset(train_dataset, "train_dataset")
+    each(eval_dataset, check_dataset, "eval_dataset")
+
+
 def each(dataset: Any, function: Callable[[Any, str], Any], name: str) -> Any:
     """``function(dataset, name)``, of every part of a dictionary; None stays."""
     if isinstance(dataset, Mapping):
@@ -160,7 +193,7 @@ def each(dataset: Any, function: Callable[[Any, str], Any], name: str) -> Any:
 
 
 def tokenize_dataset(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: PackedConfig, name: str
 ) -> Any:
     """A tokenised dataset; one with token columns is taken as it is.
 
@@ -182,16 +215,18 @@ def tokenize_dataset(
     return tokenized
 
 
-def check_tokens(dataset: Any, vocabulary: int, name: str) -> None:
+def check_tokens(
+    dataset: Any, vocabulary: int, name: str, fields: Sequence[str] = TOKEN_FIELDS
+) -> None:
     """Raise ``ValueError`` for token ids that a model of that vocabulary does not have.
 
     On a GPU they would end the process in the middle of training, without a word about data.
     """
     import pyarrow.compute
 
-    columns = dataset.with_format("arrow", columns=list(TOKEN_FIELDS))
+    columns = dataset.with_format("arrow", columns=list(fields))
     for table in columns.iter(_ROWS_AT_ONCE):
-        for field in TOKEN_FIELDS:
+        for field in fields:
             ends = pyarrow.compute.min_max(pyarrow.compute.list_flatten(table[field])).as_py()
             for token in ends.values():
                 if token is not None and not 0 <= token < vocabulary:
@@ -199,6 +234,15 @@ def check_tokens(dataset: Any, vocabulary: int, name: str) -> None:
                         f"{name}: expected token ids below {vocabulary}, the vocabulary of the "
                         f"model, got {token} in {field}; the tokenizer belongs to another model"
                     )
+
+
+def padding_token(tokenizer: Any) -> int:
+    """Padding for the layout ``padded``: masked, so any valid id does."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def rows_of(dataset: Any) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdaa.data.collate import SKIP_FIELDS, TOKEN_FIELDS
+from fastdaa.data.fields import SKIP_FIELDS, TOKEN_FIELDS
 from fastdaa.data.rows import PairRows
 
 if TYPE_CHECKING:

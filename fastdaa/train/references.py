@@ -49,7 +49,7 @@ class ModelReference:
 
     Args:
         model: prepared by the accelerator, with ``install_head_task``.
-        max_bytes: bytes of fp32 logits held at a time.
+        max_bytes: memory that the head may take, see :func:`fastdaa.plan_head`.
         engine: what works on them, see :func:`fastdaa.token_logps`.
     """
 
@@ -72,7 +72,7 @@ class AdapterReference:
 
     Args:
         policy: gives the model as it is now; sharding may put another in its place.
-        max_bytes: bytes of fp32 logits held at a time.
+        max_bytes: memory that the head may take, see :func:`fastdaa.plan_head`.
         engine: what works on them, see :func:`fastdaa.token_logps`.
     """
 

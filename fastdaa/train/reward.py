@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from fastdaa.data import PairCollator, PairRows
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.metrics import MetricStore, Sums
-from fastdaa.train.prepare import check_dataset, check_tokens, tokenize_dataset
+from fastdaa.train.prepare import (
+    check_config,
+    check_dataset,
+    check_datasets,
+    check_tokens,
+    tokenize_dataset,
+)
 from fastdaa.train.reward_models import (
     check_padding,
     check_reward_model,
     last_tokens,
     load_reward_model,
 )
+from fastdaa.train.sharding import check_one_device
 from fastdaa.train.stage_config import RewardConfig
 from fastdaa.train.stages import StageTrainer
 
@@ -57,13 +64,17 @@ class RewardTrainer(StageTrainer):
         processing_class: Any = None,
         **options: Any,
     ):
+        args = RewardConfig(output_dir="reward_output") if args is None else args
+        check_config(args, RewardConfig)
+        check_one_device(args)
+        check_datasets(train_dataset, eval_dataset)
         if isinstance(model, str):
             model = load_reward_model(model, processing_class)
         check_reward_model(model)
         check_padding(model, processing_class)
         super().__init__(
             model,
-            RewardConfig(output_dir="reward_output") if args is None else args,
+            args,
             train_dataset,
             eval_dataset,
             processing_class,
@@ -79,8 +90,7 @@ class RewardTrainer(StageTrainer):
         if isinstance(dataset, PairRows):
             return dataset
         check_dataset(dataset, name)
-        settings: Any = self.args
-        dataset = tokenize_dataset(dataset, self.processing_class, settings, name)
+        dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
         check_tokens(dataset, self.vocabulary, name)
         self._check_padding(dataset, name)
         return PairRows(dataset)

@@ -9,15 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdaa.data.sequences import SequenceCollator, SequenceRows
-from fastdaa.data.tokenise_examples import SEQUENCE_FIELDS, tokenize_examples
+from fastdaa.data.collate import SequenceCollator
+from fastdaa.data.fields import SEQUENCE_FIELDS
+from fastdaa.data.rows import SequenceRows
+from fastdaa.data.tokenise import tokenize_examples
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.completion_loss import CompletionLoss, completion_loss
 from fastdaa.train.metrics import MetricStore, Sums
-from fastdaa.train.prepare import check_dataset, check_head, load_model
-from fastdaa.train.sharding import head_in_force
+from fastdaa.train.prepare import (
+    check_config,
+    check_dataset,
+    check_datasets,
+    check_head,
+    check_tokens,
+    load_policy,
+)
+from fastdaa.train.sharding import check_one_device, head_in_force
 from fastdaa.train.stage_config import SftConfig
-from fastdaa.train.stages import StageTrainer, check_ids
+from fastdaa.train.stages import StageTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +62,15 @@ class SftTrainer(StageTrainer):
         peft_config: Any = None,
         **options: Any,
     ):
-        policy = load_model(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
+        args = SftConfig(output_dir="sft_output") if args is None else args
+        check_config(args, SftConfig)
+        check_one_device(args)
+        check_datasets(train_dataset, eval_dataset)
+        policy = load_policy(model, peft_config)
         check_head(policy)
         super().__init__(
             policy,
-            SftConfig(output_dir="sft_output") if args is None else args,
+            args,
             train_dataset,
             eval_dataset,
             processing_class,
@@ -81,7 +90,7 @@ class SftTrainer(StageTrainer):
             dataset = self._tokenize(dataset, name)
         if not len(dataset):
             raise ValueError(f"{name}: expected at least one example, got none")
-        check_ids(dataset, SEQUENCE_FIELDS, self.vocabulary, name)
+        check_tokens(dataset, self.vocabulary, name, SEQUENCE_FIELDS)
         return SequenceRows(dataset)
 
     def _tokenize(self, dataset: Any, name: str) -> Any:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastdaa.train.base import PairTrainer
-    from fastdaa.train.config import PreferenceConfig
+    from fastdaa.train.packed_config import PackedConfig
 
 
-def check_one_device(args: PreferenceConfig) -> None:
+def check_one_device(args: PackedConfig) -> None:
     """Raise ``ValueError`` where one process would drive several GPUs."""
     if args.n_gpu > 1:
         raise ValueError(
@@ -51,7 +51,7 @@ def check_parallelism(trainer: PairTrainer) -> None:
             "head empty wherever the head itself does not run; train with FSDP2 instead"
         )
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if sharded and trainer.args.precompute_ref_log_probs:
+    if sharded and getattr(trainer.args, "precompute_ref_log_probs", False):
         raise ValueError(
             "precompute_ref_log_probs: expected an unsharded run, got FSDP or DeepSpeed; fill the "
             "cache with a run on whole models first, or leave the option out"

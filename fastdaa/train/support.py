@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdaa.data.collate import TOKEN_FIELDS, PairCollator
+from fastdaa.data.collate import PairCollator
+from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.train.attention import ATTENTION_NAME, enable_segments, placeholder_mask
 from fastdaa.train.backbone import backbone_of
 

@@ -6,41 +6,36 @@ trackers) is the Trainer's and accelerate's.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdaa.data import PairCollator, PairRows
-from fastdaa.data.collate import REF_FIELDS, Layout
+from fastdaa.data.fields import REF_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
-from fastdaa.train.adapters import check_adapters, is_adapted
+from fastdaa.train.adapters import is_adapted
 from fastdaa.train.backbone import causal_lm
-from fastdaa.train.base import PairTrainer
-from fastdaa.train.callbacks import default_callbacks, use_progress
 from fastdaa.train.config import PreferenceConfig
-from fastdaa.train.metrics import MetricStore, pack_metrics
+from fastdaa.train.metrics import pack_metrics
 from fastdaa.train.model_card import write_model_card
+from fastdaa.train.pack_loop import PackLoop
 from fastdaa.train.policy import PackResult, run_policy
 from fastdaa.train.precompute import Precompute
 from fastdaa.train.prepare import (
+    check_config,
     check_dataset,
+    check_datasets,
     check_head,
     check_tokens,
-    choose_layout,
-    disable_dropout,
     each,
     load_model,
-    prepare_model,
+    load_policy,
+    padding_token,
     rows_of,
     tokenize_dataset,
 )
@@ -51,12 +46,11 @@ from fastdaa.train.references import (
     online_reference,
     reference_for_cache,
 )
-from fastdaa.train.sharding import check_one_device, check_parallelism, place_early
+from fastdaa.train.run_record import weights_fact
+from fastdaa.train.sharding import check_one_device, place_early
 
-logger = logging.getLogger(__name__)
 
-
-class PreferenceTrainer(PairTrainer):
+class PreferenceTrainer(PackLoop):
     """Aligns a causal language model with preference pairs.
 
     Args:
@@ -80,8 +74,7 @@ class PreferenceTrainer(PairTrainer):
     # The loss is the mean over the pairs of a micro-batch: the Trainer divides by the number of
     # accumulation steps, whatever the model says about itself.
     loss_is_scaled_for_ga = False
-    layout: Layout
-    layout_reason: str
+    args: PreferenceConfig
 
     def __init__(
         self,
@@ -96,59 +89,39 @@ class PreferenceTrainer(PairTrainer):
         **options: Any,
     ):
         args = PreferenceConfig(output_dir="trainer_output") if args is None else args
+        check_config(args, PreferenceConfig)
         self.objective: Objective = args.objective()
         check_one_device(args)
-        if train_dataset is not None:
-            check_dataset(train_dataset, "train_dataset")
-        each(eval_dataset, check_dataset, "eval_dataset")
-        policy = load_model(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
+        check_datasets(train_dataset, eval_dataset)
         super().__init__(
-            model=policy,
+            load_policy(model, peft_config),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*default_callbacks(), *(callbacks or [])],
+            callbacks=callbacks,
             **options,
         )
-        check_parallelism(self)
-        use_progress(self)
-        self._stores = {"train": MetricStore(), "eval": MetricStore()}
         given = self._prepare_models(ref_model)
-        pad = _pad_token(processing_class)
+        pad = padding_token(processing_class)
         self.data_collator = PairCollator(self.layout, pad, args.tokens_per_pack)
         self._prepare_data(given)
 
     def _prepare_models(self, ref_model: str | nn.Module | None) -> nn.Module | None:
         """Check the models and set up the policy; the reference model, if one was given."""
-        self._peft = is_adapted(self.model)
-        if self._peft:
-            check_adapters(self.model)
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(
-                "model: expected parameters to train, got none with requires_grad; load a trained "
-                "adapter with is_trainable=True"
-            )
+        self.check_policy()
         check_head(self.model)
-        given = None
-        if ref_model is not None and ref_model is not self.model:
-            given = load_model(ref_model, "ref_model")
-            check_reference(given, self.model, same_vocabulary=self.args.log_exact_kl)
-            place_early(given.eval().requires_grad_(False), self)
-            check_head(given)
-        models = [self.model] if given is None else [self.model, given]
-        choice = list(choose_layout(models, self.args.layout))
-        # Ranks that wait for the weights of rank 0 could not look as closely.
-        self.layout, self.layout_reason = broadcast_object_list(choice)
-        if self.layout == "padded" and self.args.layout == "auto" and self.args.should_log:
-            logger.warning("layout: padded, because of %s", self.layout_reason)
-        prepare_model(self.model, self.layout)
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
+        if ref_model is None or ref_model is self.model:
+            if self.objective.needs_ref and not is_adapted(self.model):
+                self.frozen_facts["reference"] = weights_fact(self.model)
+            self.settle_layout()
+            return None
+        given = load_model(ref_model, "ref_model")
+        self.frozen_facts["reference"] = weights_fact(given)
+        check_reference(given, self.model, same_vocabulary=self.args.log_exact_kl)
+        place_early(given.eval().requires_grad_(False), self)
+        check_head(given)
+        self.settle_layout(given)
         return given
 
     def _prepare_data(self, given: nn.Module | None) -> None:
@@ -168,9 +141,12 @@ class PreferenceTrainer(PairTrainer):
 
     def _tokenize(self, dataset: Any, name: str) -> Any:
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
-        embedding: Any = causal_lm(self.model).get_input_embeddings()
-        check_tokens(dataset, embedding.weight.shape[0], name)
+        check_tokens(dataset, self.vocabulary, name)
         return dataset
+
+    def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The sizes of the micro-batch, by which its mean loss is taken."""
+        return {"totals": list(_totals(inputs))}
 
     def compute_loss(
         self,
@@ -180,51 +156,20 @@ class PreferenceTrainer(PairTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean loss of all packs of a batch; their metrics are noted."""
-        packs, whole = inputs["packs"], "totals" not in inputs
-        totals = _totals(inputs) if whole else BatchTotals(*inputs["totals"])
+        packs = inputs["packs"]
+        totals = BatchTotals(*inputs["totals"]) if "totals" in inputs else _totals(inputs)
         counted = inputs.get("counted", len(packs))
         results = [
             self._run(model, pack, totals, counts=index < counted)
-            for index, pack in enumerate(self._evened(packs) if whole else packs)
+            for index, pack in enumerate(map(self.with_backend, packs))
         ]
         loss = torch.stack([result.loss for result in results]).sum()
         return (loss, {"packs": [r.output for r in results]}) if return_outputs else loss
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Forward and backward, pack by pack, so that one pack's activations live at a time."""
-        store = self._stores["train"]
-        store.begin_batch()
-        packs, left = self._evened(inputs["packs"]), len(inputs["packs"])
-        # DeepSpeed steps by itself after as many backwards as there are micro-batches.
-        groups = [packs] if self.is_deepspeed_enabled else [[pack] for pack in packs]
-        totals, losses = list(_totals(inputs)), []
-        for index, group in enumerate(groups):
-            part = {**inputs, "packs": group, "totals": totals, "counted": left}
-            left -= len(group)
-            # DDP ranks may have different numbers of packs; they meet in the last backward. FSDP
-            # meets in each: the gradients of whole weights would not fit.
-            meets = index + 1 == len(groups) or self.is_fsdp_enabled
-            with contextlib.nullcontext() if meets else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        store.end_batch(inputs)
-        return torch.stack(losses).sum()
-
-    def _evened(self, packs: list[Any]) -> list[Any]:
-        """As many packs on every rank, where a forward is a collective; the last is repeated."""
-        if not self.is_fsdp_enabled or self.args.tokens_per_pack is None:
-            return packs
-        mine = torch.tensor(len(packs), device=self.args.device)
-        most = int(self.accelerator.gather(mine).max())
-        return packs + packs[-1:] * (most - len(packs))
 
     def _run(
         self, model: nn.Module, pack: Mapping[str, Any], totals: BatchTotals, *, counts: bool
     ) -> PackResult:
         """One forward of the reference and the policy over a pack, and its metrics."""
-        if "segments" in pack and self.args.attention != "auto":
-            pack = {**pack, "segments": {**pack["segments"], "backend": self.args.attention}}
         ref = None
         if self.reference is not None:
             ref = self.reference.score(pack, keep_rows=self._wants_kl(model.training))
@@ -245,40 +190,8 @@ class PreferenceTrainer(PairTrainer):
         step, every = self.state.global_step + 1, self.state.logging_steps
         if self.args.logging_strategy == "no" or not every:
             return False
-        return step % every == 0 or (step == 1 and self.args.logging_first_step)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Loss and metrics of an evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
-        self._stores["eval"].begin_batch()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        self._stores["eval"].end_batch(inputs)
-        return loss.detach(), None, None
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        *args: Any,
-        metric_key_prefix: str = "eval",
-        **kwargs: Any,
-    ) -> Any:
-        """The Trainer's loop, with this library's metrics beside the loss."""
-        began = time.perf_counter()
-        store = self._stores["eval"] = MetricStore()
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        values = store.read(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
-        self._stores["train"].throughput.leave_out(time.perf_counter() - began)
-        return output
+        first = step == 1 and self.args.logging_first_step
+        return first or step % every == 0 or step == self.state.max_steps
 
     def rows_of(self, dataset: Any, name: str) -> PairRows:
         """Any dataset of pairs as the loader wants it.
@@ -297,14 +210,6 @@ class PreferenceTrainer(PairTrainer):
             )
         return PairRows(dataset)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the interval to a row with a training loss."""
-        if "loss" in logs:
-            logs.update(self._stores["train"].read(self.accelerator))
-            self._settle_tokens()
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-        super().log(logs, start_time)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ``README.md`` into the output folder: what was trained, how, and how it did."""
         if not self.is_world_process_zero():
@@ -319,7 +224,7 @@ class PreferenceTrainer(PairTrainer):
             dataset=kwargs.get("dataset"),
             layout=self.layout,
             settings=self.args.to_dict(),
-            peft=self._peft,
+            peft=is_adapted(self.model),
         )
 
 
@@ -328,12 +233,3 @@ def _totals(inputs: Mapping[str, Any]) -> BatchTotals:
     counts = [count for pack in inputs["packs"] for count in pack["counts"]]
     chosen = sum(sum(pack["counts"][::2]) for pack in inputs["packs"])
     return BatchTotals(len(inputs["row_ids"]), max(chosen, 1), sum(counts))
-
-
-def _pad_token(tokenizer: Any) -> int:
-    """Padding for the layout ``padded``: masked, so any valid id does."""
-    for name in ("pad_token_id", "eos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
-            return value
-    return 0

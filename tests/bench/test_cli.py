@@ -16,7 +16,9 @@ import torch
 from fastdaa.cli import bench, main
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("transformers", "trl", "liger_kernel", "matplotlib", "rich", "scipy", "datasets")
+HEAVY = (
+    "torch", "transformers", "trl", "liger_kernel", "matplotlib", "rich", "scipy", "datasets",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_overview_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_needs_nothing_heavy() -> None:
-    """`import fastdaa` brings torch; beyond that, help costs a fraction of a second."""
+    """Not even torch: help comes at once."""
     code = f"""if True:
         import json, sys, time, fastdaa.cli
         for kind in ([], *([name] for name in {[*bench.MEASURING, "report"]!r})):
@@ -137,7 +139,7 @@ def test_help_needs_nothing_heavy() -> None:
                 assert not stop.code
             loaded = sorted(set(sys.modules) & set({HEAVY!r}))
             assert not loaded, (kind, loaded)
-            assert time.process_time() - start < 1.0, kind
+            assert time.process_time() - start < 0.3, kind
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -33,18 +33,24 @@ def test_trl_by_hand() -> None:
 def test_single_pass_by_hand() -> None:
     n, v, d = 8192, 128256, 4096
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
-    rounded, factor = (v + n) * d * 6, n * d * 4
+    rounded, factor = n * d * 6, n * d * 4  # the weight's product rounds its results itself
+    assert n * v * 2 <= 2 << 30 and v * d >= 1 << 24
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + rounded + factor, "bfloat16")
 
 
 def test_single_pass_in_chunks_by_hand() -> None:
-    n, v, d = 16384, 128256, 4096  # 4 GiB of half-precision gradients are not kept
+    n, v, d = 16384, 128256, 4096  # 4 GiB of half-precision gradients come in two chunks
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
     sums = (v + n) * d * (4 + 6)
-    chunks = v * d * 8 * 8 + n * d * 8
+    chunks = v * d * 8 * 2 + n * d * (8 + 4)
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + sums + chunks, "bfloat16")
+
+
+def test_the_fused_engine_has_no_tile() -> None:
+    case = Case("llama3-8b", 8192, "score", dtype="bfloat16")
+    assert cost_model.tiled(case, "score", "fused", "cuda") == Cost(case.unit, 0.0, "bfloat16")
 
 
 def test_half_precision_on_cpu_is_fp32_work() -> None:
@@ -64,6 +70,7 @@ def test_half_precision_on_cpu_is_fp32_work() -> None:
         ("frozen, triton", "fastdaa-frozen-triton",
          Case("llama3-8b", 8192, "logps", "bfloat16", False)),
         ("score, triton", "fastdaa-score-triton", Case("llama3-8b", 8192, "score", "bfloat16")),
+        ("score, fused", "fastdaa-score-fused", Case("llama3-8b", 8192, "score", "bfloat16")),
         ("single pass of a pair loss, triton", "fastdaa-single-pass-triton",
          Case("llama3-8b", 8192, "dpo", "bfloat16")),
         ("single pass of a pair loss, torch", "fastdaa-single-pass",

@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fastdaa.benchmarks import gpu_check
-from fastdaa.benchmarks.gpu_check import Part
-from fastdaa.benchmarks.rows import read_rows
+from fastdaa.benchmarks.gpu import measure
+from fastdaa.benchmarks.gpu.measure import LOST
+from fastdaa.benchmarks.gpu.processes import Log, Part, run_part, written_rows
+from fastdaa.benchmarks.gpu.report import Answers, as_lines, sections
+from fastdaa.benchmarks.roof import Roof
 
 ROW = '{{"status": "{}"}}\\n'
 
 
-def _part(name: str, code: int, line: str, seconds: float = 20.0, rows: Path | None = None) -> Part:
-    return Part(name, code, (sys.executable, "-c", line), seconds, rows)
+@pytest.fixture
+def known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of a machine that nobody asks for here: measuring them takes seconds on a CPU."""
+    roof = Roof({"bfloat16": 1e10, "float32": 1e10}, 1e10)
+    monkeypatch.setattr(measure, "measure_roof", lambda device, dtypes: roof)
 
 
-def test_every_part_runs_and_the_exit_code_says_what_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with Log(tmp_path / "gpu_check.log") as opened:
+        yield opened
+
+
+def _part(name: str, line: str, seconds: float = 20.0, rows: Path | None = None) -> Part:
+    return Part(name, (sys.executable, "-c", line), seconds, rows)
+
+
+def test_every_part_runs_and_the_last_words_of_failures_come_last(
+    tmp_path: Path, log: Log, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "head_cuda.jsonl"
     rows.write_text(ROW.format("ok").replace("\\n", "\n"), encoding="utf-8")
     write = f"open({str(rows)!r}, 'a').write('{ROW.format('wrong')}')"
     found = [
-        _part("tests", 1, "pass"),
-        _part("head", 2, f"{write}; raise SystemExit(1)", rows=rows),
-        _part("memory", 4, "import time; time.sleep(60)", seconds=0.5),
-        _part("step", 16, "import os; os.kill(os.getpid(), 9)"),
-        _part("accuracy", 8, "pass"),
+        _part("tests", "pass"),
+        _part("paths", f"{write}; raise SystemExit('ptxas said no')", rows=rows),
+        _part("scaling", "import time; time.sleep(60)", seconds=0.5),
+        _part("step", "import os; os.kill(os.getpid(), 9)"),
+        _part("accuracy", "pass"),
     ]
-    assert gpu_check.check(found) == 2 + 4 + 16
-    said = capsys.readouterr()
-    lines = [line.split() for line in said.out.split("summary")[1].splitlines() if line.strip()]
-    assert [(words[0], words[1]) for words in lines[:5]] == [
-        ("tests", "ok"), ("head", "exit"), ("memory", "stopped"), ("step", "SIGKILL"),
-        ("accuracy", "ok"),
+    outcomes = gpu_check.check(found, log)
+    assert [outcome.problem for outcome in outcomes] == [
+        None, "exit code 1", "stopped after 0 s", "SIGKILL", None,
     ]  # fmt: skip
-    assert "1 wrong" in said.out, "rows of this run only"
-    assert "failed: head, memory, step" in said.err
+    assert outcomes[1].statuses == {"wrong": 1}, "rows of this run only"
+    capsys.readouterr()
+    gpu_check.summarise(outcomes, 3.0, log)
+    said = capsys.readouterr().out
+    assert said.index("ptxas said no") < said.index("summary")
+    assert "failed: paths, scaling, step" in said
+    assert said in (tmp_path / "gpu_check.log").read_text(encoding="utf-8")
 
 
-def test_a_part_that_hangs_is_told_first_and_its_children_end_with_it(tmp_path: Path) -> None:
+def test_a_part_that_hangs_is_told_first_and_its_children_end_with_it(
+    tmp_path: Path, log: Log
+) -> None:
     """Told as by Ctrl-C: it still writes what it has. Its child never listens."""
     mark, child = tmp_path / "told", tmp_path / "child"
     line = (
@@ -55,7 +77,7 @@ def test_a_part_that_hangs_is_told_first_and_its_children_end_with_it(tmp_path: 
         "try:\n    time.sleep(60)\n"
         f"except KeyboardInterrupt:\n    open({str(mark)!r}, 'w').close()\n"
     )
-    outcome = gpu_check.run_part(_part("step", 16, line), seconds=2.0)
+    outcome = run_part(_part("step", line), 2.0, log)
     assert outcome.problem == "stopped after 2 s"
     assert mark.exists()
     state = Path(f"/proc/{child.read_text()}/stat")
@@ -66,33 +88,108 @@ def test_a_part_that_hangs_is_told_first_and_its_children_end_with_it(tmp_path: 
     pytest.fail("the child is still there")
 
 
-def test_parts_that_do_not_fit_any_more_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [_part("tests", 1, "import time; time.sleep(1)"), _part("head", 2, "pass")]
-    assert gpu_check.check(found, all_seconds=0.8) == 3
-    assert "not started: the time was used up" in capsys.readouterr().out
+def test_who_loses_the_device_is_left_out_of_the_next_try(tmp_path: Path, log: Log) -> None:
+    """The part ends with ``LOST`` while ``b`` is among its contenders."""
+    rows = tmp_path / "rows.jsonl"
+    line = (
+        "import json, sys\n"
+        "names = sys.argv[2].split(',')\n"
+        f"rows = open({str(rows)!r}, 'a')\n"
+        "bad = {'contender': 'b', 'status': 'failed', 'device_lost': True}\n"
+        "row = bad if 'b' in names else {'contender': 'a', 'status': 'ok'}\n"
+        "print(json.dumps(row), file=rows)\n"
+        f"raise SystemExit({LOST} if 'b' in names else 0)\n"
+    )
+    part = Part("paths", (sys.executable, "-c", line), 20.0, rows, ("a", "b", "c"))
+    first, second = gpu_check.check([part], log)
+    assert (first.code, first.lost) == (LOST, {"b"})
+    assert (second.problem, second.part.contenders) == (None, ("a", "c"))
+    assert [row["status"] for row in written_rows(rows)] == ["failed", "ok"]
 
 
-def test_parts_fit_eight_minutes_and_can_be_told_apart(tmp_path: Path) -> None:
-    found = gpu_check.parts("cuda", "gpu", tmp_path, tmp_path)
-    assert [part.name for part in found] == ["tests", "head", "memory", "accuracy", "step"]
-    assert sum(part.seconds for part in found) <= 480
-    assert sum(part.code for part in found) == 31
+def test_who_fails_alone_is_left_out_of_everything(tmp_path: Path, log: Log) -> None:
+    rows = tmp_path / "trials.jsonl"
+    trial = {"path": "score", "contender": "b", "status": "hung", "seconds": 1, "said": ["x"]}
+    write = f"print({json.dumps(trial)!r}, file=open({str(rows)!r}, 'a')); raise SystemExit(1)"
+    tell = "import sys; print('asked:', sys.argv[2])"
+    found = [
+        _part("trials", write, rows=rows),
+        Part("paths", (sys.executable, "-c", tell), 20.0, contenders=("a", "b")),
+    ]
+    assert gpu_check.check(found, log)[1].said == ["asked: a"]
+
+
+def test_parts_that_do_not_fit_any_more_are_named(log: Log) -> None:
+    found = [_part("tests", "import time; time.sleep(1)"), _part("paths", "pass")]
+    outcomes = gpu_check.check(found, log, all_seconds=0.8)
+    assert outcomes[1].problem == "not started: the time was used up"
+
+
+def test_the_table_comes_first_and_everything_fits_nine_minutes(tmp_path: Path) -> None:
+    tests = Path(__file__).resolve().parents[1]
+    found = gpu_check.parts("cuda", "gpu", tmp_path, tests)
+    assert [part.name for part in found] == [
+        "trials", "paths", "scaling", "vocabularies", "tests", "accuracy", "step",
+    ]  # fmt: skip
+    assert gpu_check.ALL_SECONDS < 540
+    assert sum(part.seconds for part in found[:5]) < gpu_check.ALL_SECONDS
+    assert any(word.endswith("test_gpu.py") for word in found[4].command)
     assert "tests" not in [part.name for part in gpu_check.parts("cuda", "gpu", tmp_path, None)]
 
 
-def test_no_gpu_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_ends_a_part_before_its_limit() -> None:
+    part = Part("paths", ("run",), 100.0, contenders=("a", "b"), budget=True)
+    assert part.words(50.0) == ["run", "--contenders", "a,b", "--budget", "40"]
+
+
+def test_no_gpu_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert gpu_check.main(["--device", "cuda"]) == 2
+    assert gpu_check.main(["--device", "cuda", "--results", str(tmp_path)]) == 2
     assert "expected a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("known_roof")
+def test_a_part_writes_a_row_for_everybody_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a kernel, which runs in Triton's interpreter here."""
+    pytest.importorskip("triton")
+    path = tmp_path / "rows.jsonl"
+    asked = ("fastdaa-score", "fastdaa-score-fused", "fastdaa-recompute")
+    words = ["vocabularies", "--size", "tiny", "--device", "cpu", "--threads", "1"]
+    words += ["--contenders", ",".join(asked), "--output", str(path)]
+    assert measure.main(words) == 0
+    rows = written_rows(path)
+    ours = {(row["kind"], row["contender"]): row for row in rows if row["family"] == "fastdaa"}
+    assert {name for _, name in ours} == set(asked)
+    assert all(row["status"] == "ok" and row["seconds"]["n"] for row in ours.values())
+    said = capsys.readouterr().out
+    assert "tiny-softcap-score-n64-bf16-peaked: fastdaa-score-fused" in said
+    assert measure.main(words) == 0
+    assert len(written_rows(path)) == len(rows), "nothing is measured twice"
+    table = as_lines(sections(Answers(rows, "tiny", "cpu")))
+    assert "## Other vocabularies" in table
+
+
+@pytest.mark.usefixtures("known_roof")
+def test_a_used_up_budget_names_what_was_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["paths", "--size", "tiny", "--device", "cpu", "--contenders", "fastdaa-recompute"]
+    words += ["--output", str(tmp_path / "rows.jsonl"), "--budget", "1e-9", "--threads", "1"]
+    assert measure.main(words) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("not begun, the time was used up: tiny-dpo-n64-bf16-peaked-trained, ")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["accuracy", "step"])
-def test_dry_run_on_a_cpu(tmp_path: Path, part: str) -> None:
+def test_rehearsal_on_a_cpu(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--selection", "tiny", "--results", str(tmp_path)]
-    assert gpu_check.main([*words, "--only", part]) == 0
-    rows = read_rows(tmp_path / f"{part}_cpu.jsonl")
-    assert {row["status"] for row in rows if row["contender"].startswith("fastdaa")} == {"ok"}
+    assert gpu_check.main([*words, "--only", "accuracy"]) == 0
+    rows = written_rows(tmp_path / "accuracy_cpu.jsonl")
+    ours = {row["contender"]: row["status"] for row in rows if row["family"] == "fastdaa"}
+    assert ours == {"fastdaa-recompute": "ok", "fastdaa-recompute-triton": "absent"}
+    assert "## Accuracy" in (tmp_path / "gpu_check.md").read_text(encoding="utf-8")

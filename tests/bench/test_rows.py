@@ -75,8 +75,52 @@ def test_written_rows_are_read_again(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected a JSON object"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:3: expected a JSON object.*delete that line"
+    ):
         read_rows(path)
+
+
+def test_half_a_row_at_the_end_is_left_out_and_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row(), row("trl"), row("cce")])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    assert [r["contender"] for r in read_rows(path)] == ["pytorch", "trl"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "rows.jsonl:3: the file breaks off" in said
+    again = RowFile(path)
+    assert again.find(row("trl")) is not None and again.find(row("cce")) is None
+    again.append([row("cce")])
+    capsys.readouterr()
+    assert [r["contender"] for r in read_rows(path)] == ["pytorch", "trl", "cce"]
+    assert path.read_bytes().count(b"\n") == 3 and capsys.readouterr().err == ""
+
+
+def test_only_the_end_of_the_last_line_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row(), row("trl")])
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert len(read_rows(path)) == 2
+    append_rows(path, [row("cce")])
+    assert [r["contender"] for r in read_rows(path)] == ["pytorch", "trl", "cce"]
+
+
+def test_another_kind_of_file_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("what I saw")
+    with pytest.raises(ValueError, match="notes:1: expected a JSON object"):
+        RowFile(path)
+    assert path.read_text() == "what I saw"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a file of rows, got .*no.jsonl, which"):
+        read_rows(tmp_path / "no.jsonl")
+    with pytest.raises(ValueError, match="expected a file of rows, got the folder"):
+        read_rows(tmp_path)
 
 
 def test_finished_rows_are_found_and_failed_ones_tried_again(tmp_path: Path) -> None:
@@ -102,3 +146,27 @@ def test_fresh_moves_the_old_file_aside(tmp_path: Path) -> None:
         "rows.jsonl", "rows.jsonl.1", "rows.jsonl.2",
     ]  # fmt: skip
     assert len(read_rows(path)) == 1
+
+
+def test_without_git_the_sources_tell_code_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from importlib.machinery import ModuleSpec
+
+    from fastdaa.benchmarks import machine
+
+    def no_git(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    (tmp_path / "a.py").write_text("a = 1", encoding="utf-8")
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    spec = ModuleSpec("fastdaa", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(machine, "find_spec", lambda name: spec)
+    machine._commit.cache_clear()
+    first = machine._commit()
+    assert first == machine._commit.__wrapped__() and first[1] is None
+    assert first[0].startswith("no git, sources ")
+    (tmp_path / "a.py").write_text("a = 2", encoding="utf-8")
+    assert machine._commit.__wrapped__() != first
+    machine._commit.cache_clear()

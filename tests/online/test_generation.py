@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdaa.online.generation import Sampling, TransformersRollouts, cut, end_tokens
+from fastdaa.online.generation import (
+    Sampling,
+    TransformersRollouts,
+    cut,
+    end_tokens,
+    sample_batch,
+    undisturbed,
+)
 from fastdaa.online.vllm_rollouts import VllmRollouts
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import install_head_task
@@ -17,15 +26,18 @@ from fastdaa.train.backbone import install_head_task
 VOCAB, END = 11, 2
 
 
-@pytest.fixture
-def model():
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+def tiny_config(vocab_size=VOCAB):
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
         initializer_range=0.5, eos_token_id=END, pad_token_id=0,
     )  # fmt: skip
+
+
+@pytest.fixture
+def model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(tiny_config())
 
 
 @pytest.fixture
@@ -72,6 +84,67 @@ def test_the_same_seed_gives_the_same_completions(model, prompts):
     same = [torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True)]
     assert all(same) and torch.equal(first.finished, again.finished)
     assert not all(torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))
+
+
+def sample(model, prompts, batch=0, seed=0, **sampling):
+    sampling = Sampling(**{"end_ids": (END,), "pad_id": 0, "max_new_tokens": 8, **sampling})
+    drawn = sample_batch(model, prompts, sampling, seed=seed, batch=batch)
+    return [(ids.tolist(), finished) for ids, finished in drawn]
+
+
+def test_improbable_tokens_are_sampled_too():
+    """transformers samples from the 50 most probable ones by default."""
+    model = LlamaForCausalLM(tiny_config(vocab_size=90))
+    drawn = sample(model, [torch.tensor([3, 5])] * 600, max_new_tokens=1, temperature=1e3)
+    assert len({ids[0] for ids, _ in drawn}) > 80
+
+
+def test_padding_on_the_left_changes_nothing(model, prompts):
+    # So cold that it is greedy: a batch and single prompts draw other random numbers.
+    together = sample(model, prompts, temperature=1e-3)
+    assert together == [sample(model, [p], batch=1, temperature=1e-3)[0] for p in prompts]
+
+
+def test_the_same_batch_gets_the_same_answers_at_any_time(model, prompts):
+    first = sample(model, prompts, batch=3)
+    torch.rand(7)
+    assert sample(model, prompts, batch=3) == first
+    assert sample(model, prompts, batch=4) != first != sample(model, prompts, batch=3, seed=1)
+
+
+def test_an_answer_ends_with_its_first_end_token(model):
+    ends = (END, 4, 5, 6)
+    drawn = sample(model, [torch.tensor([7])] * 40, end_ids=ends, max_new_tokens=4, temperature=5.0)
+    assert {finished for _, finished in drawn} == {True, False}
+    for ids, finished in drawn:
+        assert not set(ids[:-1]) & set(ends)
+        assert (ids[-1] in ends) == finished and (finished or len(ids) == 4)
+
+
+def test_random_numbers_and_modes_are_as_before(model, prompts):
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+
+    def draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = draws()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    with undisturbed(model):
+        assert not any(module.training for module in model.modules())
+        sample(model, prompts)
+        draws()
+    assert draws() == expected
+    assert [module.training for module in model.modules()] == before
+
+
+def test_modes_are_restored_after_an_error(model):
+    model.train()
+    with pytest.raises(KeyboardInterrupt), undisturbed(model):
+        raise KeyboardInterrupt
+    assert all(module.training for module in model.modules())
 
 
 def test_nobody_notices(model, prompts):

@@ -21,6 +21,7 @@ from fastdaa.online.seeds import prompts_of
 from fastdaa.online.types import Completions
 from fastdaa.train import checkpoints
 from fastdaa.train.metrics_writer import read_metrics
+from fastdaa.train.run_record import new_record, write_record
 
 EOS = 2
 PROMPTS = [torch.tensor([3 + index]) for index in range(5)]
@@ -235,10 +236,23 @@ def test_half_written_checkpoints_do_not_count(tiny_policy: Any, tmp_path: Path)
 
 
 def test_only_the_last_checkpoints_are_kept(tiny_policy: Any, tmp_path: Path) -> None:
+    # Other folders are left alone: one of another name, and weights that somebody has put there.
+    for name, file in (("checkpoint-best", "trainer_state.json"), ("checkpoint-99", "w.bin")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text('{"global_step": 1}')
     _trainer(tiny_policy(), _config(tmp_path, save_total_limit=2)).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-12", "checkpoint-8"
+        "checkpoint-12", "checkpoint-8", "checkpoint-99", "checkpoint-best"
     ]  # fmt: skip
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_records_of_other_commands_do_not_hide_checkpoints(
+    tiny_policy: Any, tmp_path: Path
+) -> None:
+    write_record(tmp_path, new_record({}))
+    _trainer(tiny_policy(), _config(tmp_path, iterations=1)).train()
+    assert checkpoints.last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_checkpoint_holds_a_model_that_transformers_reads(

@@ -122,7 +122,7 @@ def test_loss_floor_of_apa_on_a_bandit() -> None:
         ({"minibatch": 256}, "minibatch: expected at most rollouts_per_iteration"),
         ({"gae_lambda": 1.5}, "gae_lambda: expected 0 to 1"),
         ({"clip_range_value": -0.2}, "clip_range_value: expected a number above 0"),
-        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"epochs": 0}, "epochs: expected an integer above 0"),
         ({"kl_coef": -0.1}, "kl_coef: expected 0 or more"),
         ({"learning_rate": math.nan}, "learning_rate: expected a number above 0"),
     ],

@@ -20,8 +20,8 @@ from transformers import (
 
 from fastdaa.cli import main
 from fastdaa.cli.online_arguments import parse
-from fastdaa.cli.stages import continuation
-from fastdaa.data.tokenise_examples import TokenizedPrompt
+from fastdaa.cli.runs import continuation
+from fastdaa.data.tokenise_prompts import TokenizedPrompt
 from fastdaa.online.prompts import Ending, Prompts, chat_ending
 
 WORDS = [f"w{i}" for i in range(12)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import Tensor
 
 from fastdaa.cli.study_actions import online as command
@@ -17,6 +18,7 @@ from fastdaa.losses import apa
 from fastdaa.study import online_sweep as sweep_module
 from fastdaa.study.apa_fixed_point import apa_fixed_point
 from fastdaa.study.enumeration import response_logps
+from fastdaa.study.figures.end_labels import spread
 from fastdaa.study.figures.online import picture
 from fastdaa.study.figures.style import render
 from fastdaa.study.language import Language
@@ -265,6 +267,41 @@ def test_the_picture(layout: Any) -> None:
     assert "APA, best within a distance" in labels
     assert "PPO, end of a setting" in labels
     assert "cut off at -2" in figure.axes[0].get_title(loc="left")
+
+
+@pytest.mark.parametrize("layout", ["wide", "narrow"])
+def test_strengths_beside_the_ends_do_not_touch(layout: Any) -> None:
+    strengths = [0.1 * place for place in range(1, 15)]
+    rows = [
+        row for strength in strengths
+        for row in _rows("apa", strength, 0, [(1.0, 0.1), (2.0, 0.2), (3.0 + strength / 9, 0.3)])
+    ]  # fmt: skip
+    rows += _rows("ppo", 0.0, 0, [(1.0, 0.1), (2.0, 0.2), (20.0, 0.3)])
+    figure = render(picture(rows), layout)
+    figure.draw_without_rendering()
+    texts = figure.axes[1].texts
+    assert len(texts) == 15
+    boxes = sorted((Text.get_window_extent(text) for text in texts), key=lambda box: box.y0)
+    for below, above in itertools.pairwise(boxes):
+        assert below.y1 <= above.y0
+    assert boxes[0].x0 > figure.axes[1].get_window_extent().x1
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    ("heights", "gap", "expected"),
+    [
+        ([0.9, 0.1], 0.2, [0.9, 0.1]),
+        ([0.5, 0.5], 0.2, [0.4, 0.6]),
+        ([0.2, 0.6, 0.5, 0.7], 0.2, [0.2, 0.6, 0.4, 0.8]),
+        ([1.0, 1.0, 0.0], 0.3, [0.7, 1.0, 0.0]),
+        ([0.5] * 5, 0.9, [0.0, 0.25, 0.5, 0.75, 1.0]),
+        ([1.2], 0.1, [1.0]),
+    ],
+    ids=["apart", "a pair", "a pool", "at the top", "too many", "one"],
+)
+def test_spread(heights: list[float], gap: float, expected: list[float]) -> None:
+    assert spread(heights, gap) == pytest.approx(expected)
 
 
 def test_nothing_to_draw() -> None:

@@ -313,6 +313,24 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     ]
 
 
+def test_the_table_of_the_command_loses_nothing_in_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "points.jsonl"
+    # A small scale makes long numbers.
+    write_table(path, [row | {"score": row["score"] / 9000} for row in law_points(noise=0.05)])
+    assert main(["study", "fit", str(path), "--offset", "0"]) == 0
+    table = capsys.readouterr().out.split("in brackets")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    (group,) = json.loads((tmp_path / "fits.json").read_text())["groups"]
+    words = table.split()
+    for fit in group["fits"]:
+        low, high = fit["intervals"]["beta"]
+        shown = [f"{fit['coefficients']['beta']:.3g}", f"({low:.2g},", f"{high:.2g})"]
+        low, high = ("open" if d is None else f"{d:.2g}" for d in fit["peak"]["d_interval"])
+        shown += [f"{fit['peak']['d']:.3g}", f"({low},", f"{high})"]
+        assert [word for word in shown if word not in words] == []
+
+
 def test_command_on_somebody_elses_csv(tmp_path, capsys):
     path = tmp_path / "log.csv"
     lines = ["name,step,objective/kl,reward"]

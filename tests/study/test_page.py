@@ -155,6 +155,21 @@ def test_numbers(page: str) -> None:
         assert title in numbers
 
 
+@pytest.mark.parametrize("preset", ["fast", "H"])
+def test_a_glimpse_begins_with_what_it_is_and_judges_nothing(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdaa.study.report.FIGURES", ())
+    rows = synthetic["study_rows"](presets=("H",), seeds=1, regularised=False)
+    synthetic["write_rows"](tmp_path, [row | {"preset": preset} for row in rows])
+    page = build_report(tmp_path).read_text(encoding="utf-8")
+    glimpse = preset == "fast"
+    first = Reader(page.partition("<header>")[2].partition("</p>")[0] + "</p>").text
+    assert ("these numbers mean nothing" in first) == glimpse
+    assert ("reproduced" not in page.partition("</style>")[2]) == glimpse
+    assert ('id="claims"' not in page) == ("Claim “" not in page) == glimpse
+
+
 def test_text_is_escaped() -> None:
     evil = '<script>alert("x")</script>'
     page = render_page(
@@ -238,5 +253,5 @@ def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_figure_modules_are_known() -> None:
     folder = Path(__file__).resolve().parents[2] / "fastdaa" / "study" / "figures"
     # "online" has a command and a picture of its own.
-    others = {"__init__", "style", "online"}
+    others = {"__init__", "style", "end_labels", "online"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(FIGURES)

@@ -12,6 +12,7 @@ import torch
 from fastdaa.study import run_one as runs_module
 from fastdaa.study.columns import OPTIONAL, REQUIRED
 from fastdaa.study.enumeration import response_logps
+from fastdaa.study.kept_runs import POINTS, is_done
 from fastdaa.study.language import Language
 from fastdaa.study.plan import BETAS, Run, full_study, grid, unique
 from fastdaa.study.preferences import as_dataset
@@ -23,7 +24,7 @@ from fastdaa.study.run_one import (
     run_one,
     setting,
 )
-from fastdaa.study.sweep import POINTS, is_done, sweep
+from fastdaa.study.sweep import sweep
 from fastdaa.study.table import read_table
 
 TINY = replace(

@@ -64,6 +64,25 @@ def test_leaving_early_ends_the_workers():
         os.kill(first.result, 0)  # joined, so no zombie is left
 
 
+@pytest.mark.parametrize("tasks", ["[BAR] * 2", "[BAR, WAIT]"], ids=["at the end", "left early"])
+def test_workers_leave_no_semaphores(tasks):
+    """tqdm makes one in every process; the tracker says at exit which nobody has removed."""
+    script = f"""
+from fastdaa.study.pool import outcomes
+BAR, WAIT = "len(list(__import__('tqdm').tqdm([1])))", "__import__('time').sleep(60)"
+if __name__ == "__main__":
+    for task, outcome in outcomes(eval, {tasks}, 2):
+        print(outcome.result)
+        if WAIT in {tasks}:
+            break
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["1"] * (1 if "WAIT" in tasks else 2), done.stderr
+    assert "leaked" not in done.stderr
+
+
 def test_cores():
     assert 1 <= cores() <= (os.cpu_count() or 1)
 
@@ -87,7 +106,7 @@ def test_ctrl_c_and_going_on(tmp_path):
     rest, _ = process.communicate(timeout=120)
     text = "".join(lines) + rest
     assert process.returncode == 130, text
-    assert "Traceback" not in text
+    assert "Traceback" not in text and "leaked" not in text
     assert "To continue:" in rest and f"--output_dir {tmp_path / 'out'}" in rest
     kept = len({row["run"] for row in read_table(tmp_path / "out" / "points.jsonl")})
     assert 2 <= kept < 6

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastdaa.data import DataError, load_pairs, tokenize_pairs
+from fastdaa.data.collate import SequenceCollator
 from fastdaa.data.examples import load_examples, normalise_example
-from fastdaa.data.sequences import SequenceCollator, SequenceRows
-from fastdaa.data.tokenise_examples import tokenize_examples, tokenize_prompts
+from fastdaa.data.rows import SequenceRows
+from fastdaa.data.tokenise import tokenize_examples
+from fastdaa.data.tokenise_prompts import tokenize_prompts
 from fastdaa.data.validate import BadRow
 from fastdaa.train.sft import SftTrainer
 from fastdaa.train.stage_config import SftConfig
@@ -237,3 +239,14 @@ def test_conversations_want_a_template(tokenizer):
 def test_errors_before_training(make_sft, options, message):
     with pytest.raises(ValueError, match=message):
         make_sft(**options)
+
+
+def test_packs_repeated_for_other_ranks_do_not_count_in_an_evaluation(
+    make_sft, examples, monkeypatch
+):
+    trainer = make_sft(eval_dataset=examples(5, seed=3), tokens_per_pack=20)
+    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    before = trainer.evaluate()
+    monkeypatch.setattr(trainer, "_evened", lambda packs: [*packs, packs[0]])
+    after = trainer.evaluate()
+    assert [after[name] for name in names] == pytest.approx([before[name] for name in names])

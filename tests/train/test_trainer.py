@@ -255,3 +255,15 @@ def test_pairs_can_be_grouped_by_length(make_trainer, pairs):
 
     for name in ("get_train_dataloader", "get_eval_dataloader"):
         assert spread(getattr(trainer, name)()) < 0.6 * spread(getattr(plain, name)())
+
+
+def test_packs_repeated_for_other_ranks_do_not_count_in_an_evaluation(
+    make_trainer, pairs, monkeypatch
+):
+    trainer = make_trainer(eval_dataset=pairs(5, seed=3), tokens_per_pack=40)
+    trainer.train()
+    names = ("eval_loss", "eval_entropy", "eval_rewards/margins", "eval_kl/token")
+    before = trainer.evaluate()
+    monkeypatch.setattr(trainer, "_evened", lambda packs: [*packs, packs[0]])
+    after = trainer.evaluate()
+    assert [after[name] for name in names] == pytest.approx([before[name] for name in names])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fastdaa.train import checkpoints
 from fastdaa.train.callbacks import read_metrics
 from fastdaa.train.checkpoints import is_complete, last_complete, remove_incomplete
+from fastdaa.train.run_record import read_record, write_record
 
 STEPS = 6
 KILLED = -signal.SIGKILL
@@ -64,11 +65,14 @@ def test_killed_while_a_checkpoint_is_written(run, whole, tmp_path, place):
     assert run(tmp_path, end={"step": 4, "place": place}, **options) == KILLED
     kept = last_complete(tmp_path)
     if place == "rotation":
-        assert run(tmp_path, end={"step": 2, "place": place}, **options) == KILLED
+        # The first one had nothing to delete.
+        end = {"step": 4, "place": place}
+        assert run(tmp_path, end=end, resume=True, **options) == KILLED
         kept = last_complete(tmp_path)
+        assert kept == str(tmp_path / "checkpoint-4")
     assert kept is not None
-    half = tmp_path / "checkpoint-4"
-    assert half.exists() == (place in ("model", "optimizer", "state"))
+    written = tmp_path / "checkpoint-4"
+    assert written.exists() == (place != "before")
     assert run(tmp_path, resume=True, **options) == 0
     assert_equal(tmp_path, whole())
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
@@ -134,6 +138,8 @@ def test_a_half_checkpoint_pushes_out_no_whole_one(run, tmp_path):
     assert run(tmp_path, max_steps=2, save_total_limit=1) == 0
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    record = read_record(tmp_path)
+    write_record(tmp_path, record._replace(steps=[*record.steps, 9]))
     assert run(tmp_path, resume=True, max_steps=3, save_steps=3, save_total_limit=1) == 0
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert is_complete(tmp_path / "checkpoint-3")

@@ -15,8 +15,8 @@ from fastdaa.cli.study_actions.table_arguments import add_table_arguments, besid
 _MANY = 6
 """With more groups than this, fits with intercept are printed only where they are best."""
 
-_COLUMNS = {"law": 8, "alpha": 6, "beta": 21, "RMSE": 7, "left out": 8, "peak d": 17}
-"""With their least widths, so that the groups' tables stand in line."""
+_COLUMNS = {"law": 8, "alpha": 6, "beta": 20, "RMSE": 7, "left out": 8, "peak d": 12}
+"""With their least widths, so that the groups' tables stand in line on 80 columns."""
 
 HELP = "fit laws of quality against KL to a table, with intervals and peaks"
 
@@ -94,7 +94,10 @@ def _table(group: Mapping[str, Any], with_intercepts: bool) -> Any:
         title=f"{group_name(group['group'])}: {group['points']} points",
     )  # fmt: skip
     for name, width in _COLUMNS.items():
-        table.add_column(name, justify="left" if name == "law" else "right", min_width=width)
+        # Too long for the terminal: onto a second line, never cut.
+        table.add_column(
+            name, justify="left" if name == "law" else "right", min_width=width, overflow="fold"
+        )
     for place, fit in enumerate(group["fits"]):
         best = place == group["best"]
         if fit["intercept"] and not (with_intercepts or best):
@@ -113,8 +116,13 @@ def _table(group: Mapping[str, Any], with_intercepts: bool) -> Any:
 def _interval(ends: Sequence[float | None] | None) -> str:
     if ends is None:
         return ""
-    low, high = ("open" if end is None else f"{end:.3g}" for end in ends)
+    low, high = ("open" if end is None else _short(end) for end in ends)
     return f" ({low}, {high})"
+
+
+def _short(value: float) -> str:
+    """Two digits, or all before the point: an interval is rough."""
+    return f"{value:.0f}" if 99.5 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def _peak(fit: Mapping[str, Any]) -> str:

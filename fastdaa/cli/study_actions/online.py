@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 if a run failed; 130 after Ctrl-C."""
     from rich.console import Console
 
+    from fastdaa.study.kept_runs import POINTS
     from fastdaa.study.online_plan import STRENGTHS, WHITENED_APA, online_grid
     from fastdaa.study.online_sweep import online_rows, online_sweep
-    from fastdaa.study.sweep import POINTS
 
     given = {"apa": options.apa_lambdas, "ppo": options.ppo_coefs, "awr": options.awr_lambdas}
     strengths = {name: tuple(values or STRENGTHS[name]) for name, values in given.items()}

@@ -50,8 +50,9 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 if a run failed; 130 after Ctrl-C."""
     from rich.console import Console
 
+    from fastdaa.study.kept_runs import POINTS
     from fastdaa.study.plan import BETAS, LENGTH_ALPHA, grid
-    from fastdaa.study.sweep import POINTS, sweep
+    from fastdaa.study.sweep import sweep
 
     runs = grid(
         options.presets,

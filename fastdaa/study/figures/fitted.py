@@ -143,7 +143,7 @@ def _drawing(found: Sequence[Fit]) -> Callable[[Layout], Figure]:
             ax.grid(axis="x", visible=False)
             ax.set_title("with an intercept" if kind else "through the origin")
             ax.set_ylim(bottom=0)
-        label_axes(axes, "", "root-mean-square error of the fit\n(unit of the score)")
+        label_axes(axes, "", "RMS error of the fit\n(unit of the score)")
         legend_below(figure, axes, columns=4)
         return figure
 

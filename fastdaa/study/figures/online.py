@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastdaa.study.curves import Row, distance, split
+from fastdaa.study.figures.end_labels import EndLabel, label_ends
 from fastdaa.study.figures.style import (
     BLUE,
     DISTANCE_LABEL,
@@ -18,7 +19,6 @@ from fastdaa.study.figures.style import (
     Layout,
     Picture,
     legend_below,
-    legend_columns,
     panels,
 )
 from fastdaa.study.online_words import NAMES, Setting, best_within, sentences, settings_of
@@ -49,8 +49,9 @@ def picture(rows: Sequence[Row]) -> Picture:
     def draw(layout: Layout) -> Figure:
         figure, axes = panels(layout, 2, columns=2, height=4.0)
         _draw_frontiers(axes[0], rows, found)
-        _draw_growth(axes[1], found)
-        legend_below(figure, axes, columns=legend_columns(layout, 4))
+        ends = _draw_growth(axes[1], found)
+        legend_below(figure, axes, columns=4 if layout == "wide" else 1)
+        label_ends(figure, axes[1], ends)
         return figure
 
     return Picture("online", TITLE, " ".join(sentences(rows)), draw)
@@ -104,7 +105,9 @@ def _frontier(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return x, [statistics.fmean(best_within(seed, place) for seed in seeds) for place in x]
 
 
-def _draw_growth(ax: Axes, found: dict[str, list[Setting]]) -> None:
+def _draw_growth(ax: Axes, found: dict[str, list[Setting]]) -> list[EndLabel]:
+    """KL over iterations; the strengths, to be written at the ends."""
+    ends = []
     for series, settings in found.items():
         colour, marker = _LOOKS[series]
         for setting in settings:
@@ -114,11 +117,10 @@ def _draw_growth(ax: Axes, found: dict[str, list[Setting]]) -> None:
                 [statistics.fmean(row["kl"] for row in rows) for rows in columns],
                 color=colour, marker=marker, markersize=3, linewidth=1.2, alpha=0.85,
             )  # fmt: skip
-            last = setting.mean("kl")
-            ax.annotate(f"{setting.strength:g}", (columns[-1][0]["iteration"], last),
-                        xytext=(3, 0), textcoords="offset points", fontsize=7, va="center",
-                        color=colour)  # fmt: skip
+            last = columns[-1][0]["iteration"]
+            ends.append(EndLabel(f"{setting.strength:g}", last, setting.mean("kl"), colour))
     ax.set_yscale("log")
     ax.set_xlabel("iteration")
     ax.set_ylabel("KL to the reference (nats)")
     ax.set_title("KL by setting (λ, or PPO's coefficient)")
+    return ends

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastdaa.online.generation import Sampling, sample_batch, undisturbed
 from fastdaa.study.track.prompts import Prompt, PromptSet
-from fastdaa.study.track.sampling import sample, undisturbed
 from fastdaa.study.track.scoring import Sample
 from fastdaa.study.track.sequence_kl import answer_pack, answer_statistics
 from fastdaa.study.track.settings import TrackSettings
@@ -86,14 +87,16 @@ def _answer_batch(
     settings: TrackSettings,
     batch: int,
 ) -> list[Sample]:
-    ids = [prompt.ids for prompt in prompts]
+    ids = [torch.tensor(prompt.ids) for prompt in prompts]
+    sampling = Sampling(
+        tuple(end_ids), subject.pad_id, settings.max_new_tokens, settings.temperature
+    )
     device = next(subject.model.parameters()).device
     with subject.precision():
-        answers = sample(
-            subject.model, ids, settings, end_ids=end_ids, pad_id=subject.pad_id, batch=batch,
-            synced=subject.synced,
-        )  # fmt: skip
-        pack = answer_pack(ids, [one.ids for one in answers], subject.pad_id, device)
+        answers = sample_batch(
+            subject.model, ids, sampling, seed=settings.seed, batch=batch, synced=subject.synced
+        )
+        pack = answer_pack(ids, [answer for answer, _ in answers], subject.pad_id, device)
         statistics = answer_statistics(
             subject.model,
             lambda pack: subject.reference.score(pack, keep_rows=True),
@@ -102,18 +105,18 @@ def _answer_batch(
             max_bytes=subject.max_bytes,
         )
     # The token that ends an answer is no part of its text, special or not.
-    texts = [one.ids[:-1] if one.finished else one.ids for one in answers]
+    texts = [answer[:-1] if finished else answer for answer, finished in answers]
     return [
         Sample(
             prompt=prompt,
             answer=str(subject.tokenizer.decode(text, skip_special_tokens=True)),
-            tokens=len(one.ids),
-            finished=one.finished,
+            tokens=len(tokens),
+            finished=finished,
             k1=k1,
             rb=rb,
             entropy=entropy,
         )
-        for prompt, one, text, k1, rb, entropy in zip(
+        for prompt, (tokens, finished), text, k1, rb, entropy in zip(
             prompts, answers, texts, *(values.tolist() for values in statistics), strict=True
         )
     ]

@@ -14,13 +14,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastdaa.online.generation import end_tokens
 from fastdaa.study.track.answers import Subject, answer, share_of_rank
 from fastdaa.study.track.decline import Decline
 from fastdaa.study.track.journal import TABLE, Journal
 from fastdaa.study.track.prompts import held_out_prompts
 from fastdaa.study.track.record import RunRecord
 from fastdaa.study.track.reference import tracked_reference
-from fastdaa.study.track.room import end_ids_of, longest_prompt
+from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.scoring import Sample, Scorer, ScorerError
 from fastdaa.study.track.settings import TrackSettings
 from fastdaa.study.track.summary import logged
@@ -98,7 +99,7 @@ class TrackQuality(TrainerCallback):
         self._prompts = held_out_prompts(
             pairs, trainer.processing_class, self.settings,
             longest=longest_prompt(trainer.model, self.settings, trainer.args.max_length),
-            end_ids=end_ids_of(trainer.model),
+            end_ids=end_tokens(trainer.model),
         )  # fmt: skip
         self._reference = tracked_reference(trainer, ref_model)
         self._last: int | None = None

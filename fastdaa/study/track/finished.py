@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastdaa.online.generation import end_tokens
 from fastdaa.study.track.answers import Subject, answer
 from fastdaa.study.track.prompts import PromptSet, held_out_prompts
 from fastdaa.study.track.record import RunRecord
-from fastdaa.study.track.room import end_ids_of, longest_prompt
+from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.settings import TrackSettings
 from fastdaa.train.adapters import check_adapters
 from fastdaa.train.backbone import install_head_task
@@ -129,7 +130,7 @@ class FinishedRun:
         self.prompts: PromptSet = held_out_prompts(
             pairs, tokenizer, settings,
             longest=longest_prompt(self._ref_model, settings),
-            end_ids=end_ids_of(self._ref_model),
+            end_ids=end_tokens(self._ref_model),
         )  # fmt: skip
 
     def measure(self, checkpoint: Checkpoint, advance: Any = lambda count: None) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fastdaa.data.collate import TOKEN_FIELDS
-from fastdaa.data.encode import encode_pairs
+from fastdaa.data.encode import encode
+from fastdaa.data.fields import TOKEN_FIELDS
+from fastdaa.data.pairs import checked_pairs
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.sources import check_records, rows_of
+from fastdaa.data.sources import rows_of
 from fastdaa.data.validate import BadRow
 from fastdaa.study.track.settings import TrackSettings
 
@@ -114,12 +115,13 @@ def _rows(pairs: Any, order: Sequence[int], tokenizer: Any) -> Iterator[_Row]:
     # A few at a time: prompts may be far fewer than pairs.
     for start in range(0, len(order), _READ_AT_ONCE):
         part = pairs.select(order[start : start + _READ_AT_ONCE])
-        checked = list(check_records(rows_of(part, "track"), "skip", SkipReport()))
-        encoded = encode_pairs(checked, tokenizer)
-        for (_, pair, _), (_, tokens) in zip(checked, encoded, strict=True):
+        found = checked_pairs(rows_of(part, "track"), "skip", SkipReport())
+        checked = [(place, pair) for place, pair, _ in found]
+        encoded = encode(checked, tokenizer, ("chosen", "rejected"))
+        for (_, pair), (_, tokens) in zip(checked, encoded, strict=True):
             if not isinstance(tokens, BadRow):
                 yield _Row(
-                    list(tokens.prompt), pair["prompt"], _text(pair["chosen"]), list(tokens.chosen)
+                    tokens.prompt, pair["prompt"], _text(pair["chosen"]), tokens.completions[0]
                 )
 
 

@@ -1,4 +1,4 @@
-"""How much fits into a policy, and where its answers end."""
+"""How much fits into a policy."""
 
 from __future__ import annotations
 
@@ -29,13 +29,3 @@ def longest_prompt(
             )
         limits.append(positions - settings.max_new_tokens)
     return min(limits, default=None)
-
-
-def end_ids_of(model: nn.Module) -> list[int]:
-    """The tokens with which the model itself says that an answer ends."""
-    core = causal_lm(model)
-    found: list[int] = []
-    for config in (core.generation_config, core.config.get_text_config()):
-        given = getattr(config, "eos_token_id", None)
-        found += given if isinstance(given, list) else [] if given is None else [given]
-    return sorted(set(found))

@@ -14,21 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdaa.data import selection_from
+from fastdaa.data.packs import padded, selection_from
 from fastdaa.divergence import token_kl
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, sequence_logps, token_stats
-from fastdaa.selection import select_tokens
+from fastdaa.online.packs import to_device
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.references import ReferenceScores
 from fastdaa.train.sharding import head_in_force
 
 ScoreReference = Callable[[Mapping[str, Any]], ReferenceScores]
 """From a pack to its scores under the reference, hidden states and head included."""
-_IGNORED = -100
 
 
 class AnswerStatistics(NamedTuple):
@@ -41,32 +41,17 @@ class AnswerStatistics(NamedTuple):
 
 
 def answer_pack(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
+    prompts: Sequence[Any], answers: Sequence[Any], pad_id: int, device: torch.device
 ) -> dict[str, Any]:
-    """Prompts with their answers as a right-padded pack that scores the answers' tokens."""
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
-    labels = torch.full((len(prompts), width), _IGNORED, dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    selection = select_tokens(labels)
-    tensors = {
-        "input_ids": ids,
-        "position_ids": torch.arange(width).expand(len(prompts), width).contiguous(),
-        "attention_mask": mask,
-        "rows": selection.rows,
-        "targets": selection.targets,
-        "lengths": selection.lengths,
-    }
-    pack: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return {**pack, "counts": selection.counts}
+    """Prompts with their answers as a right-padded pack that scores the answers' tokens.
+
+    Args:
+        prompts, answers: token ids ``[n]``, as tensors on the CPU or lists.
+    """
+    asked, answered = (
+        [np.asarray(ids, dtype=np.int64) for ids in side] for side in (prompts, answers)
+    )
+    return to_device(padded(asked, answered, pad_id), device)
 
 
 @torch.no_grad()
@@ -84,7 +69,7 @@ def answer_statistics(
         model: the policy in eval mode, with ``install_head_task``.
         score_reference: keeps the hidden states of the scored tokens.
         temperature: divides the logits of both.
-        max_bytes: bytes of fp32 logits held at a time.
+        max_bytes: memory that the head may take, see :func:`fastdaa.plan_head`.
     """
     ref = score_reference(pack)
     assert ref.rows is not None and ref.head is not None

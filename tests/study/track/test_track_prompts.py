@@ -1,80 +1,13 @@
-"""Sampling in the middle of something else, and which prompts are asked."""
+"""Which prompts are asked, and how."""
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 
 from fastdaa.study.track.prompts import held_out_prompts
-from fastdaa.study.track.room import end_ids_of, longest_prompt
-from fastdaa.study.track.sampling import sample, undisturbed
+from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.settings import TrackSettings
-
-PROMPTS = [[4, 5, 6, 7], [8], [9, 10]]
-
-
-def test_random_numbers_and_modes_are_as_before(tiny):
-    model = tiny()
-    model.train()
-    model.model.layers[0].eval()
-    before = [module.training for module in model.modules()]
-
-    def draws():
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    expected = draws()
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with undisturbed(model):
-        assert not any(module.training for module in model.modules())
-        sample(model, PROMPTS, TrackSettings(max_new_tokens=3), end_ids=[2], pad_id=0, batch=0)
-        draws()
-    assert draws() == expected
-    assert [module.training for module in model.modules()] == before
-
-
-def test_modes_are_restored_after_an_error(tiny):
-    model = tiny().train()
-    with pytest.raises(KeyboardInterrupt), undisturbed(model):
-        raise KeyboardInterrupt
-    assert all(module.training for module in model.modules())
-
-
-def test_padding_on_the_left_changes_nothing(tiny):
-    model = tiny()
-    # So cold that it is greedy: a batch and single prompts draw other random numbers.
-    cold = TrackSettings(max_new_tokens=6, temperature=1e-3)
-    together = sample(model, PROMPTS, cold, end_ids=[2], pad_id=0, batch=0)
-    alone = [sample(model, [p], cold, end_ids=[2], pad_id=0, batch=1)[0] for p in PROMPTS]
-    assert together == alone
-
-
-def test_the_same_batch_gets_the_same_answers_at_any_time(tiny):
-    model, settings = tiny(), TrackSettings(max_new_tokens=8)
-
-    def answers(batch, seed=0):
-        own = TrackSettings(max_new_tokens=8, seed=seed)
-        return sample(model, PROMPTS, own, end_ids=[2], pad_id=0, batch=batch)
-
-    first = sample(model, PROMPTS, settings, end_ids=[2], pad_id=0, batch=3)
-    torch.rand(7)
-    assert answers(3) == first
-    assert answers(4) != first and answers(3, seed=1) != first
-
-
-def test_an_answer_ends_with_its_first_end_token(tiny):
-    model, settings = tiny(), TrackSettings(max_new_tokens=6, temperature=5.0)
-    ends = [2, 4, 5, 6]
-    answers = sample(model, [[7]] * 40, settings, end_ids=ends, pad_id=0, batch=0)
-    assert {answer.finished for answer in answers} == {True, False}
-    for answer in answers:
-        assert not set(answer.ids[:-1]) & set(ends)
-        assert (answer.ids[-1] in ends) == answer.finished
-        assert answer.finished or len(answer.ids) == 6
 
 
 def test_prompts_are_different_short_enough_and_chosen_by_the_seed(text_pairs, tokenizer):
@@ -133,8 +66,6 @@ def test_room_for_an_answer(tiny):
     assert longest_prompt(model, TrackSettings(max_new_tokens=24), max_length=10) == 9
     with pytest.raises(ValueError, match="expected max_new_tokens below 64"):
         longest_prompt(model, TrackSettings(max_new_tokens=64))
-    model.generation_config.eos_token_id = [2, 7]
-    assert end_ids_of(model) == [2, 7]
 
 
 @pytest.mark.parametrize(

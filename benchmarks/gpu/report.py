@@ -1,0 +1,254 @@
+"""The answers as tables of Markdown, which are as readable in a terminal: targets first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastdaa.benchmarks import wording
+from fastdaa.benchmarks.contenders.fastdaa import LESS_BYTES
+from fastdaa.benchmarks.gpu import questions as asked
+from fastdaa.benchmarks.gpu.scaling import Point, fit_line, growth
+from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT, TARGETS, Judged, judge
+from fastdaa.benchmarks.reading import Result, latest
+
+_PATH_OF = {name: path for path in asked.PATHS for name in asked.ours(path)}
+
+
+class Answers:
+    """The newest row of every contender on every case of one run's sizes and device."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], size: str, device: str):
+        self.size, self.device = asked.SIZES[size], device
+        self.results = {(r.kind, r.case, r.contender): r for r in latest(rows)}
+
+    def of(self, path: str, name: str, **changes: Any) -> Result | None:
+        """A contender on the case of a path, with other sizes if given."""
+        case = asked.case_of(path, replace(self.size.case, **changes))
+        return self.results.get(("loss" if case.is_loss else "head", case.id, name))
+
+    def ours(self, path: str, **changes: Any) -> list[Result]:
+        """fastdaa's contenders there that have a row."""
+        found = (self.of(path, name, **changes) for name in asked.ours(path))
+        return [result for result in found if result is not None]
+
+    def judged(self) -> list[Judged]:
+        """Every target."""
+        return [judge(t, self.ours(t.path), self.of(t.path, "trl")) for t in TARGETS]
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table with columns of equal width."""
+    widths = [
+        max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)
+    ]
+    lines = [headings, ["-" * width for width in widths], *rows]
+    return [
+        "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+
+
+def sections(answers: Answers) -> dict[str, list[str]]:
+    """Tables and words by title, the targets first; a part without rows is left out."""
+    found = {
+        _title(answers): _targets(answers),
+        "Engines": _engines(answers),
+        f"Asked for {LESS_BYTES >> 20} MiB": _less(answers),
+        "From few tokens to many": _scaling(answers),
+        "Other vocabularies": _vocabularies(answers),
+        "Accuracy": _accuracy(answers),
+    }
+    return {title: body for title, body in found.items() if body}
+
+
+def as_lines(parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Sections of a Markdown page."""
+    return [line for title, body in parts.items() for line in (f"## {title}", "", *body, "")]
+
+
+def _title(answers: Answers) -> str:
+    case = answers.size.case
+    machine = next((r.machine for r in answers.results.values()), {})
+    versions = ", ".join(f"{n} {machine[n]}" for n in ("torch", "triton", "trl") if machine.get(n))
+    where = ", ".join(
+        part for part in (str(machine.get("device", answers.device)), versions) if part
+    )
+    return f"{case.dtype}, N = {case.tokens}, V = {case.vocab}, D = {case.hidden}: {where}"
+
+
+def _targets(answers: Answers) -> list[str]:
+    cells = []
+    for judged in answers.judged():
+        target, best = judged.target, judged.result
+        cells.append([
+            f"{target.path} ({_engine(best)})" if best else target.path,
+            f"{wording.ratio(best.over_floor if best else None)} {target.products}U",
+            f"at most {target.over_floor:.2f}",
+            wording.ratio(judged.against_trl),
+            f"at least {target.against_trl:.2f}",
+            wording.size(best.peak if best else None),
+            f"at most {wording.size(target.extra_bytes)}",
+            judged.verdict,
+        ])  # fmt: skip
+    headings = ["path", "time over floor", "limit", "against TRL", "limit", "extra memory", "limit",
+                "verdict"]  # fmt: skip
+    floors = [answers.of("recompute", f"floor-{n}u") for n in (1, 2, 3, 4)]
+    floor = ", ".join(
+        f"{n}U {wording.duration(f.median)}" for n, f in enumerate(floors, 1) if f is not None
+    )
+    trl = [answers.of(path, "trl") for path in asked.PATHS]
+    said = {f"TRL {r.status}: {r.reason}" for r in trl if r is not None and not r.ok}
+    used = ", ".join(wording.size(r.peak) for r in trl if r is not None and r.ok)
+    return [
+        *table(headings, cells), "",
+        f"Floor (the bare products in the same run): {floor or 'not measured'}. TRL's extra memory "
+        f"({', '.join(asked.PATHS)}): {used or 'not measured'}.",
+        *sorted(said),
+    ]  # fmt: skip
+
+
+def _engine(result: Result) -> str:
+    path = _PATH_OF[result.contender]
+    return result.contender.removeprefix(f"fastdaa-{path.replace('_', '-')}").lstrip("-") or "torch"
+
+
+def _engines(answers: Answers) -> list[str]:
+    cells, words = [], []
+    for path in asked.PATHS:
+        found, trl = answers.ours(path), answers.of(path, "trl")
+        for result in found:
+            against = _against(result, trl)
+            cells.append([
+                path, _engine(result), wording.duration(result.median if result.ok else None),
+                wording.duration(result.row.get("expected_seconds")),
+                wording.ratio(result.over_floor), against, wording.size(result.peak),
+                _state(result),
+            ])  # fmt: skip
+        right = sorted((r for r in found if r.ok and r.median), key=lambda r: r.median or 0.0)
+        words += [_fastest(path, right)] if right else []
+    if not cells:
+        return []
+    headings = ["path", "engine", "median", "by the model", "over floor", "against TRL",
+                "extra memory", "state"]  # fmt: skip
+    return [*table(headings, cells), "", *words]
+
+
+def _fastest(path: str, right: Sequence[Result]) -> str:
+    """One line that ``auto`` can be decided by; the results are sorted by time."""
+    first, *others = right
+    least = first.median or 1.0
+    slower = "".join(
+        f"; {_engine(other)} takes {(other.median or 0.0) / least:.2f} times as long"
+        for other in others
+    )
+    return f"- {path}: {_engine(first)} is the fastest{slower}"
+
+
+def _against(result: Result, trl: Result | None) -> str:
+    if trl is None or not (trl.ok and trl.median and result.ok and result.median):
+        return "-"
+    return wording.ratio(trl.median / result.median)
+
+
+def _state(result: Result) -> str:
+    return result.status if result.ok else f"{result.status.upper()}: {result.reason[:100]}"
+
+
+def _less(answers: Answers) -> list[str]:
+    cells = []
+    for path in asked.PATHS:
+        for name in asked.less(path):
+            result = answers.of(path, name)
+            if result is None:
+                continue
+            fine = result.ok and result.peak is not None and result.peak <= LESS_LIMIT
+            verdict = ("met" if fine else "missed") if result.ok else _state(result)
+            cells.append([
+                path, name, wording.size(result.peak), f"at most {wording.size(LESS_LIMIT)}",
+                wording.duration(result.median), wording.ratio(result.over_floor), verdict,
+            ])  # fmt: skip
+    headings = ["work of", "contender", "extra memory", "limit", "median", "over floor", "verdict"]
+    return table(headings, cells) if cells else []
+
+
+def _scaling(answers: Answers) -> list[str]:
+    sizes = sorted({answers.size.case.tokens, *answers.size.tokens})
+    cells = []
+    for path in asked.PATHS:
+        for name in asked.ours(path):
+            found = {n: answers.of(path, name, tokens=n) for n in sizes}
+            right = {n: r for n, r in found.items() if r is not None and r.ok and r.median}
+            if not set(right) - {answers.size.case.tokens}:
+                continue
+            times = [wording.duration(right[n].median) if n in right else "-" for n in sizes]
+            points = [Point(n, r.median or 0.0, r.peak or 0) for n, r in right.items()]
+            cells.append([name.removeprefix("fastdaa-"), *times, *_shape(points, answers)])
+    headings = ["contender", *(f"N = {n}" for n in sizes), "time", "memory"]
+    return table(headings, cells) if cells else []
+
+
+def _shape(points: Sequence[Point], answers: Answers) -> tuple[str, str]:
+    """Linear or not, flat or not, with the numbers behind it."""
+    try:
+        line = fit_line(points)
+        word = "linear" if line.linear else "NOT linear"
+        time = f"{word}: {line.slope * 1e6:.3g} us a token, off by {line.deviation:.0%} at most"
+    except ValueError:
+        time = "not enough points"
+    try:
+        memory = growth(points, answers.size.case.tokens).words(answers.size.case.hidden)
+    except ValueError:
+        memory = "not enough points"
+    return time, memory
+
+
+def _vocabularies(answers: Answers) -> list[str]:
+    cells = []
+    for head in answers.size.heads:
+        for path in asked.PATHS:
+            trl = answers.of(path, "trl", head=head)
+            for result in answers.ours(path, head=head):
+                params = result.params
+                cap = f", softcap {params['softcap']:g}" if params.get("softcap") else ""
+                cells.append([
+                    f"{params['V']}{cap}", path, _engine(result),
+                    wording.duration(result.median if result.ok else None),
+                    wording.ratio(result.over_floor), _against(result, trl),
+                    wording.size(result.peak), _state(result),
+                ])  # fmt: skip
+    headings = ["V", "path", "engine", "median", "over floor", "against TRL", "extra memory",
+                "state"]  # fmt: skip
+    return table(headings, cells) if cells else []
+
+
+def _accuracy(answers: Answers) -> list[str]:
+    """The contract: sums of log-probs, and gradients beside those of materialised fp32 logits."""
+    cells = []
+    for (kind, case, name), result in answers.results.items():
+        if kind != "accuracy" or not (result.ours and result.measured):
+            continue
+        plain = answers.results.get((kind, case, "pytorch-fp32-logits"))
+        pairs = [
+            (result.errors.get(what), plain.errors.get(what) if plain else None)
+            for what in ("dh", "dw")
+        ]
+        total = result.errors.get("sequence")
+        missed = ["sum"] * (total is not None and not total <= SUM_LIMIT)
+        missed += [w for w, (e, least) in zip(("dH", "dW"), pairs, strict=True) if _above(e, least)]
+        cells.append([
+            case, name.removeprefix("fastdaa-"), wording.error(total),
+            *(f"{wording.error(e)} / {wording.error(least)}" for e, least in pairs),
+            f"missed: {', '.join(missed)}" if missed else "met",
+        ])  # fmt: skip
+    headings = ["case", "contender", f"sum of 512 (at most {SUM_LIMIT:g} nat)",
+                "dH / with fp32 logits", "dW / with fp32 logits", "verdict"]  # fmt: skip
+    return table(headings, cells) if cells else []
+
+
+def _above(error: float | None, other: float | None) -> bool:
+    """In the two digits that are shown; the rest is chance."""
+    if error is None or other is None:
+        return False
+    return not float(f"{error:.1e}") <= float(f"{other:.1e}")

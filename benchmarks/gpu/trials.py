@@ -1,0 +1,161 @@
+"""Every contender of a path by itself, in a process of its own: does it run at all?
+
+    python -m fastdaa.benchmarks.gpu.trials --output trials.jsonl
+
+Kernels that do not compile, hang, or take the device with them are found here, where they harm
+nobody, and compiled ones are in Triton's cache for the parts that follow. Several processes run at
+a time. One JSON line each says how it ended; nothing is timed or compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastdaa.benchmarks.gpu import questions as asked
+from fastdaa.benchmarks.gpu.processes import written_rows
+
+# Compiled for the same types and divisibilities as the paths' own number of tokens, in less time.
+_TOKENS = 2048
+_TAIL_LINES = 12
+_ABSENT = 3
+_RUNS = "run "
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a contender's process ended."""
+
+    path: str
+    contender: str
+    status: str
+    """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time before it had
+    begun to run, which says nothing about it."""
+    seconds: float
+    said: list[str]
+    """The last lines of what it printed."""
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """The newest trial of every contender on every path; none where there is no file."""
+    found = (Trial(**row) for row in written_rows(path))
+    return list({(trial.path, trial.contender): trial for trial in found}.values())
+
+
+def failed_names(trials: Sequence[Trial]) -> list[str]:
+    """Contenders that failed or hung on some path."""
+    names = (t.contender for t in trials if t.status in ("failed", "hung"))
+    return list(dict.fromkeys(names))
+
+
+def run_all(wanted: Sequence[tuple[str, str]], options: argparse.Namespace) -> list[Trial]:
+    """Trials of ``(path, contender)``, each appended to the output file when it ends."""
+    lock = threading.Lock()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def one(path: str, name: str) -> Trial:
+        trial = _run(path, name, options)
+        with lock, options.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+            last = "" if trial.status == "ok" or not trial.said else f": {trial.said[-1]}"
+            print(f"  {path:12} {name:32} {trial.status} {trial.seconds:.0f} s{last}", flush=True)
+        return trial
+
+    pool = ThreadPoolExecutor(options.workers)
+    try:
+        return [future.result() for future in [pool.submit(one, *each) for each in wanted]]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C no other one begins
+
+
+def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
+    words = ["--path", path, "--contender", name, "--size", options.size]
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, *words]
+    command += ["--device", options.device]
+    began = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        killer = threading.Timer(options.seconds, process.kill)
+        killer.start()
+        assert process.stdout is not None
+        said = [line.rstrip() for line in deque(process.stdout, _TAIL_LINES) if line.strip()]
+        code = process.wait()
+        hung = not killer.is_alive() and code < 0
+        killer.cancel()
+    status = {0: "ok", _ABSENT: "absent"}.get(code, "failed")
+    if hung:
+        status = "hung" if any(line.startswith(_RUNS) for line in said) else "unfinished"
+    if code < 0 and not hung:
+        said.append(f"ended by signal {-code}")
+    return Trial(path, name, status, round(time.monotonic() - began, 1), said)
+
+
+def try_one(path: str, name: str, size: str, device: str) -> int:
+    """Run a contender twice on the case of a path.
+
+    Raises:
+        ArithmeticError: a result that is not finite.
+    """
+    import torch
+
+    from fastdaa.benchmarks.contenders import Absent
+    from fastdaa.benchmarks.inputs import make_inputs
+
+    case = asked.case_of(path, asked.SIZES[size].case)
+    case = replace(case, tokens=min(case.tokens, _TOKENS), distribution="flat")
+    contender = asked.contender(name, device)
+    try:
+        contender.version()
+        contender.check_device(device)
+    except Absent as absence:
+        print(f"{absence}")
+        return _ABSENT
+    run = contender.prepare(make_inputs(case, 0, device))
+    for number in (1, 2):
+        print(f"{_RUNS}{number} begins", flush=True)
+        outputs: dict[str, Any] = run()._asdict()
+        for what, values in outputs.items():
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise ArithmeticError(f"{what}: expected finite numbers, got others")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One trial, or all of them: 1 if one of fastdaa failed or hung."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", choices=tuple(asked.SIZES), default="gpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--seconds", type=float, default=70.0, help="of one process")
+    parser.add_argument("--path", choices=asked.PATHS, help="one trial: of this path")
+    parser.add_argument("--contender", help="... and of this contender")
+    options = parser.parse_args(argv)
+    if options.contender is not None:
+        return try_one(options.path, options.contender, options.size, options.device)
+    if options.output is None:
+        parser.error("--output: expected a file for the trials")
+    wanted = [
+        (path, name) for path in asked.PATHS for name in ("trl", *asked.ours(path))
+    ]  # fmt: skip
+    trials = run_all(wanted, options)
+    bad = [
+        t for t in trials if t.status in ("failed", "hung") and t.contender.startswith("fastdaa")
+    ]
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

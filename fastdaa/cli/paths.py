@@ -1,0 +1,172 @@
+"""Paths and hub ids that the training commands are given, checked before anything slow."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdaa.train.checkpoints import complete, is_complete, to_continue
+
+if TYPE_CHECKING:
+    from fastdaa.cli.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MODEL_FILES = ("config.json", "adapter_config.json")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
+# What the Trainer itself understands as "the last checkpoint".
+_TRUE_WORDS = ("true", "yes", "1", "last")
+
+
+def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) -> str | None:
+    """Checks every local path before anything slow, and finds the checkpoint to resume from.
+
+    Args:
+        resume: what ``--resume_from_checkpoint`` says.
+
+    Raises:
+        OSError: a path or hub id of nothing, or an ``output_dir`` that cannot be written.
+        ValueError: a folder without a model, an incomplete checkpoint, or an ``output_dir`` that
+            holds another run or model.
+    """
+    for name in ("dataset", "eval_dataset"):
+        value = getattr(arguments, name)
+        if value is not None:
+            _check_exists(name, value, _DATA_SUFFIXES)
+    folder = Path(output_dir)
+    _check_writable(folder)
+    _check_other_models(arguments, folder)
+    checkpoint = _find_checkpoint(output_dir, resume)
+    # The hub is asked last, since it may take its time.
+    for name in ("model", "ref_model"):
+        value = getattr(arguments, name, None)
+        if value is not None:
+            check_model(name, value)
+    return checkpoint
+
+
+def check_model(name: str, value: str) -> None:
+    """Looks for a model in a folder or on the hub, without reading its weights.
+
+    Args:
+        name: of the option, for the message.
+        value: what it says.
+
+    Raises:
+        OSError: there is neither such a folder nor such a model on the hub.
+        ValueError: the folder holds no model.
+    """
+    _check_exists(name, value, ())
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        _check_hub(name, value)
+    elif not any((folder / file).is_file() for file in _MODEL_FILES):
+        raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
+
+
+def _check_hub(name: str, value: str) -> None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from transformers.utils import cached_file
+
+    if any(isinstance(try_to_load_from_cache(value, file), str) for file in _MODEL_FILES):
+        return
+    logger.info("%s: there is no folder %s; asking the hub", name, value)
+    for file in _MODEL_FILES:
+        try:
+            cached_file(value, file)
+            return
+        except OSError as error:
+            last = error
+        # Only where the hub has the rest is it worth asking for another file.
+        missing = isinstance(last.__cause__, EntryNotFoundError)
+        if not missing or isinstance(last.__cause__, LocalEntryNotFoundError):
+            break
+    what = (str(last).strip().splitlines() or [type(last).__name__])[0]
+    raise OSError(
+        f"{name}: expected a local folder or a hub id, there is no folder {value!r}, and asking "
+        f"the hub: {what}"
+    ) from last
+
+
+def _check_exists(name: str, value: str, suffixes: tuple[str, ...]) -> None:
+    path = Path(value).expanduser()
+    if path.exists():
+        return
+    if _HUB_ID.fullmatch(value) and not value.lower().endswith(suffixes or ("/",)):
+        return
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
+    raise FileNotFoundError(f"{name}: expected a path or a hub id, there is no {value!r}{hint}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Writes where ``folder`` is or will be: neither modes nor mounts tell it as surely."""
+    import tempfile
+
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        is_folder = existing.is_dir()
+        if is_folder:
+            os.rmdir(tempfile.mkdtemp(prefix=".fastdaa-", dir=existing))
+    except OSError as error:
+        raise OSError(
+            f"output_dir: expected a folder to write to, {folder} cannot be written or created: "
+            f"{error.strerror}"
+        ) from error
+    if not is_folder:
+        raise NotADirectoryError(f"output_dir: expected a folder, {existing} is a file")
+
+
+def _check_other_models(arguments: ModelArguments, folder: Path) -> None:
+    """Keeps the model of a run apart from those that are there."""
+    for name in ("model", "ref_model"):
+        value = getattr(arguments, name, None)
+        if value is not None and folder.is_dir() and Path(value).resolve() == folder.resolve():
+            raise ValueError(
+                f"output_dir: expected another folder than that of {name}, got {folder} for both; "
+                "the trained model would be written over it"
+            )
+    # `from_pretrained` would take the adapter and pass by the weights beside it.
+    if not getattr(arguments, "use_peft", False) and (folder / _MODEL_FILES[1]).is_file():
+        raise ValueError(
+            f"output_dir: expected a folder without an adapter, {folder} holds one, which would be "
+            "loaded in place of the trained model; choose another folder"
+        )
+
+
+def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
+    if given is None or given.lower() in ("false", "no", "0"):
+        _check_fresh(output_dir)
+        return None
+    if given.lower() in _TRUE_WORDS:
+        last = to_continue(output_dir)
+        found = f"resuming from {last}" if last else f"no complete checkpoint in {output_dir}"
+        logger.info("%s%s", found, "" if last else ": starting from the beginning")
+        return last
+    if not Path(given).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {given}")
+    if not is_complete(given):
+        raise ValueError(
+            f"resume_from_checkpoint: expected a complete checkpoint, {given} has no readable "
+            "trainer_state.json, which is written last"
+        )
+    if Path(given).resolve().parent != Path(output_dir).resolve():
+        _check_fresh(output_dir)
+    return given
+
+
+def _check_fresh(output_dir: str) -> None:
+    """Keeps a run out of the folder of another one, whose checkpoints it would write over."""
+    found = complete(output_dir)
+    if found:
+        raise ValueError(
+            f"output_dir: expected a folder without checkpoints for a new run, {output_dir} holds "
+            f"{found[-1][1].name} of an earlier one; add --resume_from_checkpoint to continue "
+            "that, choose another folder, or delete this one"
+        )

@@ -1,0 +1,101 @@
+"""What the training commands share around a run: log lines, Ctrl-C, and how to go on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def command_run(*, main_process: bool = True) -> Iterator[None]:
+    """A run of a command: shows log lines, and leaves the process group where there is one."""
+    with log_lines(main_process=main_process):
+        yield
+    _leave_process_group()
+
+
+@contextmanager
+def log_lines(*, main_process: bool = True) -> Iterator[None]:
+    """Shows the library's own log lines on stderr, on other processes only warnings."""
+    logger = logging.getLogger("fastdaa")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[fastdaa] %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if main_process else logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Sequence[str]) -> int:
+    """Trains and saves the model; 130 where a signal stopped the run, with the way to go on."""
+    from fastdaa.train.interrupt import was_interrupted
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        interrupted = was_interrupted(trainer)
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        if trainer.is_world_process_zero():
+            folder, step = str(trainer.args.output_dir), trainer.state.global_step
+            print_continuation(command, argv, folder, f"step {step}")
+        return INTERRUPTED
+    trainer.save_model()
+    return 0
+
+
+def print_continuation(command: str, argv: Sequence[str], output_dir: str, where: str) -> None:
+    """Says where a run was interrupted, and the command that continues it."""
+    from fastdaa.train.checkpoints import last_complete
+
+    checkpoint = last_complete(output_dir)
+    launcher = " with the same launcher" if _launched() else ""
+    if checkpoint is None:
+        print(f"\nInterrupted at {where}, before any checkpoint.\nTo start again{launcher}:")
+    else:
+        print(f"\nInterrupted at {where}; saved: {checkpoint}\nTo continue{launcher}:")
+    print(f"  {continuation(command, argv, checkpoint)}")
+
+
+def continuation(command: str, argv: Sequence[str], checkpoint: str | None) -> str:
+    """The command that continues a stopped run, for a shell; without a checkpoint the same."""
+    kept: list[str] = []
+    skip_value = False
+    for argument in argv:
+        if argument.split("=")[0].replace("-", "_") == "__resume_from_checkpoint":
+            skip_value = "=" not in argument
+            continue
+        if skip_value and not argument.startswith("--"):
+            skip_value = False
+            continue
+        skip_value = False
+        kept.append(argument)
+    program = ["-m", "fastdaa.cli"] if _launched() else ["fastdaa"]
+    resume = [] if checkpoint is None else ["--resume_from_checkpoint"]
+    return shlex.join([*program, command, *kept, *resume])
+
+
+def _launched() -> bool:
+    """Whether this process is a module or script that a launcher has started."""
+    return "LOCAL_RANK" in os.environ
+
+
+def _leave_process_group() -> None:
+    """Its threads would abort a process that ends while they run."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

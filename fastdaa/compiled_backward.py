@@ -1,0 +1,111 @@
+"""The backward pass of :mod:`fastdaa.compiled_loss`: gradients from what the forward pass kept.
+
+An operator of its own, so that each gradient is made in the dtype of its tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdaa.compiled_logps import HeadSettings, present, present_fake, wide_dtype
+from fastdaa.engines import RowState
+from fastdaa.kept import kept_gradients
+from fastdaa.plan_call import plan_call
+from fastdaa.recompute import head_gradients
+from fastdaa.tiles import Logits, without_autocast
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward; without rows where the plan keeps something else."""
+
+    coefficients: Tensor
+    """``[N]`` derivatives of the loss by the log-probs."""
+    active: Tensor
+    """``[a]`` rows of ``dz``, if they are not all."""
+    dz: Tensor
+    """``[a, >= V]`` gradients of the logits without coefficients, see :mod:`fastdaa.kept`."""
+    m: Tensor
+    """``[N]``, to compute the logits again."""
+    log_s: Tensor
+    """``[N]`` that goes with ``m``."""
+    hidden: Tensor
+    """``[N, D]`` gradient of the hidden states, wide; for a frozen head without coefficients."""
+    weight: Tensor
+    """``[V, D]`` gradient of the weight, wide."""
+    bias: Tensor
+    """``[V]`` gradient of the bias, wide."""
+
+    @staticmethod
+    def nothing(rows: Tensor, weight: Tensor, operand: torch.dtype) -> Saved:
+        """All of them without rows."""
+
+        def empty(*columns: int, dtype: torch.dtype | None = None) -> Tensor:
+            return rows.new_empty((0, *columns), dtype=dtype or wide_dtype(operand))
+
+        return Saved(
+            empty(), empty(dtype=torch.int64), empty(weight.shape[0], dtype=operand), empty(),
+            empty(), empty(rows.shape[1]), empty(weight.shape[1]), empty(),
+        )  # fmt: skip
+
+
+@torch.library.custom_op("fastdaa::pair_loss_gradients", mutates_args=())
+def pair_loss_gradients(
+    grad_loss: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logps: Tensor,
+    coefficients: Tensor,
+    active: Tensor,
+    dz: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    hidden_sum: Tensor,
+    weight_sum: Tensor,
+    bias_sum: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    shard: list[int] | None,
+    group: str | None,
+    operand: torch.dtype,
+    engine: str,
+    max_bytes: int | None,
+    stats: bool,
+    sparse: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias from :class:`Saved`; empty where not wanted."""
+    tensors, sums = (rows, weight, bias), (hidden_sum, weight_sum, bias_sum)
+    wants = wanted[0], wanted[1], wanted[2]
+    if any(total.numel() for total in sums):
+        grads = tuple(
+            torch.mul(total, grad_loss, out=torch.empty_like(t)) if want and t is not None else None
+            for total, t, want in zip(sums, tensors, wants, strict=True)
+        )
+        return present((grads[0], grads[1], grads[2]), rows)
+    head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    scaled = coefficients * grad_loss
+    if m.shape[0]:
+        plan = plan_call(
+            rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True, stats=stats,
+            sparse=sparse, operand=operand, impl="recompute", engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip
+        logits = Logits(rows, head, operand, plan.engine)
+        state = RowState(m, log_s, logps)
+        return present(head_gradients(logits, targets, scaled, state, plan, wants), rows)
+    with without_autocast(rows.device):
+        some = active if dz.shape[0] < rows.shape[0] else None
+        dz = dz[:, : weight.shape[0]]
+        return present(kept_gradients(dz, scaled, some, rows, weight, bias, wants), rows)
+
+
+@pair_loss_gradients.register_fake
+def _(
+    grad_loss: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return present_fake((rows, weight, bias), rest[-1])

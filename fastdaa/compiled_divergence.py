@@ -1,0 +1,180 @@
+"""``token_divergence`` as custom operators, for models under ``torch.compile``.
+
+As in :mod:`fastdaa.compiled_logps`, both heads are inside one node of the graph, with the code that
+runs without a compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdaa.compiled_logps import (
+    HeadSettings,
+    only_first_differentiable,
+    present,
+    present_fake,
+    wide_dtype,
+)
+from fastdaa.divergence_tiles import (
+    check_pair,
+    divergence_gradients,
+    divergences,
+    fused_divergences,
+    plan_divergence,
+)
+from fastdaa.head import LmHead
+from fastdaa.tiles import Logits, operand_dtype
+
+
+def compiled_token_divergence(
+    hidden_states: Tensor,
+    head: LmHead,
+    ref_hidden_states: Tensor,
+    ref_head: LmHead,
+    *,
+    kind: str,
+    engine: str,
+    max_bytes: int | None,
+) -> Tensor:
+    """:func:`fastdaa.token_divergence` as one node of a graph.
+
+    Raises:
+        ValueError: a head with a slice of the vocabulary. What is wrong with tensors is said when
+            the graph runs.
+    """
+    grad = torch.is_grad_enabled()
+    policy, ref = HeadSettings.of(head), HeadSettings.of(ref_head)
+    if policy.shard is not None or ref.shard is not None:
+        raise ValueError("head, ref_head: expected the whole vocabulary, got a slice of it")
+    return _divergence(
+        hidden_states, head.weight, head.bias,
+        ref_hidden_states.detach(), ref_head.weight.detach(),
+        None if ref_head.bias is None else ref_head.bias.detach(),
+        *policy[:3], *ref[:3], operand_dtype(hidden_states, head.weight),
+        operand_dtype(ref_hidden_states, ref_head.weight), kind, engine, max_bytes,
+        grad and hidden_states.requires_grad, grad and head.trained,
+    )[0]  # fmt: skip
+
+
+@torch.library.custom_op("fastdaa::token_divergence", mutates_args=())
+def _divergence(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden_states: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+    ref_temperature: float,
+    operand: torch.dtype,
+    ref_operand: torch.dtype,
+    kind: str,
+    engine: str,
+    max_bytes: int | None,
+    hidden_grad: bool,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Divergences ``[N]``, and their slopes ``[N, D]`` where the head is not trained."""
+    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+    ref_head = LmHead(ref_weight, ref_bias, ref_softcap, ref_logit_scale, ref_temperature)
+    check_pair(hidden_states, head, ref_hidden_states, ref_head)
+    plan = plan_divergence(
+        hidden_states, head, hidden_grad=hidden_grad, head_grad=head_grad, engine=engine,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+    if plan.engine == "fused":
+        values = fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind)
+        return values, values.new_empty(0)
+    policy, ref = (
+        Logits(hidden_states, head, operand), Logits(ref_hidden_states, ref_head, ref_operand),
+    )  # fmt: skip
+    values, slopes = divergences(policy, ref, kind, plan)
+    return values, values.new_empty(0) if slopes is None else slopes
+
+
+def _is_frozen(hidden_grad: bool, head_grad: bool) -> bool:
+    return hidden_grad and not head_grad
+
+
+@_divergence.register_fake
+def _(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden_states: Tensor,
+    ref_weight: Tensor, ref_bias: Tensor | None, softcap: float | None, logit_scale: float,
+    temperature: float, ref_softcap: float | None, ref_logit_scale: float, ref_temperature: float,
+    operand: torch.dtype, ref_operand: torch.dtype, kind: str, engine: str, max_bytes: int | None,
+    hidden_grad: bool, head_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
+    shape = hidden_states.shape if _is_frozen(hidden_grad, head_grad) else (0,)
+    return values, values.new_empty(shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    only_first_differentiable(ctx, output)
+    ctx.frozen, ctx.dtype, ctx.options = _is_frozen(*inputs[-2:]), inputs[0].dtype, inputs[6:-2]
+    ctx.save_for_backward(*(output[1:] if ctx.frozen else inputs[:6]))
+
+
+def _backward(ctx: Any, coefficients: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 16
+    if coefficients is None:
+        return None, None, None, *nothing
+    if ctx.frozen:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
+
+
+_divergence.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("fastdaa::token_divergence_gradients", mutates_args=())
+def _gradients(
+    coefficients: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden_states: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+    ref_temperature: float,
+    operand: torch.dtype,
+    ref_operand: torch.dtype,
+    kind: str,
+    engine: str,
+    max_bytes: int | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the policy's hidden states, weight and bias; empty where not wanted."""
+    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+    ref_head = LmHead(ref_weight, ref_bias, ref_softcap, ref_logit_scale, ref_temperature)
+    plan = plan_divergence(
+        hidden_states, head, hidden_grad=wanted[0], head_grad=wanted[1] or wanted[2],
+        engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
+    grads = divergence_gradients(
+        Logits(hidden_states, head, operand), Logits(ref_hidden_states, ref_head, ref_operand),
+        coefficients, kind, plan, (wanted[0], wanted[1], wanted[2]),
+    )  # fmt: skip
+    return present(grads, hidden_states)
+
+
+@_gradients.register_fake
+def _(
+    coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return present_fake((hidden_states, weight, bias), rest[-1])

@@ -1,0 +1,46 @@
+"""The plan of a call, from its tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdaa.head import LmHead
+from fastdaa.planner import HeadPlan, plan_head
+from fastdaa.tiles import operand_dtype
+
+
+def plan_call(
+    rows: Tensor,
+    head: LmHead,
+    *,
+    wanted: tuple[bool, bool] | None = None,
+    loss_inside: bool = False,
+    coupled: bool = False,
+    sparse: bool = False,
+    stats: bool = False,
+    divergence: bool = False,
+    operand: torch.dtype | None = None,
+    impl: str = "auto",
+    engine: str = "auto",
+    max_bytes: int | None = None,
+) -> HeadPlan:
+    """:func:`fastdaa.plan_head` for scored rows ``[N, D]`` of hidden states under a head.
+
+    Args:
+        wanted: whether gradients of the hidden states and of the head are; None for what autograd
+            says.
+        sparse: the loss gives many tokens a coefficient of exactly 0.
+        divergence: tiles are compared with those of a reference under a head of the same size.
+        operand: dtype of the factors of the products, where autocast was seen elsewhere.
+    """
+    grad = torch.is_grad_enabled()
+    hidden_grad, head_grad = wanted or (grad and rows.requires_grad, grad and head.trained)
+    return plan_head(
+        head.planned_width, rows.device, hidden_grad=hidden_grad, head_grad=head_grad,
+        loss_inside=loss_inside, coupled=coupled, impl=impl, engine=engine, max_bytes=max_bytes,
+        tokens=rows.shape[0], hidden_size=rows.shape[1],
+        operand=operand or operand_dtype(rows, head.weight), weight_dtype=head.weight.dtype,
+        hidden_dtype=rows.dtype,        softcap=head.softcap is not None, stats=stats,
+        sparse=sparse, divergence=divergence, sharded=head.shard is not None,
+    )  # fmt: skip

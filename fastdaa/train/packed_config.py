@@ -1,0 +1,125 @@
+"""Settings that all trainers on packed batches share: ``TrainingArguments`` and what packs need."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from transformers import TrainingArguments
+
+from fastdaa.data.collate import Layout
+from fastdaa.train.options import PackOptions, check_count
+from fastdaa.validation import check_choice
+
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+TRUNCATION_MODES = ("keep_start", "keep_end")
+ON_BAD_ROW = ("error", "skip")
+
+
+@dataclass
+class PackedConfig(PackOptions, TrainingArguments):
+    """``transformers.TrainingArguments``, and what packed batches need beside it.
+
+    Other defaults than there: ``logging_steps`` 10, ``logging_nan_inf_filter`` False (a broken loss
+    shows, and no step waits for the device), ``remove_unused_columns`` False, and ``bf16`` None,
+    which means True on a CUDA device that has bf16, unless ``fp16`` is set or accelerate was
+    launched with another mixed precision.
+
+    The fields of its own are described in :class:`fastdaa.train.PreferenceConfig`.
+
+    Raises:
+        ValueError: a value that cannot be used.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = LAYOUTS
+    """What ``layout`` may be beside ``"auto"``, the best first."""
+
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between two logged rows; below 1: a share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the average instead of a loss that is not finite."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave it off: the trainer picks columns itself."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "bf16 mixed precision. Default: on where a CUDA device has it, unless fp16.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest sequence of prompt and completion in tokens, or none."},
+    )
+    truncation_mode: Literal["keep_start", "keep_end"] = field(
+        default="keep_start", metadata={"help": "Which tokens of too long a sequence are kept."}
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Stop at a row that cannot be used, or count such rows."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise, for slow chat templates."}
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How sequences lie in a batch; auto: the fastest that fits.",
+            "choices": ("auto", *LAYOUTS),
+        },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set all dropout probabilities to 0."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _bf16_wanted()
+        if not torch.accelerator.is_available():
+            # There is nothing to pin for, and torch would warn in every run.
+            self.dataloader_pin_memory = False
+        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        check_choice("layout", self.layout, ("auto", *self.layouts))
+        check_count("max_length", self.max_length, optional=True)
+        check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
+        self.check_packs()
+        if self.layout == "padded" and self.attention != "auto":
+            raise ValueError(
+                "attention: expected 'auto' with layout 'padded', which has no segments to attend "
+                f"over, got {self.attention!r}; the model's own attn_implementation is used there"
+            )
+        super().__post_init__()
+
+    def identity(self) -> dict[str, Any]:
+        """Settings without which a run would be another one, as JSON can hold them.
+
+        A checkpoint is continued only with the same: rate and schedule come out of it, whatever
+        the settings say, and seeds decide which rows a run has seen.
+        """
+        schedule = self.lr_scheduler_type
+        return {
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": str(getattr(schedule, "value", schedule)),
+            "seed": self.seed,
+            "data_seed": self.data_seed,
+        }
+
+    @property
+    def sampling_seed(self) -> int:
+        """What decides the order of data: ``data_seed``, or else ``seed``."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+def _bf16_wanted() -> bool:
+    # `accelerate launch --mixed_precision fp16` is an explicit wish, too.
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
+        return False
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

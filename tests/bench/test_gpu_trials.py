@@ -1,0 +1,81 @@
+"""Trials: how the process of one contender ended, and what it says of the contender."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdaa.benchmarks.contenders.base import Outputs
+from fastdaa.benchmarks.contenders.fastdaa import Fastdaa
+from fastdaa.benchmarks.gpu import trials
+from fastdaa.benchmarks.gpu.trials import failed_names, read_trials, run_all, try_one
+
+
+def options(tmp_path: Path, seconds: float = 20.0) -> argparse.Namespace:
+    return argparse.Namespace(
+        size="tiny", device="cpu", output=tmp_path / "trials.jsonl", workers=2, seconds=seconds
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds", "status", "last"),
+    [
+        ("echo fine", 20.0, "ok", "fine"),
+        ("echo it is not installed; exit 3", 20.0, "absent", "it is not installed"),
+        ("echo run 1 begins; echo 'ptxas: no' >&2; exit 1", 20.0, "failed", "ptxas: no"),
+        ("echo run 1 begins; kill -11 $$", 20.0, "failed", "ended by signal 11"),
+        ("echo run 1 begins; exec sleep 30", 1.0, "hung", "run 1 begins"),
+        ("echo importing; exec sleep 30", 1.0, "unfinished", "importing"),
+    ],
+    ids=["ok", "absent", "error", "crash", "hang", "slow-import"],
+)
+def test_every_end_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, seconds: float, status: str,
+    last: str,
+) -> None:  # fmt: skip
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    given = options(tmp_path, seconds)
+    (trial,) = run_all([("score", "fastdaa-score-fused")], given)
+    assert (trial.status, trial.said[-1]) == (status, last)
+    assert read_trials(given.output) == [trial]
+    left_out = ["fastdaa-score-fused"] if status in ("failed", "hung") else []
+    assert failed_names([trial]) == left_out
+
+
+def test_the_newest_trial_counts(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    line = '{{"path": "score", "contender": "a", "status": "{}", "seconds": 1, "said": []}}\n'
+    path.write_text(line.format("failed") + line.format("ok") + '{"half": ', encoding="utf-8")
+    assert [trial.status for trial in read_trials(path)] == ["ok"]
+    assert read_trials(tmp_path / "none.jsonl") == []
+
+
+def test_a_contender_runs_and_an_absent_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert try_one("recompute", "fastdaa-recompute", "tiny", "cpu") == 0
+    assert "run 2 begins" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert try_one("score", "cce", "tiny", "cpu") == 3
+        words = capsys.readouterr().out
+        assert "CUDA" in words or "is not installed" in words
+
+
+def test_numbers_that_are_not_finite_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Outputs(None, torch.tensor([1.0, float("nan")]), None, None)
+    monkeypatch.setattr(Fastdaa, "prepare", lambda self, inputs: lambda: bad)
+    with pytest.raises(ArithmeticError, match="logps: expected finite numbers"):
+        try_one("score", "fastdaa-score", "tiny", "cpu")
+
+
+def test_all_of_ours_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(trials, "run_all", lambda wanted, options: asked.extend(wanted) or [])
+    assert trials.main(["--output", str(tmp_path / "x.jsonl")]) == 0
+    assert {("score", "fastdaa-score-fused"), ("single_pass", "trl")} <= set(asked)
+    assert len(asked) == len(set(asked)) == 13

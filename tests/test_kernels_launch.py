@@ -1,0 +1,157 @@
+"""The launchers up to the launch, as on an sm_90 device that is not there.
+
+Triton takes CPU tensors through its own binding of arguments and compiles for them; only the launch
+is left out. This finds what neither the interpreter nor ``aot_entries`` sees: an option that a
+launcher hands over and Triton does not know, a size of 1 that becomes a constant, and variants that
+a batch of another size would compile in the middle of training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.slow
+
+DEVICE = """if True:
+    import json
+    from collections import defaultdict
+
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Device:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(Device())
+    run, variants = JITFunction.run, defaultdict(set)
+
+    def compile_only(self, *args, grid, warmup, **options):
+        assert all(0 < size < 2**31 for size in grid)
+        variants[self.fn.__name__].add(run(self, *args, grid=grid, warmup=True, **options).hash)
+
+    JITFunction.run = compile_only
+
+    from fastdaa.kernels import configs, score_configs
+
+    configs.architecture = score_configs._architecture = lambda device: 90
+"""
+
+ROWS = """if True:
+    from fastdaa.kernels.column_sums import sum_columns
+    from fastdaa.kernels.row_gradient import write_row_gradient
+    from fastdaa.kernels.row_statistics import take_row_statistics
+
+    for rows in (64, 37, 2, 1):
+        z, targets = torch.zeros(rows, 4096), torch.zeros(rows, dtype=torch.int64)
+        state = take_row_statistics(z, targets)[:3]
+        ones = torch.ones(rows + 1)[1:]
+        dz = write_row_gradient(z, targets, *state, ones, dtype=torch.bfloat16)
+        sum_columns(dz)
+"""
+SCORE = """if True:
+    from fastdaa.kernels.score import score_tokens
+
+    weight = torch.zeros(4100, 80, dtype=torch.bfloat16)
+    for rows in (256, 37, 1):
+        hidden, targets = weight[:rows], torch.zeros(rows, dtype=torch.int64)
+        score_tokens(hidden, weight, targets)
+"""
+SIZES_OF_ONE = """if True:
+    from fastdaa.kernels.row_statistics import take_row_statistics
+    from fastdaa.kernels.row_gradient import write_row_gradient
+    from fastdaa.kernels.score import score_tokens
+
+    z, target = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    state = take_row_statistics(z, target, stats=True)[:3]
+    write_row_gradient(z, target, *state, torch.ones(1), dtype=torch.float32)
+    score_tokens(torch.zeros(1, 1), torch.zeros(1, 1), target, stats=True)
+"""
+DIVERGENCE = """if True:
+    from fastdaa.kernels.divergence import HeadOptions, token_divergences
+
+    weight, bias = torch.zeros(300, 25, dtype=torch.float16), torch.zeros(300)
+    for rows in (256, 37):
+        token_divergences(
+            weight[:rows], weight, weight[:rows], weight, bias=bias, js=True,
+            options=HeadOptions(softcap=30.0),
+        )
+"""
+OBJECTIVE = """if True:
+    from fastdaa.kernels.objective import evaluate_pairs, evaluate_tokens
+    from fastdaa.kernels.objective_functions import apa, dpo
+
+    for start in (0, 1):
+        logps, offsets = torch.zeros(8)[start : start + 6], torch.tensor([0, 3, 6, 6, 6, 6])[start:]
+        ref = torch.zeros(5)[start : start + 4]
+        evaluate_pairs(dpo, logps, offsets[:5], ref_logps=ref, parameters=(0.1, 0.0, 0.0))
+        evaluate_tokens(apa, logps, offsets[:5], ref_token_logps=logps, parameters=(0.2,))
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        pytest.param(
+            ROWS,
+            {
+                "_take_row_statistics_kernel": 1,
+                "_write_row_gradient_kernel": 1,
+                "_sum_columns_kernel": 1,
+            },
+            id="rows",
+        ),
+        pytest.param(SCORE, {"_score_tiles_kernel": 1, "_merge_splits_kernel": 1}, id="score"),
+        pytest.param(
+            SIZES_OF_ONE,
+            {
+                "_take_row_statistics_kernel": 1,
+                "_write_row_gradient_kernel": 1,
+                "_score_tiles_kernel": 1,
+                "_merge_splits_kernel": 1,
+            },
+            id="sizes-of-one",
+        ),
+        pytest.param(
+            DIVERGENCE,
+            {
+                "_sum_gaps_kernel": 1,
+                "_merge_gaps_kernel": 1,
+                "_sum_js_kernel": 1,
+                "_sum_splits_kernel": 1,
+            },
+            id="divergence",
+        ),
+        pytest.param(
+            OBJECTIVE, {"_evaluate_pairs_kernel": 1, "_evaluate_tokens_kernel": 1}, id="objective"
+        ),
+    ],
+)
+def test_a_launcher_compiles_one_variant_whatever_the_batch(
+    calls: str, expected: dict[str, int], tmp_path: Path, repository_root: Path
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    report = "print(json.dumps({name: len(found) for name, found in variants.items()}))"
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((DEVICE, calls, report))], cwd=repository_root,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected

@@ -1,0 +1,205 @@
+"""Memory and cost of every path at the sizes of an 8B model, counted without a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from device_memory import META, counted
+
+from fastdaa import (
+    HeadPlan,
+    LmHead,
+    Objective,
+    TokenSelection,
+    pair_loss,
+    token_divergence,
+    token_logps,
+)
+from fastdaa.plan_call import plan_call
+
+MIB = 1 << 20
+LLAMA = {"n": 8192, "v": 128256, "d": 4096}
+UNITS = {"score": 1, "frozen": 2, "recompute": 4, "single_pass": 3}
+
+
+class Counted(NamedTuple):
+    plan: HeadPlan
+    extra: int
+    """The peak of forward and backward less inputs and returned gradients, as a GPU's statistics
+    give it."""
+    held: int
+    """The most that is neither input nor returned gradient at any moment."""
+    cost: float
+    """FLOP in ``U``."""
+
+
+def count(
+    path, *, n, v, d, engine="triton", impl=None, dtype=torch.bfloat16, weight_dtype=None,
+    pairs=8, loss="dpo", **options,
+) -> Counted:  # fmt: skip
+    """One forward and backward: ``token_logps``, or ``pair_loss`` for the single pass."""
+    lengths = (n // (2 * pairs),) * (2 * pairs)
+    head_options = {"softcap": options.pop("softcap", None)}
+    call = {"impl": impl or path, "engine": engine, **options}
+    with counted() as held:
+        hidden = torch.empty(n, d, dtype=dtype, device=META)
+        weight = torch.empty(v, d, dtype=weight_dtype or dtype, device=META)
+        targets = torch.empty(n, dtype=torch.int64, device=META)
+        hidden.requires_grad_(path != "score")
+        weight.requires_grad_(path in ("recompute", "single_pass"))
+        head = LmHead(weight, **head_options)
+        plan = plan_call(hidden, head, loss_inside=path == "single_pass", **call)
+        rows = torch.empty_like(targets)
+        sizes = torch.empty(len(lengths), dtype=torch.int64, device=META)
+        ref = torch.empty(len(lengths), device=META)
+        inputs = [hidden, weight, targets, rows, sizes, ref]
+        held.restart()
+        if path == "single_pass":
+            selection = TokenSelection(rows, targets, sizes, lengths)
+            total = pair_loss(
+                hidden, head, selection, Objective.parse(loss), ref_logps=ref, **call
+            ).loss
+        else:
+            total = token_logps(hidden, weight, targets, **head_options, **call).sum()
+        if path != "score":
+            total.backward()
+        grads = [t.grad for t in (hidden, weight) if t.grad is not None]
+        extra = held.highest - sum(t.untyped_storage().nbytes() for t in (*inputs, *grads))
+        strict = held.peak([*inputs, *grads])
+    # The rows that a pair loss selects are a copy of its input.
+    copy = dtype.itemsize * n * d if path == "single_pass" else 0
+    return Counted(plan, extra, strict - copy, held.flop / (2 * n * v * d))
+
+
+GIB = 1024 * MIB
+
+
+@pytest.mark.parametrize(
+    ("path", "engine", "limit"),
+    [
+        pytest.param("score", "fused", 64 * MIB, id="score-fused"),
+        pytest.param("score", "triton", 0.5 * GIB, id="score-triton"),
+        *(
+            pytest.param(path, engine, limit * GIB, id=f"{path}-{engine}")
+            for path, limit in (("frozen", 1.1), ("recompute", 1.1), ("single_pass", 2.1))
+            for engine in ("torch", "triton")
+        ),
+    ],
+)
+def test_an_8b_head_stays_within_the_limits_of_the_design(path, engine, limit):
+    found = count(path, engine=engine, **LLAMA)
+    assert found.plan.path == path
+    assert found.extra <= limit, found.extra / MIB
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("path", "max_mib"),
+    [
+        *((path, max_mib) for path in UNITS for max_mib in (300, 1000)),
+        ("score", 64),
+        # The fp32 gradient of the hidden states alone takes 128.
+        ("frozen", 180),
+        ("recompute", 180),
+        ("single_pass", 200),
+    ],
+)
+def test_max_bytes_is_kept(path, engine, max_mib):
+    found = count(path, engine=engine, impl="auto", max_bytes=max_mib * MIB, **LLAMA)
+    assert found.held <= (max_mib + 1) * MIB, found.held / MIB  # a few numbers a token
+    # No fp32 sum of the weight's gradient fits in 1000 MiB.
+    assert found.plan.path == ("recompute" if path == "single_pass" else path)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param({}, id="llama"),
+        pytest.param({"n": 512}, id="llama-512"),
+        pytest.param({"n": 65536, "pairs": 64}, id="llama-65536"),
+        pytest.param({"n": 65536, "pairs": 2}, id="llama-two-long-pairs"),
+        pytest.param({"v": 256000, "d": 3584, "softcap": 30.0}, id="gemma2"),
+        pytest.param({"v": 151936, "d": 896}, id="qwen"),
+        pytest.param({"v": 50304, "d": 512}, id="pythia"),
+        pytest.param({"dtype": torch.float16}, id="fp16"),
+        pytest.param({"dtype": torch.float32}, id="fp32"),
+        pytest.param({"dtype": torch.bfloat16, "weight_dtype": torch.float32}, id="mixed"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("path", UNITS)
+def test_the_plan_says_what_will_be_held(path, engine, case):
+    found = count(path, engine=engine, **{**LLAMA, **case})
+    assert 0.85 * found.plan.extra_bytes <= found.held <= found.plan.extra_bytes + MIB, (
+        f"{found.held / MIB:.0f} held, {found.plan.extra_bytes / MIB:.0f} planned"
+    )
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("trained", ["nothing", "hidden", "all"])
+@pytest.mark.parametrize("max_mib", [None, 600])
+def test_divergences_hold_what_the_plan_says(kind, trained, max_mib):
+    n, v, d = 4096, 128256, 512
+    options = {"max_bytes": max_mib and max_mib * MIB, "engine": "torch"}
+    with counted() as held:
+        hidden, ref, weight, ref_weight = inputs = [
+            torch.empty(*shape, dtype=torch.bfloat16, device=META)
+            for shape in ((n, d), (n, d), (v, d), (v, d))
+        ]
+        hidden.requires_grad_(trained != "nothing")
+        weight.requires_grad_(trained == "all")
+        head = LmHead(weight, softcap=30.0)
+        plan = plan_call(hidden, head, divergence=True, **options)
+        held.restart()
+        values = token_divergence(hidden, head, ref, LmHead(ref_weight), kind=kind, **options)
+        if trained != "nothing":
+            values.sum().backward()
+        grads = [t.grad for t in inputs if t.grad is not None]
+        most = held.peak([*inputs, *grads])
+    assert 0.45 * plan.extra_bytes <= most <= plan.extra_bytes + MIB, (most, plan)
+    if max_mib is not None:
+        assert plan.extra_bytes <= max_mib * MIB
+
+
+@pytest.mark.parametrize(("path", "units"), list(UNITS.items()))
+@pytest.mark.parametrize("n", [8192, 65536])
+def test_the_stated_number_of_products(path, units, n):
+    found = count(path, **{**LLAMA, "n": n}, pairs=n // 512)
+    assert found.cost == units == found.plan.gemms
+
+
+@pytest.mark.parametrize("path", UNITS)
+def test_memory_grows_with_the_tokens_by_nothing_but_their_gradients(path):
+    short, long = (count(path, **{**LLAMA, "n": n}, pairs=n // 512) for n in (16384, 65536))
+    gradients = 4 * (65536 - 16384) * LLAMA["d"] if path != "score" else 0
+    assert abs(long.held - short.held - gradients) < 0.02 * short.held + 4 * MIB
+
+
+def test_the_count_sees_materialised_logits():
+    found = count("recompute", impl="reference", engine="torch", **LLAMA)
+    assert found.held > 4 * LLAMA["n"] * LLAMA["v"]
+
+
+TABLE = re.findall(
+    r"^\| ([a-z ]+) \| (torch|triton|fused) \| (\d+) \| (\d+) \| (\w+) \|$",
+    (Path(__file__).parents[1] / "docs" / "head.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_the_table_is_there():
+    assert len(TABLE) == 9
+
+
+@pytest.mark.parametrize(("path", "engine", "held", "extra", "less"), TABLE)
+def test_the_table_of_the_docs(path, engine, held, extra, less):
+    path = path.replace(" ", "_")
+    found = count(path, engine=engine, **LLAMA)
+    assert (round(found.held / MIB), round(found.extra / MIB)) == (int(held), int(extra))
+    found = count(path, engine=engine, impl="auto", max_bytes=300 * MIB, **LLAMA)
+    shown = str(round(found.held / MIB)) if found.plan.path == path else found.plan.path
+    assert shown == less

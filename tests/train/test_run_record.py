@@ -1,0 +1,167 @@
+"""Several runs in one output folder: whose checkpoint is continued, and whose may be deleted."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from fastdaa.data import PairRows
+from fastdaa.train import checkpoints
+from fastdaa.train.run_record import RUN_FILE, read_record, rows_fact
+from fastdaa.train.stage_config import RewardConfig, SftConfig
+
+
+@pytest.fixture
+def started(make_trainer):
+    """``started(resume=None, **options)``: a run with a checkpoint a step, at its end."""
+
+    def run(resume=None, **options):
+        trainer = make_trainer(**{"save_strategy": "steps", "save_steps": 1, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def steps_of(trainer):
+    """The steps whose rows the run has logged itself or taken over."""
+    return [row["step"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_an_older_longer_run_does_not_win(started, tmp_path, caplog):
+    out = tmp_path / "out"
+    started(max_steps=4)
+    shorter = started(max_steps=2, beta=0.5)
+    assert names(out) == [f"checkpoint-{step}" for step in range(1, 5)]
+    assert checkpoints.last_complete(out) == str(out / "checkpoint-2")
+    with caplog.at_level(logging.WARNING):
+        resumed = started(True, max_steps=3, beta=0.5)
+    assert "passed over checkpoint-3, checkpoint-4 of another run" in caplog.text
+    assert steps_of(resumed) == [1, 2, 3]
+    losses = [row["loss"] for row in resumed.state.log_history if "loss" in row]
+    assert losses[:2] == [row["loss"] for row in shorter.state.log_history if "loss" in row]
+
+
+def test_a_run_without_a_checkpoint_does_not_continue_another(started, tmp_path):
+    out = tmp_path / "out"
+    started(max_steps=2)
+    started(max_steps=1, save_strategy="no")
+    message = (
+        rf"expected a checkpoint of the run that was started last in {out} \(20.*\), which has "
+        "none, got checkpoint-1, checkpoint-2 of another run; give the path"
+    )
+    with pytest.raises(ValueError, match=message):
+        started(True, max_steps=3)
+    # Named, it is continued, and is the run of the folder from then on.
+    resumed = started(str(out / "checkpoint-2"), max_steps=3)
+    assert steps_of(resumed) == [1, 2, 3]
+    assert read_record(out).steps == [1, 2, 3]
+    assert steps_of(started(True, max_steps=4, save_total_limit=1)) == [1, 2, 3, 4]
+    assert names(out) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 0.02}, r"learning_rate 0\.01 then, 0\.02 now"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type 'constant' then, 'cosine' now"),
+        ({"seed": 7}, "seed 42 then, 7 now"),
+        ({"beta": 0.3}, r"objective 'dpo\(beta=0\.1.* then, 'dpo\(beta=0\.3"),
+        ({"loss_type": "ipo"}, r"objective 'dpo\(.* then, 'ipo\("),
+    ],
+    ids=["rate", "schedule", "seed", "hyperparameter", "loss"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["last", "named"])
+def test_other_settings_are_another_run(started, tmp_path, changed, message, named):
+    started(max_steps=1)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    with pytest.raises(ValueError, match=f"expected the run of {checkpoint}.*{message}"):
+        started(str(checkpoint) if named else True, max_steps=2, **changed)
+
+
+def test_other_data_is_another_run(started, pairs):
+    started(max_steps=1)
+    with pytest.raises(ValueError, match=r"data '8 rows \w+' then, '9 rows \w+' now"):
+        started(True, data=pairs(9), max_steps=2)
+
+
+def test_what_changes_no_run(started, pairs):
+    started(max_steps=1)
+    changed = {"logging_steps": 2, "per_device_train_batch_size": 2, "tokens_per_pack": 12}
+    assert started(True, max_steps=2, layout="packed", **changed).state.global_step == 2
+
+
+def test_others_checkpoints_are_not_rotated_away(started, tmp_path):
+    out = tmp_path / "out"
+    started(max_steps=2)
+    (out / "checkpoint-notes").mkdir()
+    (out / "checkpoint-notes" / "notes.txt").touch()
+    (out / "checkpoint-empty").mkdir()
+    before = names(out)
+    with pytest.raises(
+        ValueError,
+        match=f"save_total_limit: expected no checkpoints of other runs in {out}, got "
+        "checkpoint-1, checkpoint-2, checkpoint-notes, which would be deleted",
+    ):
+        started(max_steps=1, save_total_limit=1)
+    assert names(out) == before
+    assert read_record(out).steps == [1, 2]  # still the run that is there
+    with pytest.raises(ValueError, match="got checkpoint-notes, which would"):
+        started(True, max_steps=3, save_total_limit=1)
+    assert started(True, max_steps=3).state.global_step == 3
+
+
+def test_only_what_is_half_and_our_own_is_removed(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    (tmp_path / "checkpoint-4" / "model.safetensors").rename(tmp_path / "checkpoint-4" / RUN_FILE)
+    checkpoints.remove_incomplete(tmp_path, own=[1, 2])
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_checkpoints_without_a_record_are_continued(started, tmp_path):
+    out = tmp_path / "out"
+    started(max_steps=2)
+    for path in out.rglob(RUN_FILE):
+        path.unlink()
+    assert checkpoints.last_complete(out) == str(out / "checkpoint-2")
+    assert steps_of(started(True, max_steps=3, save_total_limit=2)) == [1, 2, 3]
+    assert names(out) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"started": 1}', '{"started"'])
+def test_a_record_that_cannot_be_read_is_none(tmp_path, text):
+    (tmp_path / RUN_FILE).write_text(text)
+    assert read_record(tmp_path) is None
+
+
+def test_facts_of_rows(pairs):
+    data = pairs(12)
+    fact = rows_fact(PairRows(data))
+    assert fact.startswith("12 rows ") and fact == rows_fact(PairRows(pairs(12)))
+    rows = data.to_list()
+    rows[7] = {**rows[7], "chosen_ids": [*rows[7]["chosen_ids"], 5]}
+    assert rows_fact(PairRows(type(data).from_list(rows))) != fact
+    # A boundary between two columns is part of it.
+    moved = [{"prompt_ids": a, "chosen_ids": b, "rejected_ids": [4]} for a, b in (([1, 2], [3]),)]
+    other = [{"prompt_ids": a, "chosen_ids": b, "rejected_ids": [4]} for a, b in (([1], [2, 3]),)]
+    assert rows_fact(PairRows(type(data).from_list(moved))) != rows_fact(
+        PairRows(type(data).from_list(other))
+    )
+    assert rows_fact(None) is None
+
+
+def test_settings_of_every_kind_of_run_fit_into_json(make_trainer, tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True}
+    centred = RewardConfig(center_rewards_coefficient=0.01, **options)
+    for config in (make_trainer().args, SftConfig(**options), centred):
+        assert json.loads(json.dumps(config.identity())) == config.identity()
+    assert centred.identity()["center_rewards_coefficient"] == 0.01
