@@ -156,8 +156,9 @@ def _read_row(line: str, place: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(_broken(line, place, "a JSON object")) from error
-    if not isinstance(row, dict) or any(name not in row for name in needed):
-        raise ValueError(_broken(line, place, f"a JSON object with {', '.join(needed)}"))
+    missing = [name for name in needed if not isinstance(row, dict) or name not in row]
+    if missing:
+        raise ValueError(_broken(line, place, f"a JSON object with {', '.join(missing)}"))
     return row
 
 

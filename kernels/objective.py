@@ -179,7 +179,7 @@ def _evaluate_tokens_kernel(
     p0, p1 = tl.cast(p0, tl.float64), tl.cast(p1, tl.float64)
     factor = tl.cast(weight, tl.float64)
     loss = tl.zeros((BLOCK,), tl.float64)
-    for side in tl.static_range(2):
+    for side in range(2):
         begin = tl.load(offsets_ptr + 2 * pair + side)
         end = tl.load(offsets_ptr + 2 * pair + side + 1)
         if advantages_ptr is None:

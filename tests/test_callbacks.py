@@ -93,6 +93,20 @@ def test_fresh_run_keeps_the_old_file(args: TrainingArguments) -> None:
     assert kept == [1.0, 2.0, 3.0]
 
 
+def test_the_picture_keeps_the_number_of_its_rows(args: TrainingArguments) -> None:
+    writer, folder = MetricsWriter(), metrics_file(args).parent
+    for run in range(3):
+        writer.on_train_begin(args, state_at(), TrainerControl())
+        log(writer, args, 1, loss=float(run))
+        if run != 0:  # killed before it was drawn
+            (folder / "curves.png").write_text(str(run))
+    writer.on_train_begin(args, state_at(1), TrainerControl())  # goes on with the last
+    writer.on_train_begin(args, state_at(), TrainerControl())
+    found = {path.name: path.read_text() for path in folder.glob("curves*")}
+    assert found == {"curves.2.png": "1", "curves.3.png": "2"}
+    assert [read_metrics(folder / f"metrics.{n}.jsonl")[0]["loss"] for n in (1, 2, 3)] == [0, 1, 2]
+
+
 def test_other_processes_write_nothing(args: TrainingArguments) -> None:
     writer, state = MetricsWriter(), state_at(1, main=False)
     writer.on_train_begin(args, state, TrainerControl())
@@ -228,6 +242,24 @@ def trainer_arguments(folder: Path, **changed: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
     }  # fmt: skip
     return TrainingArguments(**{**settings, **changed})
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        pytest.param({"max_steps": 2, "logging_steps": 10}, [2], id="shorter than an interval"),
+        pytest.param({"max_steps": 5, "logging_steps": 3}, [3, 5], id="no multiple"),
+        pytest.param({"max_steps": 4, "logging_steps": 2}, [2, 4], id="multiple"),
+        pytest.param({"max_steps": 2, "logging_strategy": "no"}, [], id="none wanted"),
+        pytest.param({"max_steps": 3, "logging_strategy": "epoch"}, [3], id="epochs"),
+    ],
+)
+def test_the_last_step_is_logged(tmp_path: Path, settings: dict[str, Any], rows: list[int]) -> None:
+    trainer = small_trainer(trainer_arguments(tmp_path, **settings))
+    trainer.remove_callback(Curves)
+    trainer.train()
+    logged = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in logged] == rows
 
 
 class Signal(MetricsWriter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
 from fastdaa.cli.runs import continuation
-from fastdaa.cli.summary import last_values
+from fastdaa.cli.summary import ALIGNMENT, last_values, print_summary
 from fastdaa.train.checkpoints import last_complete
 from fastdaa.train.run_record import new_record, write_record
 
@@ -230,6 +231,10 @@ def test_yaml_is_below_the_command_line(tmp_path: Path) -> None:
         pytest.param("max_steps: many", "max_steps: got 'many'", id="value"),
         pytest.param("layout: flat", "layout: got 'flat'", id="choice"),
         pytest.param("- a\n- b", "expected 'option: value' lines, got list", id="list"),
+        pytest.param("# later", "expected 'option: value' lines, got an empty file", id="empty"),
+        pytest.param("beta: 0.1\nbeta: 0.2", "got 'beta' again in line 2", id="twice"),
+        pytest.param("loss: ipo\nloss_type: dpo", "got 'loss' and 'loss_type'", id="alias"),
+        pytest.param("loss_kwargs: {a: 1, a: 2}", "got 'a' again in line 1", id="twice inside"),
         pytest.param("a: [", "expected YAML", id="syntax"),
     ],
 )
@@ -342,9 +347,10 @@ def test_resume(
     last = checkpoint(out, 2, '{"global_step": 2}')
     assert train(model_path, data_path, out, "--resume_from_checkpoint", "true") == 0
     assert train(model_path, data_path, out, "--resume_from_checkpoint", str(last)) == 0
-    assert train(model_path, data_path, out) == 0
-    assert "--resume_from_checkpoint would continue it" in capsys.readouterr().err
-    assert [call["checkpoint"] for call in trained] == [None, str(last), str(last), None]
+    capsys.readouterr()
+    assert train(model_path, data_path, out) == 2
+    assert "add --resume_from_checkpoint to continue that" in one_error(capsys)
+    assert [call["checkpoint"] for call in trained] == [None, str(last), str(last)]
 
 
 def test_another_runs_checkpoint_is_not_resumed(
@@ -402,6 +408,14 @@ def test_last_values() -> None:
     assert last_values(HISTORY, "eval_") == {"loss": 0.25}
 
 
+def test_summary_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[bold]run"
+    print_summary([{"train_runtime": 2.0, "step": 3}], folder, ALIGNMENT, heading="dpo()")
+    assert capsys.readouterr().out.splitlines() == [
+        "dpo()", "2.0 s of training", f"model and tokenizer: {folder}"
+    ]  # fmt: skip
+
+
 def test_doctor(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", str(model_path)]) == 0
     text = capsys.readouterr().out
@@ -412,6 +426,35 @@ def test_doctor(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_reads_no_weights(model_path: Path) -> None:
     assert all(parameter.is_meta for parameter in doctor.empty_model(str(model_path)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("threads", "cuda", "expected"),
+    [
+        pytest.param(1, None, ("1 thread used", "no device (this torch is the CPU build)"), id="1"),
+        pytest.param(
+            3, "13.0", ("3 threads used", "no device (this torch was built for CUDA 13.0)"), id="3"
+        ),
+    ],
+)
+def test_doctor_on_a_machine_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, threads: int, cuda: str | None, expected: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    processor, device = doctor.device_rows()
+    assert expected[0] in processor.value and device.value == expected[1]
+
+
+def test_doctor_without_triton(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("fastdaa.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["doctor", "--kernels"]) == 1
+    assert "not installed: pip install 'fastdaa[triton]'" in capsys.readouterr().out
 
 
 def test_doctor_names_what_is_too_old(

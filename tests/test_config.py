@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
+
 
 import pytest
 import torch
@@ -38,11 +40,11 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_every_own_field_has_help_and_a_doc_line() -> None:
-    documented = PreferenceConfig.__doc__ or ""
+    documented = inspect.cleandoc(PreferenceConfig.__doc__ or "")
     for field in dataclasses.fields(PreferenceConfig):
         if field.name in OWN:
             assert field.metadata.get("help"), field.name
-            assert f"        {field.name}: " in documented, field.name
+            assert f"\n    {field.name}: " in documented, field.name
 
 
 @pytest.mark.parametrize(

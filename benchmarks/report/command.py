@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: a broken line, with its file and number; no row at all.
+        ValueError: a broken line, with its file and number; no row at all. Half a row at the end of
+            a file is left out, with a note on stderr.
     """
     from fastdaa.benchmarks.report.drawing import draw
     from fastdaa.benchmarks.report.page import build
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     for picture in drawn:
         _write(folder / f"{picture.name}.png", picture.png())
     _write(options.output / "index.html", page.encode())
-    print(f"{options.output / 'index.html'} ({len(rows)} rows, {len(drawn)} pictures)")
+    counts = f"{len(rows)} row{'s' * (len(rows) != 1)}, {len(drawn)} pictures"
+    print(f"{options.output / 'index.html'} ({counts})")
     return 0
 
 

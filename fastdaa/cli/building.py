@@ -41,17 +41,23 @@ def start_stage(
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``--model``, with ``--chat_template`` if there is one."""
+    """The tokenizer of ``--model`` or its base, with ``--chat_template`` if there is one."""
     from transformers import AutoTokenizer
 
+    from fastdaa.train.adapters import adapter_base
+
+    source, options = arguments.model, {"trust_remote_code": arguments.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            arguments.model, trust_remote_code=arguments.trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except Exception:
+            # An adapter alone has its base's.
+            base = adapter_base(source)
+            if base is None:
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(base, **options)
     except Exception as error:
-        raise OSError(
-            f"model: expected a tokenizer in {arguments.model!r}, got: {error}"
-        ) from error
+        raise OSError(f"model: expected a tokenizer in {source!r}, got: {error}") from error
     if arguments.chat_template is not None:
         tokenizer.chat_template = _read_template(arguments.chat_template)
     return tokenizer
@@ -95,8 +101,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
         )
 
 
-def load_model(source: str, arguments: ModelArguments, name: str = "model") -> PreTrainedModel:
-    """A causal language model in ``--dtype``.
+def load_model(source: str, arguments: ModelArguments, name: str = "model") -> Any:
+    """A causal language model in ``--dtype``; of an adapter the model with it, trained further.
 
     Args:
         name: of the option that names it.
@@ -104,10 +110,10 @@ def load_model(source: str, arguments: ModelArguments, name: str = "model") -> P
     Raises:
         OSError, ValueError: there is none, or it cannot be read.
     """
-    from transformers import AutoModelForCausalLM
+    from fastdaa.train.adapters import load_causal_lm
 
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **model_options(arguments))
+        return load_causal_lm(source, **model_options(arguments))
     except (OSError, ValueError) as error:
         expected = f"{name}: expected a causal language model, got {source!r}"
         raise type(error)(f"{expected}: {error}") from error

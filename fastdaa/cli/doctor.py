@@ -136,9 +136,11 @@ def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastdaa.cli.paths import check_model
+    from fastdaa.train.adapters import adapter_base
 
     check_model("model", source)
     try:
+        source = adapter_base(source) or source
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -164,6 +164,6 @@ def _print_summary(metrics: dict[str, float], folder: str) -> None:
     for key, title in _SHOWN:
         if key in metrics:
             table.add_row(title, f"{metrics[key]:,.4g}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)

@@ -40,6 +40,7 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
     folder = Path(output_dir)
     _check_writable(folder)
     _check_other_models(arguments, folder)
+    _check_adapter(arguments, folder)
     checkpoint = _find_checkpoint(output_dir, resume)
     # The hub is asked last, since it may take its time.
     for name in ("model", "ref_model"):
@@ -66,6 +67,15 @@ def check_model(name: str, value: str) -> None:
         _check_hub(name, value)
     elif not any((folder / file).is_file() for file in _MODEL_FILES):
         raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
+    elif is_adapter(value):
+        from fastdaa.train.adapters import adapter_base
+
+        check_model(f"{name}: base model of the adapter {value}", str(adapter_base(value)))
+
+
+def is_adapter(value: str) -> bool:
+    """Whether a path is that of an adapter."""
+    return (Path(value).expanduser() / _MODEL_FILES[1]).is_file()
 
 
 def _check_hub(name: str, value: str) -> None:
@@ -132,8 +142,23 @@ def _check_other_models(arguments: ModelArguments, folder: Path) -> None:
                 f"output_dir: expected another folder than that of {name}, got {folder} for both; "
                 "the trained model would be written over it"
             )
+
+
+def _check_adapter(arguments: ModelArguments, folder: Path) -> None:
+    """Keeps the weights of an adapter from being lost, or taken for those of a model."""
+    adapted, merge = is_adapter(arguments.model), "merge it first (peft: merge_and_unload)"
+    new = getattr(arguments, "use_peft", None)
+    if adapted and new is None:
+        raise ValueError(
+            f"model: expected a whole model, got the adapter {arguments.model}; {merge}"
+        )
+    if adapted and new:
+        raise ValueError(
+            f"use_peft: expected a whole model for a new adapter, got the adapter "
+            f"{arguments.model}; leave use_peft out to train that one further, or {merge}"
+        )
     # `from_pretrained` would take the adapter and pass by the weights beside it.
-    if not getattr(arguments, "use_peft", False) and (folder / _MODEL_FILES[1]).is_file():
+    if not (adapted or new) and is_adapter(str(folder)):
         raise ValueError(
             f"output_dir: expected a folder without an adapter, {folder} holds one, which would be "
             "loaded in place of the trained model; choose another folder"

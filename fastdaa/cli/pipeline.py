@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.cli.paths import is_adapter
 from fastdaa.cli.runs import INTERRUPTED, continuation, log_lines
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     from fastdaa.cli import online
 
     root = Path(str(config.output_dir))
+    if is_adapter(arguments.model):
+        raise ValueError(
+            f"pipeline: expected a whole model to begin with, got the adapter {arguments.model}"
+        )
     online.check_paths(replace(arguments, resume_from_checkpoint=None), config)
     stages: list[tuple[str, str, dict[str, Any]]] = [
         ("sft", arguments.model, _options(arguments.sft_options))

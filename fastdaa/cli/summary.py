@@ -53,7 +53,7 @@ def print_summary(
         values = [train.get(key)] + ([evaluation.get(key)] if evaluation else [])
         if any(value is not None for value in values):
             table.add_row(title, *("" if v is None else f"{v:,.4g}" for v in values))
-    console = Console()
+    console = Console(markup=False)
     if heading:
         console.print(heading, highlight=False, soft_wrap=True)
     if table.row_count:

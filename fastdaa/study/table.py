@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -125,6 +126,7 @@ def read_table(
 
     Args:
         paths: ``.jsonl`` files, or ``.csv`` files with a header (empty cells are unknown values).
+            Half a row at the end of a ``.jsonl`` file is left out, with a note on stderr.
         columns: names in the files by the names here, e.g. ``{"kl": "objective/kl"}``.
         duplicates: what to do with a second row of the same run and checkpoint: ``"error"``, or
             ``"last"`` to keep the later one (a resumed run that repeats its checkpoints).
@@ -235,6 +237,10 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
+                # The last line of a process that was killed; the next one to append cuts it off.
+                if line.startswith("{") and not line.endswith("\n"):
+                    print(f"{where}: the file breaks off in this row; left out", file=sys.stderr)
+                    return
                 raise ValueError(f"{where}: expected one JSON object, got {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")

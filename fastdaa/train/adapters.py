@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,48 @@ REF_ADAPTER = "fastdaa_ref"
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return bool(getattr(model, "peft_config", None))
+
+
+def adapter_base(source: str) -> str | None:
+    """The model that an adapter in a folder or on the hub belongs to; None for a whole model.
+
+    Raises:
+        ValueError: the adapter does not say.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    found = find_adapter_config_file(source)
+    if found is None:
+        return None
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"expected the adapter {source} to name its base model, got {base!r}")
+    return str(base)
+
+
+def load_causal_lm(source: str, **options: Any) -> Any:
+    """A causal LM from a folder or hub id; an adapter on its base, to be trained further.
+
+    transformers alone would put the adapter inside the base model, where a second one would take
+    its place without a word.
+
+    Args:
+        source: of a whole model or an adapter.
+        options: passed on to ``from_pretrained`` of the whole model.
+
+    Raises:
+        OSError, ValueError: there is none, or it cannot be read.
+        ImportError: an adapter, and PEFT is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = adapter_base(source)
+    model = AutoModelForCausalLM.from_pretrained(source if base is None else base, **options)
+    if base is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, source, is_trainable=True)
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastdaa.data import PairRows, tokenize_pairs
 from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.head import LmHead
+from fastdaa.train.adapters import is_adapted, load_causal_lm
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
 from fastdaa.train.support import supports_segments
@@ -29,7 +30,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
-    """A causal LM from a path or hub id (in fp32), or the model as it is.
+    """A causal LM or its adapter from a path or hub id (in fp32), or the model as it is.
 
     Raises:
         TypeError: neither a name nor a model of transformers.
@@ -44,9 +45,7 @@ def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
         raise TypeError(
             f"{name}: expected a path, hub id or torch module, got {type(model).__name__}"
         )
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return load_causal_lm(model, dtype=torch.float32)
 
 
 def prepare_model(model: nn.Module, layout: str) -> None:
@@ -113,10 +112,20 @@ def choose_layout(
 
 
 def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
-    """:func:`load_model`, wrapped in a new adapter where ``peft_config`` describes one."""
+    """:func:`load_model`, wrapped in a new adapter where ``peft_config`` describes one.
+
+    Raises:
+        ValueError: it has an adapter already, whose place the new one would take.
+    """
     policy = load_model(model)
     if peft_config is None:
         return policy
+    if is_adapted(policy):
+        raise ValueError(
+            "model: expected a model without adapters beside a new one (peft_config), got "
+            f"{', '.join(map(repr, policy.peft_config))}; leave peft_config out to train that one "
+            "further, or merge it first (merge_and_unload)"
+        )
     from peft import get_peft_model
 
     # The hints of PEFT ask for a model of transformers; it takes any module.

@@ -137,6 +137,9 @@ class PreferenceTrainer(PackLoop):
                 self.reference = CachedReference()
             else:
                 self.reference = online_reference(self, given)
+            if given is None and is_adapted(self.model):
+                # With the frozen copy of an adapter that was trained before.
+                self.frozen_facts["reference"] = weights_fact(self.model, trainable=False)
         self.train_dataset, self.eval_dataset = rows_of(train), rows_of(evaluation)
 
     def _tokenize(self, dataset: Any, name: str) -> Any:

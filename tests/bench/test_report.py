@@ -258,7 +258,9 @@ def test_a_broken_line_is_one_clear_error(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "words"), [("no.jsonl", "No such file"), ("", "one row")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("no.jsonl", "expected a file of rows"), ("", "one row")]
+)
 def test_nothing_to_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
 ) -> None:
@@ -266,3 +268,15 @@ def test_nothing_to_read(
     file = tmp_path / (name or "empty.jsonl")
     assert main(["bench", "report", str(file), "--output", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_file_that_breaks_off_is_reported_with_one_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    whole = json.dumps(row("head", "pytorch"))
+    file.write_text(f"{whole}\n{whole[:-30]}", encoding="utf-8")
+    assert main(["bench", "report", str(file), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "(1 row," in said.out
+    assert said.err == f"{file}:2: the file breaks off in this row; left out\n"

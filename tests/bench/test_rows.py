@@ -117,7 +117,7 @@ def test_another_kind_of_file_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a file of rows, got .*no.jsonl, which"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file of rows, got .*no\.jsonl, which"):
         read_rows(tmp_path / "no.jsonl")
     with pytest.raises(ValueError, match="expected a file of rows, got the folder"):
         read_rows(tmp_path)

@@ -121,6 +121,15 @@ def test_title_of_a_case_without_parameters_is_its_id() -> None:
     assert case_title(Result(row("x", case_params=None))) == "small-logps"
 
 
+def test_steps_with_other_losses_have_other_titles() -> None:
+    params = {"workload": "data", "model": "llama-13m", "tuning": "full"}
+    titles = [
+        case_title(Result(row("x", kind="step", case_params={**params, "loss": loss})))
+        for loss in ("dpo", "ipo")
+    ]
+    assert titles == [f"data, llama-13m, all weights, {loss} loss" for loss in ("DPO", "IPO")]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -162,6 +162,14 @@ def test_appending_after_an_interruption(tmp_path, tail, left):
     assert [entry["run"] for entry in read_table(path)] == left
 
 
+def test_half_a_row_at_the_end_is_left_out(tmp_path, capsys):
+    path = lines(tmp_path, ROW)
+    with path.open("a") as file:
+        file.write('{"run": "b", "chec')
+    assert [entry["run"] for entry in read_table(path)] == ["a"]
+    assert capsys.readouterr().err == f"{path}:2: the file breaks off in this row; left out\n"
+
+
 def test_appending_makes_the_folder(tmp_path):
     append_rows(tmp_path / "new" / "rows.jsonl", [ROW])
     append_rows(tmp_path / "new" / "rows.jsonl", [row(run="b")])

@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from fastdaa.data import PairRows
 from fastdaa.train import checkpoints
@@ -89,6 +90,60 @@ def test_other_data_is_another_run(started, pairs):
     started(max_steps=1)
     with pytest.raises(ValueError, match=r"data '8 rows \w+' then, '9 rows \w+' now"):
         started(True, data=pairs(9), max_steps=2)
+
+
+def changed(model, last=False):
+    """With another value in one weight, the first or the last."""
+    weight = [*model.parameters()][-1 if last else 0]
+    with torch.no_grad():
+        weight.view(-1)[-1 if last else 0] += 1e-3
+    return model
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda model: {"model": changed(model)},
+        lambda model: {"model": changed(model, last=True)},
+        lambda model: {"ref_model": changed(model)},
+    ],
+    ids=["policy", "its last weight", "given"],
+)
+def test_another_reference_is_another_run(started, tiny_model, other):
+    """The policy comes out of the checkpoint, what it is compared with does not."""
+    started(max_steps=1)
+    with pytest.raises(ValueError, match=r"reference 'float32 \w+' then, 'float32 \w+' now"):
+        started(True, max_steps=2, **other(tiny_model()))
+
+
+def test_the_same_reference_given_by_name_is_the_same_run(started, tiny_model):
+    started(max_steps=1)
+    assert started(True, max_steps=2, ref_model=tiny_model()).state.global_step == 2
+
+
+def test_where_nothing_is_compared_with_the_model_may_be_another(started, tiny_model):
+    started(max_steps=1, loss_type="simpo")
+    resumed = started(True, max_steps=2, loss_type="simpo", model=changed(tiny_model()))
+    assert resumed.state.global_step == 2
+
+
+def test_another_model_under_the_adapter_is_another_run(started, tiny_model):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    started(max_steps=1, peft_config=lora)
+    # Another adapter at the start is no other run: its weights come out of the checkpoint.
+    torch.manual_seed(9)
+    policy = peft.get_peft_model(tiny_model(), lora)
+    assert started(True, max_steps=2, model=policy).state.global_step == 2
+    with pytest.raises(ValueError, match=r"base model 'float32 \w+' then, 'float32 \w+' now"):
+        started(True, max_steps=3, model=changed(tiny_model()), peft_config=lora)
+
+
+def test_a_trainer_continues_its_own_run(started):
+    trainer = started(max_steps=1)
+    trainer.args.max_steps = 2
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
 
 
 def test_what_changes_no_run(started, pairs):

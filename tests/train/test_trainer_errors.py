@@ -14,6 +14,8 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from fastdaa.train import PreferenceConfig, PreferenceTrainer
+from fastdaa.train.reward import RewardTrainer
+from fastdaa.train.sft import SftTrainer
 from fastdaa.train.sharding import check_one_device, check_parallelism
 
 TEXT = {"prompt": "a", "chosen": " b", "rejected": " c"}
@@ -294,6 +296,17 @@ def test_falcon_reads_dropout_from_its_configuration(make_trainer, pairs):
     )
     kept.train()
     assert kept.state.log_history[0]["loss"] != pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("trainer", [PreferenceTrainer, SftTrainer, RewardTrainer])
+def test_settings_of_another_trainer(trainer, tmp_path):
+    """The commonest slip of who comes from TRL: its configuration for our trainer."""
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    kind = trainer.__name__.replace("Trainer", "Config")
+    with pytest.raises(
+        TypeError, match=rf"args: expected a {kind}, got TrainingArguments; .*{kind}"
+    ):
+        trainer("no/such/model", args=args)
 
 
 def test_settings_are_checked_first(tmp_path):
