@@ -103,6 +103,24 @@ def test_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
         make(tmp_path, **fields)
 
 
+@pytest.mark.parametrize("kind", [PreferenceConfig, SftConfig, RewardConfig])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected an integer"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size: expected an integer"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, .* got 0.1"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: expected a GPU"),
+    ],
+    ids=["no pairs", "fewer", "smoothing of the Trainer", "Liger on CPU"],
+)
+def test_options_of_the_trainer_that_cannot_work(
+    tmp_path: Path, kind: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
 @pytest.mark.parametrize("kind", [PreferenceConfig, SftConfig, RewardConfig, OnlineConfig])
 @pytest.mark.parametrize(
     ("name", "value", "message"),

@@ -105,7 +105,14 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y":
             {"prompt": [user("p")], "chosen": [{"from": "gpt", "value": "a"}], "rejected": "b"},
             "wrong messages",
             "field 'chosen[0]': expected a message {'role': ..., 'content': ...}, got one with "
-            "only ['from', 'value']",
+            "only ['from', 'value'] (ShareGPT's: rename them to role and content, human to user, "
+            "gpt to assistant)",
+        ),
+        (
+            {"prompt": [user("p")], "chosen": [{"content": "a"}], "rejected": "b"},
+            "wrong messages",
+            "field 'chosen[0]': expected a message {'role': ..., 'content': ...}, got one with "
+            "only ['content']",
         ),
         (
             {"prompt": [user("p")], "chosen": [bot("a")], "rejected": [bot(7)]},

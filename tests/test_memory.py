@@ -120,8 +120,8 @@ def test_max_bytes_is_kept(path, engine, max_mib):
     [
         pytest.param({}, id="llama"),
         pytest.param({"n": 512}, id="llama-512"),
-        pytest.param({"n": 65536, "pairs": 64}, id="llama-65536"),
-        pytest.param({"n": 65536, "pairs": 2}, id="llama-two-long-pairs"),
+        pytest.param({"n": 24576, "pairs": 12}, id="llama-24576"),
+        pytest.param({"n": 24576, "pairs": 2}, id="llama-two-long-pairs"),
         pytest.param({"v": 256000, "d": 3584, "softcap": 30.0}, id="gemma2"),
         pytest.param({"v": 151936, "d": 896}, id="qwen"),
         pytest.param({"v": 50304, "d": 512}, id="pythia"),

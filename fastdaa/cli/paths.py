@@ -13,6 +13,7 @@ from fastdaa.train.checkpoints import complete, is_complete, to_continue
 
 if TYPE_CHECKING:
     from fastdaa.cli.arguments import ModelArguments
+    from fastdaa.train.adapter_files import Adapter
 
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -67,15 +68,31 @@ def check_model(name: str, value: str) -> None:
         _check_hub(name, value)
     elif not any((folder / file).is_file() for file in _MODEL_FILES):
         raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
-    elif is_adapter(value):
-        from fastdaa.train.adapters import adapter_base
+    adapter = adapter_of(name, value)
+    if adapter is not None:
+        check_model(f"{name}: base model of the adapter {value}", adapter.base)
 
-        check_model(f"{name}: base model of the adapter {value}", str(adapter_base(value)))
+
+def adapter_of(name: str, value: str) -> Adapter | None:
+    """The adapter in a folder or on the hub; None for a whole model.
+
+    Args:
+        name: of the option, for the message.
+        value: what it says.
+
+    Raises:
+        FileNotFoundError, ValueError: an adapter without its base, or half of one.
+    """
+    from fastdaa.train.adapter_files import find_adapter
+
+    try:
+        return find_adapter(value)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
-def is_adapter(value: str) -> bool:
-    """Whether a path is that of an adapter."""
-    return (Path(value).expanduser() / _MODEL_FILES[1]).is_file()
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / _MODEL_FILES[1]).is_file()
 
 
 def _check_hub(name: str, value: str) -> None:
@@ -135,30 +152,23 @@ def _check_writable(folder: Path) -> None:
 
 def _check_other_models(arguments: ModelArguments, folder: Path) -> None:
     """Keeps the model of a run apart from those that are there."""
+    adapters = {}
     for name in ("model", "ref_model"):
         value = getattr(arguments, name, None)
-        if value is not None and folder.is_dir() and Path(value).resolve() == folder.resolve():
-            raise ValueError(
-                f"output_dir: expected another folder than that of {name}, got {folder} for both; "
-                "the trained model would be written over it"
-            )
-
-
-def _check_adapter(arguments: ModelArguments, folder: Path) -> None:
-    """Keeps the weights of an adapter from being lost, or taken for those of a model."""
-    adapted, merge = is_adapter(arguments.model), "merge it first (peft: merge_and_unload)"
-    new = getattr(arguments, "use_peft", None)
-    if adapted and new is None:
-        raise ValueError(
-            f"model: expected a whole model, got the adapter {arguments.model}; {merge}"
-        )
-    if adapted and new:
-        raise ValueError(
-            f"use_peft: expected a whole model for a new adapter, got the adapter "
-            f"{arguments.model}; leave use_peft out to train that one further, or {merge}"
-        )
+        if value is None:
+            continue
+        adapters[name] = adapter = adapter_of(name, value)
+        kept = {name: value, f"the base model of {name}": adapter and adapter.base}
+        for what, path in kept.items():
+            if path and folder.is_dir() and Path(path).expanduser().resolve() == folder.resolve():
+                raise ValueError(
+                    f"output_dir: expected another folder than that of {what}, got {folder} for "
+                    "both; the trained model would be written over it"
+                )
+    # Commands without the option make a whole model of an adapter and its base.
+    adapted = adapters["model"] is not None and hasattr(arguments, "use_peft")
     # `from_pretrained` would take the adapter and pass by the weights beside it.
-    if not (adapted or new) and is_adapter(str(folder)):
+    if not (adapted or getattr(arguments, "use_peft", False)) and _holds_adapter(folder):
         raise ValueError(
             f"output_dir: expected a folder without an adapter, {folder} holds one, which would be "
             "loaded in place of the trained model; choose another folder"

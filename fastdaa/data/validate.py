@@ -210,7 +210,10 @@ def _read_message(field: str, message: Any) -> dict[str, Any]:
         raise bad_field("wrong messages", field, expected, describe(message))
     message = without_nulls(message)
     if "role" not in message:
-        raise bad_field("wrong messages", field, expected, f"one with only {sorted(message)}")
+        got = f"one with only {sorted(message)}"
+        if message.keys() >= {"from", "value"}:
+            got += " (ShareGPT's: rename them to role and content, human to user, gpt to assistant)"
+        raise bad_field("wrong messages", field, expected, got)
     if message["role"] not in ROLES:
         raise bad_field(
             "wrong messages",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,59 +19,22 @@ def is_adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def adapter_base(source: str) -> str | None:
-    """The model that an adapter in a folder or on the hub belongs to; None for a whole model.
-
-    Raises:
-        ValueError: the adapter does not say.
-    """
-    from transformers.utils import find_adapter_config_file
-
-    found = find_adapter_config_file(source)
-    if found is None:
-        return None
-    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"expected the adapter {source} to name its base model, got {base!r}")
-    return str(base)
-
-
-def load_causal_lm(source: str, **options: Any) -> Any:
-    """A causal LM from a folder or hub id; an adapter on its base, to be trained further.
-
-    transformers alone would put the adapter inside the base model, where a second one would take
-    its place without a word.
-
-    Args:
-        source: of a whole model or an adapter.
-        options: passed on to ``from_pretrained`` of the whole model.
-
-    Raises:
-        OSError, ValueError: there is none, or it cannot be read.
-        ImportError: an adapter, and PEFT is not installed.
-    """
-    from transformers import AutoModelForCausalLM
-
-    base = adapter_base(source)
-    model = AutoModelForCausalLM.from_pretrained(source if base is None else base, **options)
-    if base is None:
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, source, is_trainable=True)
-
-
 def check_adapters(model: nn.Module) -> None:
     """Raise ``ValueError`` for adapters whose start cannot be scored, or that shift positions."""
     if not hasattr(model, "disable_adapter"):
         raise ValueError(
             f"model: expected adapters in a peft.PeftModel, got a {type(model).__name__} that "
-            "manages them itself; use peft.PeftModel.from_pretrained, or give a peft_config"
+            "manages them itself; give the adapter's folder as the model, or use "
+            "peft.PeftModel.from_pretrained"
         )
     name = getattr(model, "active_adapter", None)
     if not isinstance(name, str):
         raise ValueError(f"model: expected one active adapter, got {name}")
-    config: Any = model.peft_config[name]  # type: ignore[index]
+    check_prompt_learning(model.peft_config[name])  # type: ignore[index]
+
+
+def check_prompt_learning(config: Any) -> None:
+    """Raise ``ValueError`` for the configuration of an adapter that shifts positions."""
     if config.is_prompt_learning:
         raise ValueError(
             f"model: expected an adapter of weights such as LoRA, got {config.peft_type.value}, "
@@ -115,6 +76,13 @@ def starting_point(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_fresh(model: Any) -> bool:
+    """Whether a LoRA adapter changes nothing yet, since its ``B`` is zero."""
+    weights = _weights(model, model.active_adapter)
+    outputs = [p for key, p in weights.items() if "lora_B" in key or "lora_embedding_B" in key]
+    return bool(outputs) and not any(bool(p.detach().any()) for p in outputs)
+
+
 def keep_starting_adapter(model: Any) -> bool:
     """Copy a trained adapter, so that the policy can be compared with where it started.
 
@@ -128,10 +96,9 @@ def keep_starting_adapter(model: Any) -> bool:
     if REF_ADAPTER in model.peft_config:
         # Left by an earlier trainer of this model, whose starting point was another one.
         model.delete_adapter(REF_ADAPTER)
-    weights = {key: p for key, p in model.named_parameters() if f".{name}." in f"{key}."}
-    outputs = [p for key, p in weights.items() if "lora_B" in key or "lora_embedding_B" in key]
-    if outputs and not any(bool(p.detach().any()) for p in outputs):
+    if is_fresh(model):
         return False
+    weights = _weights(model, name)
     model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[name]))
     parameters = dict(model.named_parameters())
     for key, weight in weights.items():
@@ -151,6 +118,10 @@ def saving_own_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del peft.save_pretrained
+
+
+def _weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in model.named_parameters() if f".{adapter}." in f"{key}."}
 
 
 def _is_lora(model: Any) -> bool:

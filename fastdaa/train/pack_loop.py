@@ -153,6 +153,15 @@ class PackLoop(PairTrainer):
         self._stores["train"].throughput.leave_out(time.perf_counter() - began)
         return output
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            names = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_")]
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(names)}, got {wanted!r}"
+            )
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the interval to a row with a training loss."""
         if "loss" in logs:

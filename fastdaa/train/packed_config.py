@@ -90,13 +90,27 @@ class PackedConfig(PackOptions, TrainingArguments):
         check_choice("layout", self.layout, ("auto", *self.layouts))
         check_count("max_length", self.max_length, optional=True)
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            check_count(name, getattr(self, name))
         self.check_packs()
+        self._check_without_effect()
         if self.layout == "padded" and self.attention != "auto":
             raise ValueError(
                 "attention: expected 'auto' with layout 'padded', which has no segments to attend "
                 f"over, got {self.attention!r}; the model's own attn_implementation is used there"
             )
         super().__post_init__()
+
+    def _check_without_effect(self) -> None:
+        """Refuse what the Trainer would take, and nothing here could follow."""
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor: expected 0, it is for the labels of classifiers, got "
+                f"{self.label_smoothing_factor}; the label_smoothing of preference losses is an "
+                "option of its own"
+            )
+        if self.use_liger_kernel and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError("use_liger_kernel: expected a GPU for its Triton kernels, got the CPU")
 
     def identity(self) -> dict[str, Any]:
         """Settings without which a run would be another one, as JSON can hold them.

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastdaa.data import PairRows, tokenize_pairs
 from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.head import LmHead
-from fastdaa.train.adapters import is_adapted, load_causal_lm
+from fastdaa.train.adapter_files import load_causal_lm
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
 from fastdaa.train.support import supports_segments
@@ -120,14 +120,17 @@ def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
     policy = load_model(model)
     if peft_config is None:
         return policy
-    if is_adapted(policy):
-        raise ValueError(
-            "model: expected a model without adapters beside a new one (peft_config), got "
-            f"{', '.join(map(repr, policy.peft_config))}; leave peft_config out to train that one "
-            "further, or merge it first (merge_and_unload)"
-        )
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    adapted = any(isinstance(module, BaseTunerLayer) for module in policy.modules())
+    if adapted or hasattr(policy, "disable_adapter"):
+        names = getattr(policy, "peft_config", None) or getattr(causal_lm(policy), "peft_config", {})
+        raise ValueError(
+            "model: expected a model without adapters beside a new one (peft_config), got one with "
+            f"{', '.join(map(repr, names))}; leave peft_config out to train that one further, or "
+            "merge it first (merge_and_unload)"
+        )
     # The hints of PEFT ask for a model of transformers; it takes any module.
     core: Any = policy
     return get_peft_model(core, peft_config)

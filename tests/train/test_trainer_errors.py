@@ -309,6 +309,17 @@ def test_settings_of_another_trainer(trainer, tmp_path):
         trainer("no/such/model", args=args)
 
 
+def test_best_by_a_metric_that_there_is_not(make_trainer, pairs):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        eval_dataset=pairs(2), load_best_model_at_end=True, metric_for_best_model="accuracy",
+        **options,
+    )  # fmt: skip
+    message = "metric_for_best_model: expected one of .*rewards/accuracies.*, got 'accuracy'"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_settings_are_checked_first(tmp_path):
     with pytest.raises(ValueError, match="tokens_per_pack: expected None"):
         PreferenceTrainer(
