@@ -21,6 +21,7 @@ from fastdaa.plan_call import plan_call
 from fastdaa.recompute import Gradients, head_gradients
 from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
+from fastdaa.validation import check_head_inputs
 
 # Marks an output that this call does not have: an operator's outputs are all tensors.
 _ABSENT = 0
@@ -118,6 +119,7 @@ def _logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or slopes ``[N, D]``."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size)
     plan = plan_call(
         hidden_states, head, wanted=(hidden_grad, head_grad), operand=operand, impl=impl,
         engine=engine, max_bytes=max_bytes,
@@ -245,6 +247,7 @@ def _stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs and three statistics, all ``[N]``."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
+    check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size)
     plan = plan_call(
         hidden_states, head, wanted=(False, False), stats=True, operand=operand, engine=engine,
         max_bytes=max_bytes,

@@ -128,7 +128,9 @@ def _pair_loss(
     batch = PairBatch(
         TokenSelection(rows, targets, lengths, counts), formula,
         ref_logps, ref_token_logps, completion_lengths, advantages,
-        None if totals is None else BatchTotals(totals[0], totals[1], total_tokens), plan.engine,
+        None if totals is None else BatchTotals(totals[0], totals[1], total_tokens),
+        # Elsewhere a call without a compiler leaves the objective to autograd.
+        plan.engine if plan.path == "single_pass" else "torch",
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
     with _autograd_inside():

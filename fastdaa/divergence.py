@@ -125,7 +125,9 @@ class _Divergence(torch.autograd.Function):
         hidden_states, weight, bias, slopes = ctx.saved_tensors
         nothing = (None,) * 4
         if slopes is not None:
-            grad = (slopes * coefficients[:, None]).to(hidden_states.dtype)
+            # Into the dtype of the result at once: a product of its own would be a second [N, D].
+            grad = torch.empty_like(slopes, dtype=hidden_states.dtype)
+            torch.mul(slopes, coefficients[:, None], out=grad)
             return grad, None, None, *nothing
         head = replace(ctx.options, weight=weight, bias=bias)
         policy = Logits(hidden_states, head, ctx.operand)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdaa.head import LmHead, VocabShard
+from fastdaa.memory import PRODUCT_BYTES
 from fastdaa.outputs import TokenStats
 
 # exp(-1e4) is 0 in every dtype; a floor keeps 0 * -inf out of the entropy.
@@ -86,11 +87,11 @@ class TorchTile:
         self, state: RowState, targets: Tensor, coefficients: Tensor,
         picked: Tensor | None = None, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See :class:`RowTile`; wide, in the memory of the tile unless rows are picked."""
+        """See :class:`RowTile`; wide, in the memory of the tile."""
         z, slope = self.z, self.slope
         if picked is not None:
-            z = z[picked]
-            slope = slope[picked] if isinstance(slope, Tensor) else slope
+            z = move_to_front(z, picked)
+            slope = move_to_front(slope, picked) if isinstance(slope, Tensor) else slope
             state, targets, coefficients = state.pick(picked), targets[picked], coefficients[picked]
         if slope is None:
             slope = logit_slope(self.head, z)
@@ -291,6 +292,16 @@ def logit_gradient(
     p.mul_(-(coefficients if norm is None else coefficients * norm)[:, None])
     set_target(p, targets, coefficients * -torch.expm1(logps), first_column)
     return p
+
+
+def move_to_front(tile: Tensor, rows: Tensor) -> Tensor:
+    """``tile[rows]`` of ascending rows, in the memory of the tile, a cacheful at a time."""
+    size = max(PRODUCT_BYTES // max(tile.element_size() * tile.shape[1], 1), 1)
+    # Rows only move towards the front: none lands on one that is still to be moved.
+    for start in range(0, rows.shape[0], size):
+        part = rows[start : start + size]
+        tile[start : start + part.shape[0]] = tile[part]
+    return tile[: rows.shape[0]]
 
 
 def scale_tile(tile: Tensor, slope: Tensor | float) -> Tensor:

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdaa.chunks import Chunk, ChunkObjective
+from fastdaa.engines import move_to_front
 from fastdaa.head import LmHead
 from fastdaa.memory import PRODUCT_BYTES
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.recompute import HeadGradients, among
+from fastdaa.recompute import HeadGradients
 from fastdaa.score import join
 from fastdaa.tiles import Logits, accumulate, blocks, product, product_slices, without_autocast
 
@@ -110,17 +111,15 @@ def kept_gradients(
         dz: ``[a, V]`` as :class:`Unscaled` makes it. rows: ``[N]`` coefficients. active: ``[a]``
             rows of ``dz``, None for all.
     """
-    some = hidden if active is None else hidden[active]
     c = rows if active is None else rows[active]
     # The weight first: its factor is gone before the gradient of the hidden states comes.
     by_weight = None
     if wanted[1]:
-        by_weight = _weight_gradient(dz, scaled_rows(some, c, dz.dtype), weight)
+        by_weight = _weight_gradient(dz, scaled_rows(hidden, c, dz.dtype, active), weight)
     by_hidden = None
     if wanted[0]:
-        by_hidden = torch.empty_like(some)
-        write_hidden_gradient(dz, c, weight.to(dz.dtype), by_hidden)
-        by_hidden = by_hidden if active is None else among(hidden, active, by_hidden)
+        by_hidden = torch.empty_like(hidden) if active is None else torch.zeros_like(hidden)
+        write_hidden_gradient(dz, c, weight.to(dz.dtype), by_hidden, active)
     by_bias = None
     if wanted[2] and bias is not None:
         by_bias = torch.empty_like(bias)
@@ -180,20 +179,14 @@ class KeptChunks:
         dz, active = self.kept.dz[: rows.stop - rows.start], None
         if self.plan.sparse:
             dz, active = leave_out(dz, coefficients)
-        hidden = self.logits.hidden_states[rows]
-        if active is not None:
-            hidden, coefficients = hidden[active], coefficients[active]
-        grads, operand = self.grads, dz.dtype
+        hidden, grads = self.logits.hidden_states[rows], self.grads
+        c = coefficients if active is None else coefficients[active]
         if grads.weight is not None:
-            accumulate(grads.weight, dz.T, scaled_rows(hidden, coefficients, operand))
+            accumulate(grads.weight, dz.T, scaled_rows(hidden, c, dz.dtype, active))
         if grads.hidden is not None:
-            own = grads.hidden[rows]
-            out = own if active is None else torch.empty_like(own[: active.shape[0]])
-            write_hidden_gradient(dz, coefficients, self.kept.weight, out)
-            if active is not None:
-                own.index_copy_(0, active, out)
+            write_hidden_gradient(dz, c, self.kept.weight, grads.hidden[rows], active)
         if grads.bias is not None:
-            for columns, part in _column_sums(dz, coefficients):
+            for columns, part in _column_sums(dz, c):
                 grads.bias[columns] += part
 
 
@@ -245,21 +238,31 @@ def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
     active = coefficients.nonzero()[:, 0]
     if active.shape[0] > _WORTH_MOVING * coefficients.shape[0]:
         return dz, None
-    # Rows only move towards the front: a block never lands on rows that are still to be moved.
-    for block in blocks(active.shape[0], max(PRODUCT_BYTES // (2 * dz.shape[1]), 1)):
-        dz[block] = dz[active[block]]
-    return dz[: active.shape[0]], active
+    return move_to_front(dz, active), active
 
 
-def scaled_rows(hidden: Tensor, coefficients: Tensor, operand: torch.dtype) -> Tensor:
-    """``coefficients * hidden`` as a factor of the weight's gradient, rounded once."""
-    return torch.mul(hidden, coefficients[:, None], out=torch.empty_like(hidden, dtype=operand))
+def scaled_rows(
+    hidden: Tensor, coefficients: Tensor, operand: torch.dtype, active: Tensor | None = None
+) -> Tensor:
+    """``coefficients [a] * hidden[active]`` as a factor of the weight's gradient, rounded once."""
+    factor = hidden.new_empty((coefficients.shape[0], hidden.shape[1]), dtype=operand)
+    for rows in product_slices(factor) if active is not None else [slice(None)]:
+        some = hidden if active is None else hidden[active[rows]]
+        torch.mul(some, coefficients[rows, None], out=factor[rows])
+    return factor
 
 
-def write_hidden_gradient(dz: Tensor, coefficients: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``coefficients * (dz weight)`` into ``out [a, D]``, rounded once; ``weight`` is a factor."""
-    for rows in product_slices(out):
-        torch.mul(product(dz[rows], weight), coefficients[rows, None], out=out[rows])
+def write_hidden_gradient(
+    dz: Tensor, coefficients: Tensor, weight: Tensor, out: Tensor, active: Tensor | None = None
+) -> None:
+    """``coefficients * (dz weight)``, ``[a, D]``, into all rows of ``out`` or those ``active``,
+    rounded once; ``weight`` is a factor."""
+    for rows in product_slices(out[: dz.shape[0]]):
+        c = coefficients[rows, None]
+        if active is None:
+            torch.mul(product(dz[rows], weight), c, out=out[rows])
+        else:
+            out.index_copy_(0, active[rows], product(dz[rows], weight).mul_(c).to(out.dtype))
 
 
 def _column_sums(dz: Tensor, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:

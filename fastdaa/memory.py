@@ -56,6 +56,8 @@ class CallSize(NamedTuple):
     """The head has one."""
     stats: bool = False
     """Token statistics are wanted."""
+    sparse: bool = False
+    """Tokens with a coefficient of 0 are left out of products: the others' rows are copied."""
 
     @property
     def wide(self) -> int:
@@ -95,6 +97,12 @@ class CallSize(NamedTuple):
         """Bytes of a row of hidden states as a factor, where its own dtype is another."""
         own = self.hidden_dtype or self.operand
         return 0 if own == self.operand else self.narrow * self.hidden_size
+
+    @property
+    def picked_row(self) -> int:
+        """Bytes of a copy of a row of hidden states, where some of them are left out."""
+        own = self.hidden_dtype or self.operand
+        return own.itemsize * self.hidden_size if self.sparse else 0
 
     @property
     def weight_copy(self) -> int:
@@ -139,11 +147,16 @@ class Tiles(NamedTuple):
         return self.kept_tokens or self.tile_rows
 
 
-def fits_whole(size: CallSize, max_bytes: int | None) -> bool:
+def fits_whole(size: CallSize, engine: str, *, on_cpu: bool, max_bytes: int | None) -> bool:
     """Whether the gradients of the logits of all tokens may be kept until backward: in bf16 alone,
-    within 2 GiB or half of ``max_bytes``."""
+    within 2 GiB or half of ``max_bytes``, and what comes with them within all of it."""
     budget = _KEPT_BYTES if max_bytes is None else max_bytes // 2
-    return size.operand == torch.bfloat16 and 2 * size.width * size.tokens <= budget
+    if size.operand != torch.bfloat16 or 2 * size.width * size.tokens > budget:
+        return False
+    tiles = plan_tiles(
+        "single_pass", size, engine, on_cpu=on_cpu, max_bytes=max_bytes, whole=True
+    )  # fmt: skip
+    return max_bytes is None or tiles.extra_bytes <= max_bytes
 
 
 def single_pass_sums(size: CallSize) -> int:
@@ -176,7 +189,8 @@ def plan_tiles(
         return room.recompute()
     if path == "single_pass":
         return room.kept(whole) if whole or room.keeps_chunks else room.chunks()
-    return room.frozen() if path == "frozen" else room.score()
+    tiles = room.frozen() if path == "frozen" else room.score()
+    return tiles._replace(extra_bytes=0) if path == "reference" else tiles
 
 
 class _Room:
@@ -195,8 +209,8 @@ class _Room:
 
     @property
     def product(self) -> int:
-        """The same where products add to sums: only fp16 scales them."""
-        return self.result if self.size.operand == torch.float16 else 0
+        """The same where products add to sums: fp16 scales them, picked rows have no place."""
+        return self.result if self.size.operand == torch.float16 or self.size.sparse else 0
 
     def beside(self, sums: int, default: int) -> int:
         """Bytes for tiles beside ``sums``."""
@@ -235,7 +249,9 @@ class _Room:
         row = statistics_entry(size, self.engine) * size.width + size.row_copy
         default = self.tile if self.on_cpu else 2 * self.tile  # the common number decides
         rows = self.block(self.beside(size.weight_copy, default), row)
-        held = 0 if self.engine == "fused" else self.held(rows, row)
+        held = self.held(rows, row)
+        if self.engine == "fused":
+            held = size.row_copy * size.tokens  # no tiles: all rows go through one kernel
         return Tiles(rows, rows, size.width, 0, False, size.weight_copy + held)
 
     def frozen(self) -> Tiles:
@@ -258,8 +274,9 @@ class _Room:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
         own = size.hidden_dtype or size.operand
-        hidden = 0 if own.itemsize == size.wide else size.hidden_sum  # else what is returned
-        budget = self.beside(hidden, self.tile + _SUM_BYTES)
+        returned = own.itemsize == size.wide and not size.sparse
+        hidden = size.picked_row * size.tokens + (0 if returned else size.hidden_sum)
+        budget = self.beside(hidden + self.product, self.tile + _SUM_BYTES)
         entry = size.slice_entry * size.hidden_size
         columns = min(size.width, _CPU_COLUMNS if self.on_cpu else _DEVICE_COLUMNS)
         most = min(_SUM_BYTES, budget // 2) // max(entry, 1)
@@ -282,11 +299,17 @@ class _Room:
     def chunks(self) -> Tiles:
         """Chunks of whole pairs whose logits are held until their loss is known."""
         size = self.size
-        sums = single_pass_sums(size)
+        slices = self.product
+        if size.sparse:  # rows are moved in slices as large as those of products
+            logits = size.wide * size.width * size.tokens
+            slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
+        sums = single_pass_sums(size) + slices
         budget = self.beside(sums, self.chunk)
-        row = self.gradient_row
+        row = self.gradient_row + size.picked_row
+        if size.sparse and self.engine != "torch":
+            row += size.narrow * size.width  # beside the logits, not in their place
         rows, block = self.rows(budget, row), self.block(budget, row)
-        return Tiles(block, rows, size.width, 0, False, sums + self.held(rows, row) + self.product)
+        return Tiles(block, rows, size.width, 0, False, sums + self.held(rows, row))
 
     def kept(self, whole: bool) -> Tiles:
         """Half-precision gradients of logits without their coefficients: of the batch until
@@ -305,5 +328,7 @@ class _Room:
         rows = self.block(budget, row)
         # A product's result before it is rounded, and the hidden states as a factor.
         after = self.result + size.narrow * size.tokens * size.hidden_size
+        if size.sparse:  # picked rows have no place of their own to be rounded in
+            after += self.result // 2
         held = max(self.held(rows, row), after)
         return Tiles(rows, rows, size.width, tokens, whole, sums + self.held(tokens, entry) + held)

@@ -41,6 +41,6 @@ def plan_call(
         loss_inside=loss_inside, coupled=coupled, impl=impl, engine=engine, max_bytes=max_bytes,
         tokens=rows.shape[0], hidden_size=rows.shape[1],
         operand=operand or operand_dtype(rows, head.weight), weight_dtype=head.weight.dtype,
-        hidden_dtype=rows.dtype,        softcap=head.softcap is not None, stats=stats,
+        hidden_dtype=rows.dtype, softcap=head.softcap is not None, stats=stats,
         sparse=sparse, divergence=divergence, sharded=head.shard is not None,
     )  # fmt: skip

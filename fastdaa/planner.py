@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from fastdaa.memory import CallSize, fits_whole, plan_tiles, single_pass_sums
+from fastdaa.memory import CallSize, Tiles, fits_whole, plan_tiles, single_pass_sums
 from fastdaa.validation import check_choice
 
 PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
@@ -59,7 +59,7 @@ class HeadPlan:
     are a chunk of whole pairs, kept until its loss is known."""
     extra_bytes: int = 0
     """The most that the call holds beyond its inputs, the gradients that it returns and a few
-    numbers a token, as far as its sizes were given."""
+    numbers a token, as far as its sizes were given; not counted (0) for ``reference``."""
     engine: str = "torch"
     """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
     ``"fused"`` where products and statistics are one kernel and no tile exists."""
@@ -68,11 +68,15 @@ class HeadPlan:
     sparse: bool = False
     """Tokens with a coefficient of 0 are left out of the products that make gradients; a GPU's host
     waits to learn their number."""
+    divergence: bool = False
+    """Logits of two heads are compared."""
 
     @property
     def gemms(self) -> int:
         """Cost in ``U`` of forward and backward together."""
-        return _GEMMS[self.path]
+        # The reference's logits, wherever the policy's are computed.
+        more = (2 if self.path == "recompute" else 1) if self.divergence else 0
+        return _GEMMS[self.path] + more
 
     @property
     def tile_bytes(self) -> int:
@@ -94,11 +98,17 @@ class HeadPlan:
         kept = (
             f"gradients of the logits of {self.kept_tokens} tokens kept = {_mib(self.kept_bytes)}, "
         )
-        line = (
-            f"{self.path} ({self.gemms}U, {kept if self.kept_tokens else ''}"
+        tiles = (
             f"tiles of {self.tile_rows} tokens x "
-            f"{self.tile_columns} vocabulary entries = {_mib(self.tile_bytes)}, at most "
-            f"{_mib(self.extra_bytes)} in all): {self.reason}"
+            f"{self.tile_columns} vocabulary entries = {_mib(self.tile_bytes)}"
+        )
+        if self.engine == "fused":
+            tiles = "no tiles of logits"
+        held = f"{tiles}, at most {_mib(self.extra_bytes)} in all"
+        if self.path == "reference":
+            held = "all logits at once"
+        line = (
+            f"{self.path} ({self.gemms}U, {kept if self.kept_tokens else ''}{held}): {self.reason}"
         )
         if not self.engine_reason:
             return line
@@ -144,9 +154,9 @@ def plan_head(
         engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: torch,
             until the Triton kernels have been measured on a GPU.
         max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
-            Sums that a path cannot do without count first (``auto`` takes no single pass whose sum
-            of the weight's gradient does not fit); tiles of logits get the rest, a quarter of it at
-            least, so that no batch is too long.
+            Sums that a path cannot do without count first (``auto`` takes no single pass that
+            takes more); tiles of logits get the rest, a quarter of it at least, so that no batch is
+            too long.
         tokens: ``N`` scored tokens of the batch; 0 if not known.
         hidden_size: ``D``; 0 if not known, and sums are not counted.
         operand: dtype of the factors of the products. bf16 gradients of logits are kept until
@@ -167,38 +177,39 @@ def plan_head(
     check_choice("engine", engine, ENGINES)
     device = torch.device(device)
     size = CallSize(
-        vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats
+        vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats, sparse
     )
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
-    whole = loss_inside and tokens > 0 and not sharded and fits_whole(size, max_bytes)
+    on_cpu = device.type == "cpu"
+    whole = loss_inside and tokens > 0 and not sharded
+    name = "torch" if engine == "auto" else engine
+    whole = whole and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
     path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
     if impl not in ("auto", path):
         _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
         path, reason = impl, "asked for"
     chosen, engine_reason = _choose_engine(engine, path, device)
-    on_cpu = device.type == "cpu"
     tiles_for = partial(
         plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
     )
-    if path == "single_pass" and whole:
+    if path == "single_pass" and whole and head_grad:
         reason = "the head is trained and the gradients of the batch's logits fit in memory"
     elif path == "single_pass" and impl == "auto":
-        chunk = tiles_for("single_pass").chunk_tokens
-        obstacle = _obstacle(size, chunk, on_cpu, max_bytes)
+        obstacle = _obstacle(tiles_for("single_pass"), size, on_cpu, max_bytes)
         path, reason = ("recompute", obstacle) if obstacle else (path, reason)
     compared = divergence and chosen == "torch"
     tiles = tiles_for("divergence" if compared else path, wanted=(hidden_grad, head_grad))
-    return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu)
+    return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu, divergence)
 
 
-def _obstacle(size: CallSize, chunk: int, on_cpu: bool, max_bytes: int | None) -> str:
-    """Why a single pass in chunks of so many tokens is no good, or nothing."""
-    sums = single_pass_sums(size)
-    if max_bytes is not None and sums > max_bytes - max_bytes // 4:
+def _obstacle(tiles: Tiles, size: CallSize, on_cpu: bool, max_bytes: int | None) -> str:
+    """Why a single pass in such chunks is no good, or nothing."""
+    chunk = tiles.chunk_tokens
+    if max_bytes is not None and tiles.extra_bytes > max_bytes:
         return (
-            f"the sums of a single pass take {_mib(sums)}, more than three quarters of "
-            f"max_bytes = {_mib(max_bytes)}"
+            f"a single pass takes {_mib(tiles.extra_bytes)}, {_mib(single_pass_sums(size))} of "
+            f"them for sums, more than max_bytes = {_mib(max_bytes)}"
         )
     if size.half and not on_cpu and chunk < min(_BREAK_EVEN_TOKENS, size.tokens):
         return (

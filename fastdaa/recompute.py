@@ -22,6 +22,7 @@ from fastdaa.tiles import (
     blocks,
     operand_dtype,
     product,
+    product_slices,
     sum_over_shards,
     without_autocast,
 )
@@ -106,7 +107,7 @@ def head_gradients(
                 logits.pick(active), targets[active], coefficients[active], rows.pick(active),
                 replace(plan, sparse=False), wanted,
             )  # fmt: skip
-            return among(hidden_states, active, by_hidden), weight, bias
+            return _among(hidden_states, active, by_hidden), weight, bias
     weight, bias = (
         torch.empty_like(t) if t is not None and want else None
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
@@ -152,7 +153,7 @@ class _Backward:
         grads.add(dz, self.factor, hidden, operand, r, slice(0, operand.shape[0]))
 
 
-def among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
+def _among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
     """Gradients of the rows ``active`` of a tensor among those that have none."""
     if rows is None:
         return None
@@ -203,7 +204,8 @@ class HeadGradients:
             if isinstance(rows, slice):
                 factor.accumulate(self.hidden[rows], tile, weight)
             else:
-                self.hidden[rows] = factor.restore(product(tile, weight))
+                for part in product_slices(self.hidden[: tile.shape[0]]):
+                    self.hidden[rows[part]] = factor.restore(product(tile[part], weight))
         if self.weight is not None:
             factor.accumulate(self.weight[columns], tile.T, hidden)
 

@@ -185,10 +185,12 @@ class _HeldChunks:
         start = held[0].rows.start
         scaled = factor.scaled(coefficients)
         parts = [scaled[b.rows.start - start : b.rows.stop - start] for b in held]
-        if self.plan.sparse and not bool((coefficients != 0).all()):
-            for block, g in zip(held, parts, strict=True):
-                self._backward_active(block, g, factor)
-            return
+        if self.plan.sparse:
+            active = [g.nonzero()[:, 0] for g in parts]
+            if sum(rows.shape[0] for rows in active) < scaled.shape[0]:
+                for block, g, picked in zip(held, parts, active, strict=True):
+                    self._backward_active(block, g, picked, factor)
+                return
         made = [
             block.tile.gradient(block.state, self.targets[block.rows], g)
             for block, g in zip(held, parts, strict=True)
@@ -199,8 +201,9 @@ class _HeldChunks:
         whole = made[0] if len(made) == 1 else self._space(rows.stop - rows.start)
         self.grads.add(whole, factor, self.logits.rows(rows), self.weight, rows, self.columns)
 
-    def _backward_active(self, block: _Block, g: Tensor, factor: GradientFactor) -> None:
-        active = g.nonzero()[:, 0]
+    def _backward_active(
+        self, block: _Block, g: Tensor, active: Tensor, factor: GradientFactor
+    ) -> None:
         if active.numel() == 0:
             return
         rows = active + block.rows.start

@@ -29,6 +29,8 @@ class HeldBytes(TorchDispatchMode):
         self._sizes: list[int] = []  # by number
         self._seen: list[list[int]] = []  # numbers alive after every operation
         self.flop = 0
+        self.active = 1.0
+        """Share of the entries that ``nonzero`` is to find."""
 
     def restart(self) -> None:
         """Forget what was held so far."""
@@ -58,6 +60,9 @@ class HeldBytes(TorchDispatchMode):
             return kwargs["out"]
         if name == "aten::segment_reduce":  # has no meta kernel
             result = torch.empty_like(kwargs["lengths"], dtype=args[0].dtype)
+        elif name == "aten::nonzero":  # its size is that of the data
+            result = torch.empty(int(self.active * args[0].shape[0]), 1, dtype=torch.int64,
+                                 device=META)  # fmt: skip
         else:
             result = func(*args, **kwargs)
         for leaf in tree_leaves(result):

@@ -80,6 +80,13 @@ CASES = [
         "apa", {}, {"impl": "recompute", "ref_token_logps": -4 * torch.ones(N)}, id="recompute"
     ),
     pytest.param("aot", {}, {}, id="coupled"),
+    pytest.param(
+        "exo_pair",
+        {"trained": False},
+        {"engine": "triton"},
+        id="frozen-triton",
+        marks=pytest.mark.interpreter,
+    ),
     pytest.param("aot", {"trained": False}, {}, id="coupled-frozen"),
     pytest.param(
         "dpo", {"dtype": HALF, "bias": True}, {"options": {"softcap": 3.0}}, id="widened-options"

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 import pytest
 import torch
 from transformers import TrainingArguments

@@ -39,7 +39,7 @@ class Counted(NamedTuple):
 
 def count(
     path, *, n, v, d, engine="triton", impl=None, dtype=torch.bfloat16, weight_dtype=None,
-    pairs=8, loss="dpo", **options,
+    pairs=8, loss="dpo", active=1.0, **options,
 ) -> Counted:  # fmt: skip
     """One forward and backward: ``token_logps``, or ``pair_loss`` for the single pass."""
     lengths = (n // (2 * pairs),) * (2 * pairs)
@@ -52,12 +52,14 @@ def count(
         hidden.requires_grad_(path != "score")
         weight.requires_grad_(path in ("recompute", "single_pass"))
         head = LmHead(weight, **head_options)
-        plan = plan_call(hidden, head, loss_inside=path == "single_pass", **call)
+        sparse = Objective.parse(loss).sparse
+        plan = plan_call(hidden, head, loss_inside=path == "single_pass", sparse=sparse, **call)
         rows = torch.empty_like(targets)
         sizes = torch.empty(len(lengths), dtype=torch.int64, device=META)
         ref = torch.empty(len(lengths), device=META)
         inputs = [hidden, weight, targets, rows, sizes, ref]
         held.restart()
+        held.active = active
         if path == "single_pass":
             selection = TokenSelection(rows, targets, sizes, lengths)
             total = pair_loss(
@@ -137,6 +139,52 @@ def test_the_plan_says_what_will_be_held(path, engine, case):
     assert 0.85 * found.plan.extra_bytes <= found.held <= found.plan.extra_bytes + MIB, (
         f"{found.held / MIB:.0f} held, {found.plan.extra_bytes / MIB:.0f} planned"
     )
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("active", [0.9, 0.5, 0.0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param({}, id="kept"),
+        pytest.param({"n": 24576}, id="kept-chunks"),
+        pytest.param({"n": 16384, "v": 2000}, id="kept-small-vocabulary"),
+        pytest.param({"dtype": torch.float32}, id="fp32"),
+        pytest.param({"dtype": torch.float16, "softcap": 30.0}, id="fp16"),
+        pytest.param({"dtype": torch.float32, "impl": "recompute"}, id="fp32-recompute"),
+        pytest.param({"v": 2000, "impl": "recompute"}, id="recompute-small-vocabulary"),
+    ],
+)
+def test_tokens_that_are_left_out_take_no_more_than_planned(engine, active, case):
+    """Rows with a coefficient are copied, or moved, on their way to the products."""
+    call = {**LLAMA, **case}
+    found = count("single_pass", engine=engine, loss="slic", active=active, **call)
+    assert found.held <= found.plan.extra_bytes + MIB, (
+        f"{found.held / MIB:.0f} held, {found.plan.extra_bytes / MIB:.0f} planned"
+    )
+
+
+def test_scores_of_the_fused_engine_count_what_is_widened():
+    """Its kernel takes factors of one dtype."""
+    case = {**LLAMA, "weight_dtype": torch.float32}
+    found = count("score", engine="fused", **case)
+    copy = 4 * LLAMA["n"] * LLAMA["d"]
+    assert copy <= found.plan.extra_bytes and found.held <= found.plan.extra_bytes + 8 * MIB
+
+
+def test_divergences_of_many_wide_rows_scale_their_slopes_in_one_place():
+    n, v, d = 20000, 300, 4096
+    with counted() as held:
+        hidden, ref, weight, ref_weight = inputs = [
+            torch.empty(*shape, dtype=torch.bfloat16, device=META)
+            for shape in ((n, d), (n, d), (v, d), (v, d))
+        ]
+        hidden.requires_grad_()
+        plan = plan_call(hidden, LmHead(weight), divergence=True)
+        held.restart()
+        token_divergence(hidden, LmHead(weight), ref, LmHead(ref_weight)).sum().backward()
+        most = held.peak([*inputs, hidden.grad])
+    assert most <= plan.extra_bytes + MIB, (most, plan)
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js"])

@@ -113,7 +113,7 @@ def test_bf16_gradients_are_kept_where_they_fit(call, kept, path):
         pytest.param(None, "single_pass", "known within a chunk", id="default"),
         pytest.param(3500, "single_pass", "known within a chunk", id="larger"),
         pytest.param(
-            2600, "recompute", "take 2260 MiB, more than three quarters of max_bytes", id="sums"
+            2600, "recompute", "2260 MiB of them for sums, more than max_bytes = 2600", id="sums"
         ),
     ],
 )  # fmt: skip
@@ -201,3 +201,28 @@ def test_explain_names_what_is_kept():
         "tokens x 128256 vocabulary entries = 501 MiB, at most 2505 MiB in all): the head is "
         "trained and the gradients of the batch's logits fit in memory; engine triton: asked for"
     )
+
+
+def test_explain_claims_no_tiles_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(planner, "_check_triton", lambda *_: None)
+    line = plan(impl="reference", tokens=9, hidden_size=64).explain()
+    assert line == "reference (3U, all logits at once): asked for"
+    fused = plan(device="cuda", hidden_grad=False, head_grad=False, engine="fused")
+    assert fused.explain().startswith("score (1U, no tiles of logits, at most 0 MiB in all): ")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "units"), [((False, False), 2), ((True, False), 3), ((True, True), 6)], ids=str
+)
+def test_a_divergence_counts_the_logits_of_both_heads(wanted, units):
+    made = plan(hidden_grad=wanted[0], head_grad=wanted[1], divergence=True)
+    assert made.gemms == units and f"({units}U" in made.explain()
+
+
+def test_a_batch_that_would_fit_but_for_its_products_is_not_kept_whole():
+    """256 tokens over 5003 entries take 3 MiB; a slice of a product and a factor take 36."""
+    made = plan(
+        5003, "cuda", loss_inside=True, tokens=256, hidden_size=4096, operand=torch.bfloat16,
+        max_bytes=21 << 20,
+    )  # fmt: skip
+    assert made.path == "recompute" and made.extra_bytes <= 21 << 20

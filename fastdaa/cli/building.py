@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fastdaa.train.packed_config import PackedConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
@@ -41,21 +44,17 @@ def start_stage(
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``--model`` or its base, with ``--chat_template`` if there is one."""
+    """The tokenizer of ``--model`` or of its base, with ``--chat_template`` if there is one."""
     from transformers import AutoTokenizer
 
-    from fastdaa.train.adapters import adapter_base
+    from fastdaa.train.adapter_files import tokenizer_source
 
-    source, options = arguments.model, {"trust_remote_code": arguments.trust_remote_code}
+    source = arguments.model
     try:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except Exception:
-            # An adapter alone has its base's.
-            base = adapter_base(source)
-            if base is None:
-                raise
-            tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        source = tokenizer_source(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=arguments.trust_remote_code
+        )
     except Exception as error:
         raise OSError(f"model: expected a tokenizer in {source!r}, got: {error}") from error
     if arguments.chat_template is not None:
@@ -102,7 +101,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
 
 
 def load_model(source: str, arguments: ModelArguments, name: str = "model") -> Any:
-    """A causal language model in ``--dtype``; of an adapter the model with it, trained further.
+    """A causal language model in ``--dtype``; of an adapter its base with it.
 
     Args:
         name: of the option that names it.
@@ -110,13 +109,54 @@ def load_model(source: str, arguments: ModelArguments, name: str = "model") -> A
     Raises:
         OSError, ValueError: there is none, or it cannot be read.
     """
-    from fastdaa.train.adapters import load_causal_lm
+    from fastdaa.train.adapter_files import load_causal_lm
 
     try:
         return load_causal_lm(source, **model_options(arguments))
     except (OSError, ValueError) as error:
         expected = f"{name}: expected a causal language model, got {source!r}"
         raise type(error)(f"{expected}: {error}") from error
+
+
+def load_policy(
+    arguments: AdapterArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str,
+    checkpoint: str | None,
+    *,
+    main_process: bool = True,
+) -> Any:
+    """The model that is trained, before ``--use_peft`` puts a new adapter on it.
+
+    An adapter is trained further; with ``--use_peft`` it is merged into its base, which is saved
+    beside the new one (:mod:`fastdaa.train.merged_base`).
+
+    Args:
+        tokenizer: is saved with a merged base, and has to belong to the model.
+        output_dir: of the run.
+        checkpoint: that it continues from.
+        main_process: this process writes files.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it cannot be read or merged.
+    """
+    from fastdaa.cli.paths import adapter_of
+    from fastdaa.train.merged_base import merged_base
+
+    adapter = adapter_of("model", arguments.model)
+    if adapter is None or not arguments.use_peft:
+        model = load_model(arguments.model, arguments)
+        if adapter is not None:
+            logger.info("model: trains the %s further", adapter)
+    else:
+        options = {"tokenizer": tokenizer, "write": main_process, **model_options(arguments)}
+        model = merged_base(adapter, output_dir, checkpoint, **options)
+        logger.info(
+            "model: a new LoRA starts on the base with the %s merged into it, which is in %s",
+            adapter, model.name_or_path,
+        )  # fmt: skip
+    check_vocabulary(model, tokenizer)
+    return model
 
 
 def model_options(arguments: ModelArguments) -> dict[str, Any]:

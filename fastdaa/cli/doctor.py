@@ -56,7 +56,8 @@ def run(argv: Sequence[str]) -> int:
     ok = [_print("versions", version_rows()), _print("devices", device_rows())]
     if options.model is not None:
         model = empty_model(options.model, options.trust_remote_code)
-        ok.append(_print(f"model {options.model}", model_rows(model)))
+        rows = [*_adapter_rows(options.model), *model_rows(model)]
+        ok.append(_print(f"model {options.model}", rows))
     if options.kernels:
         ok.append(_print("kernels", kernel_rows()))
     if options.search_kernels is not None:
@@ -129,6 +130,8 @@ def kernel_rows() -> list[Row]:
 def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a configuration on the meta device: no weights are read or allocated.
 
+    Of an adapter it is the base model's.
+
     Raises:
         OSError, ValueError: there is none, or it is not that of a causal language model.
     """
@@ -136,11 +139,12 @@ def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastdaa.cli.paths import check_model
-    from fastdaa.train.adapters import adapter_base
+    from fastdaa.train.adapter_files import find_adapter
 
     check_model("model", source)
     try:
-        source = adapter_base(source) or source
+        adapter = find_adapter(source)
+        source = source if adapter is None else adapter.base
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -165,6 +169,13 @@ def model_rows(model: PreTrainedModel) -> list[Row]:
     if support.ok:
         rows.append(Row("attention", _attention(model, device)))
     return rows
+
+
+def _adapter_rows(source: str) -> list[Row]:
+    from fastdaa.train.adapter_files import find_adapter
+
+    adapter = find_adapter(source)
+    return [] if adapter is None else [Row("adapter", f"{adapter}, whose rows follow")]
 
 
 def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
 def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
     """One run of the loop, from its options to its saved policy."""
     checkpoint = check_paths(arguments, config)
-    trainer = build(arguments, config)
+    trainer = build(arguments, config, checkpoint)
     try:
         result = trainer.train(resume=False if checkpoint is None else checkpoint)
         interrupted = result.interrupted
@@ -63,8 +63,14 @@ def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
     return paths.check_paths(arguments, folder, arguments.resume_from_checkpoint)
 
 
-def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
-    """Everything that a run needs, from the options that name it."""
+def build(
+    arguments: OnlineArguments, config: OnlineConfig, checkpoint: str | None = None
+) -> OnlineTrainer:
+    """Everything that a run needs, from the options that name it.
+
+    Args:
+        checkpoint: that the run continues from.
+    """
     import torch
     from transformers import set_seed
 
@@ -84,8 +90,7 @@ def build(arguments: OnlineArguments, config: OnlineConfig) -> OnlineTrainer:
         arguments.reward, tokenizer, data.original, ending=ending, device=device,
         dtype=getattr(torch, arguments.dtype, arguments.dtype),
     )  # fmt: skip
-    policy: Any = building.load_model(arguments.model, arguments)
-    building.check_vocabulary(policy, tokenizer)
+    policy = building.load_policy(arguments, tokenizer, str(config.output_dir), checkpoint)
     policy, reference = policy.to(device), None
     if arguments.ref_model is not None:
         given: Any = building.load_model(arguments.ref_model, arguments, "ref_model")
@@ -128,6 +133,7 @@ def _rollouts(
     arguments: OnlineArguments, config: OnlineConfig, policy: Any, tokenizer: Any, ending: Any
 ) -> Any:
     from fastdaa.online.generation import Sampling, TransformersRollouts, end_tokens
+    from fastdaa.train.backbone import causal_lm
 
     ends = {*end_tokens(policy, tokenizer)}
     if ending is not None and ending.end_id is not None:
@@ -139,7 +145,9 @@ def _rollouts(
     if arguments.rollouts == "vllm":
         from fastdaa.online.vllm_rollouts import VllmRollouts
 
-        return VllmRollouts(arguments.model, sampling, memory=arguments.vllm_memory)
+        # Of an adapter, the base; the policy's weights follow.
+        path = causal_lm(policy).name_or_path or arguments.model
+        return VllmRollouts(path, sampling, memory=arguments.vllm_memory)
     return TransformersRollouts(sampling, batch_size=arguments.generation_batch_size)
 
 

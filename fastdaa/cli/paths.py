@@ -41,13 +41,13 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
     folder = Path(output_dir)
     _check_writable(folder)
     _check_other_models(arguments, folder)
-    _check_adapter(arguments, folder)
     checkpoint = _find_checkpoint(output_dir, resume)
     # The hub is asked last, since it may take its time.
     for name in ("model", "ref_model"):
         value = getattr(arguments, name, None)
         if value is not None:
             check_model(name, value)
+    _check_adapters(arguments, folder)
     return checkpoint
 
 
@@ -66,7 +66,8 @@ def check_model(name: str, value: str) -> None:
     folder = Path(value).expanduser()
     if not folder.is_dir():
         _check_hub(name, value)
-    elif not any((folder / file).is_file() for file in _MODEL_FILES):
+        return
+    if not any((folder / file).is_file() for file in _MODEL_FILES):
         raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
     adapter = adapter_of(name, value)
     if adapter is not None:
@@ -152,26 +153,53 @@ def _check_writable(folder: Path) -> None:
 
 def _check_other_models(arguments: ModelArguments, folder: Path) -> None:
     """Keeps the model of a run apart from those that are there."""
-    adapters = {}
     for name in ("model", "ref_model"):
         value = getattr(arguments, name, None)
-        if value is None:
-            continue
-        adapters[name] = adapter = adapter_of(name, value)
-        kept = {name: value, f"the base model of {name}": adapter and adapter.base}
-        for what, path in kept.items():
-            if path and folder.is_dir() and Path(path).expanduser().resolve() == folder.resolve():
-                raise ValueError(
-                    f"output_dir: expected another folder than that of {what}, got {folder} for "
-                    "both; the trained model would be written over it"
-                )
+        if value is not None and folder.is_dir() and Path(value).resolve() == folder.resolve():
+            raise ValueError(
+                f"output_dir: expected another folder than that of {name}, got {folder} for both; "
+                "the trained model would be written over it"
+            )
+
+
+def _check_adapters(arguments: ModelArguments, folder: Path) -> None:
+    """Keeps whole models and adapters from being taken for each other."""
+    for name in ("model", "ref_model"):
+        value = getattr(arguments, name, None)
+        adapter = None
+        if value is not None and Path(value).expanduser().is_dir():
+            adapter = adapter_of(name, value)
+        if adapter is not None and Path(adapter.base).resolve() == folder.resolve():
+            raise ValueError(
+                f"output_dir: expected another folder than that of the base model of {name}, got "
+                f"{folder} for both"
+            )
+    new = getattr(arguments, "use_peft", False)
+    _check_merged_base(arguments.model, folder, new)
+    if new or not _holds_adapter(folder):
+        return
     # Commands without the option make a whole model of an adapter and its base.
-    adapted = adapters["model"] is not None and hasattr(arguments, "use_peft")
-    # `from_pretrained` would take the adapter and pass by the weights beside it.
-    if not (adapted or getattr(arguments, "use_peft", False)) and _holds_adapter(folder):
+    if not hasattr(arguments, "use_peft") or adapter_of("model", arguments.model) is None:
+        # `from_pretrained` would take the adapter and pass by the weights beside it.
         raise ValueError(
             f"output_dir: expected a folder without an adapter, {folder} holds one, which would be "
             "loaded in place of the trained model; choose another folder"
+        )
+
+
+def _check_merged_base(model: str, folder: Path, new: bool) -> None:
+    """Keeps an adapter from lying beside a base that is not its own."""
+    from fastdaa.train.adapter_files import MERGED_BASE
+
+    merged = folder / MERGED_BASE
+    if not merged.is_dir():
+        return
+    adapter = adapter_of("model", model)
+    base = model if adapter is None else adapter.base
+    if not (adapter is not None and new) and Path(base).resolve() != merged.resolve():
+        raise ValueError(
+            f"output_dir: expected a folder without the base model of another run, {folder} holds "
+            f"{merged}; choose another folder"
         )
 
 

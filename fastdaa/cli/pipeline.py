@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdaa.cli.paths import is_adapter
 from fastdaa.cli.runs import INTERRUPTED, continuation, log_lines
 
 if TYPE_CHECKING:
@@ -35,10 +34,6 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     from fastdaa.cli import online
 
     root = Path(str(config.output_dir))
-    if is_adapter(arguments.model):
-        raise ValueError(
-            f"pipeline: expected a whole model to begin with, got the adapter {arguments.model}"
-        )
     online.check_paths(replace(arguments, resume_from_checkpoint=None), config)
     stages: list[tuple[str, str, dict[str, Any]]] = [
         ("sft", arguments.model, _options(arguments.sft_options))
@@ -46,9 +41,13 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     policy = str(root / "sft")
     if arguments.reward is None:
         stages.append(("reward", policy, _options(arguments.reward_options)))
-    for command, model, options in stages:
+    # Mistakes in the options of a later stage are found before the first.
+    commands = [
+        (command, _stage_argv(arguments, config, model, root / command, options))
+        for command, model, options in stages
+    ]
+    for command, words in commands:
         folder = root / command
-        words = _stage_argv(arguments, config, model, folder, options)
         if not _is_done(folder, words):
             code = _run_stage(command, words)
             if code:
@@ -74,6 +73,8 @@ def _run_online(
     settings = replace(config, output_dir=str(folder))
     fixed = {key: value for key, value in settings.to_dict().items() if key != "output_dir"}
     words = [arguments.model, str(arguments.reward), json.dumps(fixed, sort_keys=True)]
+    if arguments.use_peft:
+        words.append(f"use_peft {arguments.lora_r} {arguments.lora_alpha}")
     if _is_done(folder, words):
         return 0
     # Its continuation is the pipeline's own command.
@@ -103,12 +104,14 @@ def _stage_argv(
     for name in ("trust_remote_code", "use_cpu"):
         values[name] = getattr(arguments, name) or None
     values |= {"on_bad_row": arguments.on_bad_row, **options}
-    for name in ("model", "dataset", "output_dir", "use_peft"):
+    for name in ("model", "dataset", "output_dir"):
         if name in options:
             raise ValueError(
                 f"{folder.name}_options: expected no {name!r}: the pipeline sets models, data and "
-                "folders, and its first two stages train whole models"
+                "folders"
             )
+    if folder.name == "reward" and options.get("use_peft"):
+        raise ValueError("reward_options: expected no 'use_peft': reward models are trained whole")
     words = ["--model", model, "--dataset", arguments.dataset, "--output_dir", str(folder)]
     for name, value in values.items():
         if isinstance(value, list):

@@ -45,8 +45,10 @@ def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
 
     start = building.start_stage(arguments, config, load_examples)
     peft_config = building.lora_config(arguments)
-    model = building.load_model(arguments.model, arguments)
-    building.check_vocabulary(model, start.tokenizer)
+    model = building.load_policy(
+        arguments, start.tokenizer, str(config.output_dir), start.checkpoint,
+        main_process=config.process_index == 0,
+    )  # fmt: skip
     trainer = SftTrainer(
         model, config, start.train, start.evaluation,
         processing_class=start.tokenizer, peft_config=peft_config,

@@ -82,13 +82,16 @@ class Tracking:
             print(f"quality against KL: {table}; `fastdaa study fit` and `report` read it")
 
     def _check(self) -> None:
+        from fastdaa.cli.paths import adapter_of
+
         self._options.settings()
         if not self._arguments.evaluates and self._options.track_dataset is None:
             raise ValueError(
                 "track_dataset: expected held-out pairs for the prompts, got none; give "
                 "track_dataset, eval_dataset, eval_split or test_size"
             )
-        if self._config.precompute_ref_log_probs and not self._arguments.use_peft:
+        adapted = self._arguments.use_peft or adapter_of("model", self._arguments.model)
+        if self._config.precompute_ref_log_probs and not adapted:
             from fastdaa.study.track.reference import NO_REFERENCE
 
             raise ValueError(NO_REFERENCE)

@@ -40,8 +40,9 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     tracking.load_pairs(eval_pairs)
     building.check_template(tokenizer, train_pairs)
     peft_config = building.lora_config(arguments)
-    model = building.load_model(arguments.model, arguments)
-    building.check_vocabulary(model, tokenizer)
+    model = building.load_policy(
+        arguments, tokenizer, folder, checkpoint, main_process=config.process_index == 0
+    )
     ref_model = None
     if arguments.ref_model is not None:
         ref_model = building.load_model(arguments.ref_model, arguments, "ref_model")

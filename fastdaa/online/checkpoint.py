@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.types import Experience, Rollouts
 from fastdaa.train import checkpoints
+from fastdaa.train.adapters import is_adapted
 from fastdaa.train.backbone import causal_lm
 
 CONFIG_FILE, STATE_FILE, COMPLETE_FILE = "online_config.json", "state.pt", "trainer_state.json"
@@ -69,7 +70,10 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_model(models["policy"], str(partial / "model.safetensors"), metadata={"format": "pt"})
     save_model(models["critic"], str(partial / "critic.safetensors"))
-    causal_lm(models["policy"]).config.save_pretrained(partial)
+    policy: Any = models["policy"]
+    # An adapter also as PEFT saves it: the weights that it has together with its base have other
+    # names than those of a model, which would be loaded without them.
+    (policy if is_adapted(policy) else causal_lm(policy).config).save_pretrained(partial)
     config.save(partial)
     content = {
         **state,

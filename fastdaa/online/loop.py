@@ -24,10 +24,11 @@ from fastdaa.online.seeds import Purpose, prompts_of, seed_of
 from fastdaa.online.types import Experience, RewardSource, RolloutSource
 from fastdaa.online.update import Updater, minibatches
 from fastdaa.train import checkpoints
+from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
 from fastdaa.train.references import check_reference, frozen_copy
-from fastdaa.train.run_record import remove_record
+from fastdaa.train.run_record import remove_record, weights_fact
 from fastdaa.train.support import supports_segments
 
 Evaluation = Callable[["OnlineTrainer"], Mapping[str, float] | None]
@@ -100,6 +101,8 @@ class OnlineTrainer:
             raise ValueError("prompts: expected at least one, of at least one token each")
         self.config, self.sources, self.prompts = config, (rollouts, rewards), prompts
         self.tokenizer, self.evaluate = tokenizer, evaluate
+        if is_adapted(policy):
+            check_adapters(policy)
         reference = frozen_copy(policy) if reference is None else reference
         check_reference(reference, policy, same_vocabulary=True)
         for model in (policy, reference):
@@ -111,6 +114,7 @@ class OnlineTrainer:
         if config.disable_dropout:
             disable_dropout(critic)
         self.models = Models(policy, reference.eval().requires_grad_(False), critic)
+        self._reference_fact = weights_fact(reference)
         self.updater = Updater(policy, critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":
@@ -252,6 +256,7 @@ class OnlineTrainer:
             "running": None if self.running is None else self.running.state_dict(),
             "monitor": self.monitor.state_dict(),
             "metrics": self._metrics if underway is None else underway.metrics,
+            "reference": self._reference_fact,
             "underway": None,
         }
         if underway is not None:
@@ -282,6 +287,11 @@ class OnlineTrainer:
             return
         models = {"policy": self.models.policy, "critic": self.models.critic}
         self.place, state, experience = load_checkpoint(folder, self.config, models)
+        if state.get("reference", self._reference_fact) != self._reference_fact:
+            raise ValueError(
+                f"resume: expected the reference of {folder}, {state['reference']}, got another, "
+                f"{self._reference_fact}; give the model (and ref_model) that the run began with"
+            )
         self.updater.load_state_dict(state["updater"])
         self.controller.load_state_dict(state["controller"])
         if self.running is not None:

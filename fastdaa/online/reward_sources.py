@@ -13,9 +13,10 @@ from fastdaa.online.packs import make_packs
 from fastdaa.online.prompts import Ending
 from fastdaa.online.reward_functions import FunctionReward, Original, as_rewards
 from fastdaa.online.types import RewardSource
+from fastdaa.train.adapter_files import tokenizer_source
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import install_head_task, run_head_task
-from fastdaa.train.reward_models import check_reward_model, last_tokens
+from fastdaa.train.reward_models import check_reward_model, last_tokens, load_classifier
 from fastdaa.train.support import supports_segments
 from fastdaa.validation import check_positive
 
@@ -153,10 +154,13 @@ def load_reward(
     """
     if ":" in given:
         return FunctionReward(given, original)
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(given, **options)
-    model = AutoModelForSequenceClassification.from_pretrained(given, dtype=dtype, **options)
+    own = AutoTokenizer.from_pretrained(tokenizer_source(given), **options)
+    try:
+        model = load_classifier(given, dtype=dtype, **options)
+    except ValueError as error:
+        raise ValueError(f"reward: {error}") from error
     if model.config.num_labels != 1:
         raise ValueError(
             f"reward: expected a model with 1 output, {given} has {model.config.num_labels}"

@@ -20,7 +20,12 @@ from fastdaa.train.backbone import causal_lm
 MERGED_BASE = "base_model"
 """Folder of a merged base, in the output folder of the run that trains an adapter on it."""
 
+MERGED_RECORD = "fastdaa_merged.json"
+"""File in it that says what was merged."""
+
 _CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+# Of a repository on the hub, which may also hold checkpoints or a whole model.
+_PATTERNS = ("adapter_*", "*token*", "vocab*", "merges.txt", "*.model", "*.jinja")
 _PROBE_TOKENS = 5
 
 
@@ -43,9 +48,8 @@ class Adapter(NamedTuple):
 def find_adapter(source: str) -> Adapter | None:
     """The adapter in a folder or on the hub, with its base; None for a whole model.
 
-    A base that is a relative path counts from the working directory, as for PEFT. One that is not
-    there any more is looked for beside the adapter, as ``base_model``: there a run leaves the base
-    that it merged, and it moves along with the folder.
+    A base that is a relative path counts from the working directory, as for PEFT. One that a run
+    has merged lies beside its adapter as ``base_model``, and is found there when the folder moves.
 
     Raises:
         FileNotFoundError: there is no such base.
@@ -66,28 +70,17 @@ def find_adapter(source: str) -> Adapter | None:
         raise ValueError(f"expected {found} to name base_model_name_or_path, got {base!r}")
     if not folder.is_dir():
         return Adapter(source, _find_base(base, Path(found).parent, source), config)
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise ValueError(f"expected {_WEIGHTS[0]} beside {found}, there is none")
+    _check_weights(folder)
     return Adapter(str(folder.absolute()), _find_base(base, folder, source), config)
 
 
 def tokenizer_source(source: str) -> str:
     """Where the tokenizer of a model is: the base's, for an adapter that has none of its own."""
-    from transformers.utils import cached_file
-
     adapter = find_adapter(source)
     if adapter is None:
         return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
-    own: Any = None
-    if Path(adapter.source).is_dir():
-        own = (Path(adapter.source) / "tokenizer_config.json").is_file()
-    else:
-        own = cached_file(
-            source, "tokenizer_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-    return adapter.source if own else adapter.base
+    folder = _local(adapter)
+    return str(folder) if (folder / "tokenizer_config.json").is_file() else adapter.base
 
 
 def load_causal_lm(source: str, *, trainable: bool = True, **options: Any) -> Any:
@@ -133,7 +126,8 @@ def load_adapter(adapter: Adapter, kind: Any, *, trainable: bool = False, **opti
         raise ValueError(f"expected an adapter for {wanted}, got one for {task} ({adapter.source})")
     if task is None and wanted == "SEQ_CLS":
         raise ValueError(f"expected an adapter for SEQ_CLS, {adapter.source} names no task_type")
-    config = peft.PeftConfig.from_pretrained(adapter.source)
+    folder = str(_local(adapter))
+    config = peft.PeftConfig.from_pretrained(folder)
     check_prompt_learning(config)
     try:
         model = kind.from_pretrained(adapter.base, **options)
@@ -142,11 +136,9 @@ def load_adapter(adapter: Adapter, kind: Any, *, trainable: bool = False, **opti
             f"expected the base model {adapter.base} of the adapter {adapter.source}: {error}"
         ) from error
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter.source, is_trainable=trainable)
+        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         # Again, for what it returns: tensors that have no place would be left out in silence.
-        report = adapted.load_adapter(
-            adapter.source, adapted.active_adapter, is_trainable=trainable
-        )
+        report = adapted.load_adapter(folder, adapted.active_adapter, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"expected the adapter {adapter.source} to fit its base model {adapter.base}: {error}"
@@ -200,7 +192,7 @@ def load_merged(adapter: Adapter, kind: Any, **options: Any) -> Any:
 
 def adapter_digest(adapter: Adapter) -> str:
     """A digest of all weights of an adapter, by which it is recognised when it has moved."""
-    weights = _import_peft(adapter.source).load_peft_weights(adapter.source, device="cpu")
+    weights = _import_peft(adapter.source).load_peft_weights(str(_local(adapter)), device="cpu")
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -208,13 +200,27 @@ def adapter_digest(adapter: Adapter) -> str:
     return digest.hexdigest()[:16]
 
 
+def _local(adapter: Adapter) -> Path:
+    """The folder of an adapter; one on the hub is downloaded, with its tokenizer."""
+    folder = Path(adapter.source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(adapter.source, allow_patterns=list(_PATTERNS)))
+        _check_weights(folder)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise ValueError(f"expected {_WEIGHTS[0]} beside {folder / _CONFIG}, there is none")
+
+
 def _find_base(base: str, folder: Path, source: str) -> str:
     """The base of an adapter: an absolute path, or a hub id."""
     path = Path(base).expanduser()
-    if not path.is_dir() and path.name == MERGED_BASE:
-        # Checkpoints lie in the output folder, beside the merged base.
-        near = [place / MERGED_BASE for place in (folder, folder.absolute().parent)]
-        path = next((place for place in near if place.is_dir()), path)
+    if path.name == MERGED_BASE:
+        path = _find_merged(path, folder, source)
     if path.is_dir():
         if (path / _CONFIG).is_file():
             raise ValueError(
@@ -229,6 +235,34 @@ def _find_base(base: str, folder: Path, source: str) -> str:
             f"Write its place into base_model_name_or_path of {folder / _CONFIG}"
         )
     return base
+
+
+def _find_merged(path: Path, folder: Path, source: str) -> Path:
+    """The merged base beside an adapter or one of its checkpoints, if there is one; else ``path``.
+
+    Another run may have taken the name that its folder had.
+    """
+    places = [place / MERGED_BASE for place in (folder, folder.absolute().parent)]
+    near = next((place for place in places if (place / MERGED_RECORD).is_file()), None)
+    if near is None:
+        return path
+    records = [merged_record(place) for place in (near, path) if place.is_dir()]
+    if any(record != records[0] for record in records):
+        raise ValueError(
+            f"expected one base model of the adapter {source}, got {path}, which its "
+            f"configuration names, and {near}, which is beside it and of another run; write the "
+            f"right one into base_model_name_or_path of {folder / _CONFIG}, or move the other away"
+        )
+    return near
+
+
+def merged_record(folder: Path) -> dict[str, str] | None:
+    """What was merged into a base that a run has left; None for any other model."""
+    try:
+        read = json.loads((folder / MERGED_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read if isinstance(read, dict) else None
 
 
 def _import_peft(source: str) -> Any:

@@ -12,9 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastdaa.train.adapter_files import MERGED_BASE, Adapter, adapter_digest, load_merged
-
-_RECORD = "fastdaa_merged.json"
+from fastdaa.train.adapter_files import (
+    MERGED_BASE,
+    MERGED_RECORD,
+    Adapter,
+    adapter_digest,
+    load_merged,
+    merged_record,
+)
 
 
 def merged_base(
@@ -51,33 +56,30 @@ def merged_base(
         "digest": adapter_digest(adapter),
         "dtype": str(options.get("dtype", "auto")),
     }
-    if checkpoint is not None:
-        saved = _saved_base(folder, Path(checkpoint), record)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(saved), **options)
-        if write and saved != folder:
-            _save(model, folder, record, tokenizer)
+    # The finished adapter there needs the base that is there.
+    needed = folder.is_dir() and (folder.parent / "adapter_config.json").is_file()
+    if checkpoint is None and not needed:
+        model: Any = load_merged(adapter, AutoModelForCausalLM, **options)
+        saved = None
     else:
-        # The finished adapter there needs the base that is there.
-        if folder.is_dir() and (folder.parent / "adapter_config.json").is_file():
-            raise ValueError(
-                f"output_dir: expected a folder without an adapter of another run, "
-                f"{folder.parent} holds one on {folder}, which would be written over; choose "
-                "another folder"
-            )
-        model = load_merged(adapter, AutoModelForCausalLM, **options)
-        if write:
-            _save(model, folder, record, tokenizer)
+        saved = _saved_base(folder, None if checkpoint is None else Path(checkpoint), record)
+        model = AutoModelForCausalLM.from_pretrained(str(saved), **options)
+    if write and saved != folder:
+        _save(model, folder, record, tokenizer)
     model.name_or_path = model.config._name_or_path = str(folder)
     return model
 
 
-def _saved_base(folder: Path, checkpoint: Path, record: dict[str, str]) -> Path:
-    """Where the merged base of the run that wrote ``checkpoint`` is."""
-    # The checkpoint may be of a run in another output folder.
-    for place in (folder, checkpoint.absolute().parent / MERGED_BASE):
-        try:
-            found = json.loads((place / _RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+def _saved_base(folder: Path, checkpoint: Path | None, record: dict[str, str]) -> Path:
+    """Where the merged base of an earlier start is, which had to be of the same adapter."""
+    option, places = "output_dir", [folder]
+    if checkpoint is not None:
+        # It may be of a run in another output folder.
+        option = "resume_from_checkpoint"
+        places.append(checkpoint.absolute().parent / MERGED_BASE)
+    for place in places:
+        found = merged_record(place)
+        if found is None:
             continue
         changed = [
             f"{name} {found.get(name)!r} then, {record[name]!r} now"
@@ -87,12 +89,13 @@ def _saved_base(folder: Path, checkpoint: Path, record: dict[str, str]) -> Path:
         if not changed:
             return place
         raise ValueError(
-            f"resume_from_checkpoint: expected the adapter that was merged into {place} "
-            f"({found.get('adapter')}), got {record['adapter']} ({'; '.join(changed)})"
+            f"{option}: expected the adapter {found.get('adapter')}, which was merged into "
+            f"{place}, got {record['adapter']} ({'; '.join(changed)}); choose another output_dir "
+            "for a new run"
         )
     raise ValueError(
-        f"resume_from_checkpoint: expected the merged base model of {checkpoint} in {folder}, there "
-        "is none"
+        f"{option}: expected the merged base model of the run in {places[-1]}, there is none with "
+        f"its {MERGED_RECORD}"
     )
 
 
@@ -102,6 +105,6 @@ def _save(model: Any, folder: Path, record: dict[str, str], tokenizer: Any) -> N
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (partial / MERGED_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)

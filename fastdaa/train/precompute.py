@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,15 +137,18 @@ class Precompute:
 def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
     """Everything of the reference that log-probs depend on."""
     core = causal_lm(model)
+    # The policy's own adapter is off while it is the reference; only a copy of its start counts.
+    adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if model is trainer.model:
+        adapters = {name: one for name, one in adapters.items() if name == REF_ADAPTER}
     config = {k: v for k, v in core.config.to_dict().items() if k not in _IRRELEVANT}
-    adapter = getattr(model, "peft_config", {}).get(REF_ADAPTER)
     return store_key(
-        hash_weights(_weights(core)),
+        hash_weights(_weights(core, adapters)),
         config=json.dumps(config, sort_keys=True, default=str),
         # Its scaling is not among the weights.
-        adapter=""
-        if adapter is None
-        else json.dumps(adapter.to_dict(), sort_keys=True, default=str),
+        adapter="".join(
+            json.dumps(one.to_dict(), sort_keys=True, default=str) for one in adapters.values()
+        ),
         mixed_precision=str(trainer.accelerator.mixed_precision),
         reduction="sum",
         # Other kernels round the last bits otherwise.
@@ -153,15 +156,17 @@ def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
     )
 
 
-def _weights(core: nn.Module) -> list[tuple[str, Tensor]]:
+def _weights(core: nn.Module, adapters: Iterable[str]) -> list[tuple[str, Tensor]]:
     """Weights in force while the reference scores, under the names of the plain model.
 
-    The adapter that is trained is off then; only a frozen copy of its start would count.
+    Args:
+        adapters: the names of those that count.
     """
+    marks = tuple(f".{name}" for name in adapters)
     weights = []
     for name, tensor in core.state_dict().items():
         adapter = "lora_" in name or "modules_to_save" in name
-        if not adapter or f".{REF_ADAPTER}" in name:
+        if not adapter or any(mark in name for mark in marks):
             weights.append(
                 (name.replace(".base_layer", "").replace(".original_module", ""), tensor)
             )

@@ -125,7 +125,7 @@ def load_policy(model: str | nn.Module, peft_config: Any = None) -> nn.Module:
 
     adapted = any(isinstance(module, BaseTunerLayer) for module in policy.modules())
     if adapted or hasattr(policy, "disable_adapter"):
-        names = getattr(policy, "peft_config", None) or getattr(causal_lm(policy), "peft_config", {})
+        names = getattr(causal_lm(policy), "peft_config", None) or ["adapters"]
         raise ValueError(
             "model: expected a model without adapters beside a new one (peft_config), got one with "
             f"{', '.join(map(repr, names))}; leave peft_config out to train that one further, or "

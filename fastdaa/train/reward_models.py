@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastdaa.train.adapter_files import find_adapter, load_merged
 from fastdaa.train.backbone import backbone_of, causal_lm
 
 PAD_TOKEN = "<|pad|>"
@@ -21,13 +22,14 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A sequence classifier with one output, from a causal language model or from such a one.
 
-    Of a causal language model the backbone is taken, and a new linear ``score`` put on it. The
+    Of a causal language model the backbone is taken, and a new linear ``score`` put on it. An
+    adapter of either kind is merged into its base first. The
     model gets the tokenizer's padding token where that is one that ends nothing; else
     ``tokenizer`` and model get a new one: transformers reads the score at the last token that is
     not padding, so where padding is EOS it would pass by every EOS.
 
     Args:
-        source: a folder or hub id.
+        source: a folder or hub id, of a whole model or an adapter.
         tokenizer: is changed where it has no padding token of its own.
         dtype: of the weights.
         options: passed on to ``from_pretrained``.
@@ -36,21 +38,51 @@ def load_reward_model(
         OSError: there is none, or it cannot be read.
         ValueError: weights of the backbone are missing, or it has another number of outputs.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    adapter = find_adapter(source)
+    if adapter is not None and adapter.config.get("task_type") == "SEQ_CLS":
+        model = load_classifier(source, dtype=dtype, **options)
+        if tokenizer is not None:
+            give_padding(model, tokenizer)
+        return model
     with _quiet_about_missing_weights():
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=dtype, output_loading_info=True, **options
-        )
+            source if adapter is None else adapter.base,
+            num_labels=1, dtype=dtype, output_loading_info=True, **options,
+        )  # fmt: skip
     missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
     if missing or report.get("mismatched_keys"):
         raise ValueError(
             f"model: expected {source} to have all weights of {type(model).__name__} with one "
             f"output, got none for {', '.join(missing[:3]) or 'its own number of outputs'}"
         )
+    if adapter is not None:
+        whole = load_merged(adapter, AutoModelForCausalLM, dtype=dtype, **options)
+        backbone_of(model).load_state_dict(backbone_of(whole).state_dict())
     if tokenizer is not None:
         give_padding(model, tokenizer)
     return model
+
+
+def load_classifier(source: str, **options: Any) -> PreTrainedModel:
+    """A sequence classifier as it is; an adapter of one (``SEQ_CLS``) is merged into its base.
+
+    Args:
+        source: a folder or hub id.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        OSError, ValueError: there is none, or it cannot be read, or is an adapter of another model.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    adapter = find_adapter(source)
+    if adapter is None:
+        return AutoModelForSequenceClassification.from_pretrained(source, **options)
+    with _quiet_about_missing_weights():
+        # The base may be a causal language model, which does not say how many outputs there are.
+        return load_merged(adapter, AutoModelForSequenceClassification, num_labels=1, **options)
 
 
 def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:

@@ -158,7 +158,7 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "math:sqrt", "eval_steps": 0}, "eval_steps"),
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
-        ({"pipeline": True, "sft_options": '{"use_peft": true}'}, "expected no 'use_peft'"),
+        ({"pipeline": True, "reward_options": '{"use_peft": true}'}, "expected no 'use_peft'"),
     ],
     ids=["no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "peft"],
 )

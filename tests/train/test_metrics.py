@@ -192,6 +192,8 @@ def test_nothing_waits_for_the_device_between_logged_rows(make_trainer, pairs, m
         data=pairs(32), max_steps=8, logging_steps=8, logging_nan_inf_filter=False,
         tokens_per_pack=30, impl="recompute",  # the single pass looks at its numbers, on CPU only
     )  # fmt: skip
+    # The targets are looked at on CPU only, too.
+    monkeypatch.setattr("fastdaa.validation._check_ids", lambda *_: None)
     reads = []
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         method = getattr(torch.Tensor, name)
@@ -285,3 +287,10 @@ def test_the_clock_starts_with_the_first_batch():
     assert throughput.since == since
     throughput.restart()
     assert throughput.since is None
+
+
+def test_the_row_of_a_short_run_has_the_exact_kl(make_trainer):
+    trainer = make_trainer(max_steps=2, logging_steps=10)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert row["step"] == 2 and row["kl/token"] > 0

@@ -123,7 +123,10 @@ def _measure(
 
     pairs = load_pairs(options.dataset, split=options.dataset_split)
     source = checkpoints[-1].folder
-    reference = options.ref_model or default_reference(checkpoints[-1])
+    reference = options.ref_model
+    if reference is None:
+        reference = default_reference(checkpoints[-1])
+        print(f"reference: {reference}, the base model of the adapter")
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(source, reference))
     finished = FinishedRun(
         record, reference, tokenizer, pairs, _settings(options),
@@ -141,10 +144,12 @@ def _measure(
 
 def _tokenizer_folder(checkpoint: Path, reference: str) -> str:
     """The checkpoint's own tokenizer, else its output folder's, else the reference's."""
+    from fastdaa.train.adapter_files import tokenizer_source
+
     for folder in (checkpoint, checkpoint.resolve().parent):
         if (folder / "tokenizer_config.json").is_file():
             return str(folder)
-    return reference
+    return tokenizer_source(reference)
 
 
 def _column(given: str) -> tuple[str, Any]:

@@ -18,10 +18,11 @@ from fastdaa.study.track.prompts import PromptSet, held_out_prompts
 from fastdaa.study.track.record import RunRecord
 from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.settings import TrackSettings
-from fastdaa.train.adapters import check_adapters
+from fastdaa.train.adapter_files import find_adapter, load_causal_lm
 from fastdaa.train.backbone import install_head_task
 from fastdaa.train.prepare import check_head
 from fastdaa.train.references import ModelReference, check_reference
+from fastdaa.train.run_record import read_record
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -64,7 +65,8 @@ def default_reference(checkpoint: Checkpoint) -> str:
     """The base model of an adapter.
 
     Raises:
-        ValueError: the checkpoint is a whole model, which does not say where it started.
+        ValueError: the checkpoint is a whole model, which does not say where it started, or an
+            adapter that was trained with another reference.
     """
     assert checkpoint.folder is not None
     path = checkpoint.folder / _ADAPTER
@@ -73,29 +75,26 @@ def default_reference(checkpoint: Checkpoint) -> str:
             f"ref_model: expected the model that the training started from, got none; "
             f"{checkpoint.folder} does not say it"
         )
-    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    run = read_record(checkpoint.folder)
+    facts = {} if run is None else run.facts
+    if facts.get("reference", facts.get("base model")) != facts.get("base model"):
+        raise ValueError(
+            f"ref_model: expected the model or adapter that the training started from, got none; "
+            f"{checkpoint.folder} was not compared with its base model alone"
+        )
+    adapter = find_adapter(str(checkpoint.folder))
+    assert adapter is not None
+    return adapter.base
 
 
 def load_policy(source: str | Path, dtype: str, device: Any) -> nn.Module:
     """A causal language model, or an adapter on its base model, ready to be measured.
 
     Raises:
-        OSError: it cannot be loaded.
+        OSError, ValueError: it cannot be loaded.
         ImportError: an adapter, and PEFT is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
-    source = Path(source)
-    if (source / _ADAPTER).is_file():
-        from peft import PeftConfig, PeftModel
-
-        base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
-        model: Any = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(base, dtype=dtype), str(source)
-        )
-        check_adapters(model)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+    model: Any = load_causal_lm(str(source), trainable=False, dtype=dtype)
     model = model.to(device).eval().requires_grad_(False)
     check_head(model)
     install_head_task(model)

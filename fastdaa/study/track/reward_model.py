@@ -32,12 +32,15 @@ class RewardModel:
     column = "reward"
 
     def __init__(self, path: str, *, device: Any = "cpu", batch_size: int = 16):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from fastdaa.train.adapter_files import tokenizer_source
+        from fastdaa.train.reward_models import load_classifier
 
         self.label = path
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto")
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(path))
+            model = load_classifier(path, dtype="auto")
         except Exception as error:
             raise ScorerError(
                 f"reward: expected module:function, path/to/file.py:function, or a sequence "

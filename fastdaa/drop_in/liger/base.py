@@ -1,0 +1,72 @@
+"""Arguments and results that all of the losses share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastdaa.drop_in.liger.shifted_pairs import (
+    check_hidden_states,
+    mean_logit,
+    select_shifted_pairs,
+    token_means,
+)
+from fastdaa.head import LmHead
+from fastdaa.losses import Objective, implicit_rewards, sft
+from fastdaa.outputs import PairLogps, TokenSelection
+
+Result = tuple[Tensor, tuple[Tensor, ...]]
+"""The loss, and the tuple of other results."""
+
+
+class LinearPreferenceLoss(nn.Module):
+    """What the four losses share; attributes may be changed between calls, as with Liger."""
+
+    def __init__(
+        self,
+        ignore_index: int,
+        beta: float,
+        compute_nll_loss: bool,
+        compiled: bool,
+        chunk_size: int,
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.beta = ignore_index, beta
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled, self.chunk_size = compiled, chunk_size
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training"
+        )
+
+    def _with_nll(self, loss: str, alpha: float, **hyperparameters: object) -> Objective:
+        """``loss`` and, if wanted, ``alpha`` times the likelihood of the chosen completions."""
+        names, weights = [loss], [1.0]
+        if self.compute_nll_loss:
+            names, weights = [loss, "sft"], [1.0, alpha]
+        return Objective.parse(names, weights=weights, beta=self.beta, **hyperparameters)
+
+    def _select(self, hidden_states: Tensor, target: Tensor) -> TokenSelection:
+        selection = select_shifted_pairs(target, self.ignore_index)
+        check_hidden_states("_input", hidden_states, target)
+        return selection.to(hidden_states.device)
+
+    def _results(
+        self,
+        hidden_states: Tensor,
+        head: LmHead,
+        sums: PairLogps,
+        means: bool,
+        ref: PairLogps | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs, mean logits, likelihood term and rewards, from detached sums."""
+        shown = token_means(sums) if means else sums
+        chosen, rejected = hidden_states.chunk(2)
+        nll = sft(sums, None).mean() if self.compute_nll_loss else sums.chosen.new_zeros(())
+        return (
+            shown.chosen, shown.rejected, mean_logit(chosen, head), mean_logit(rejected, head), nll,
+            *implicit_rewards(shown, ref, self.beta),
+        )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Liger's batches: ``[all chosen; all rejected]``, targets shifted by the caller."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdaa.head import LmHead
+from fastdaa.logps import head_logps, pair_logps, sequence_logps
+from fastdaa.outputs import PairLogps, TokenSelection
+from fastdaa.validation import check_floating, check_head_inputs, check_indices, check_shape
+
+
+def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
+    """Select the scored tokens of ``target [2B, T]`` int64, pair by pair.
+
+    Unlike :func:`fastdaa.select_pairs`, position ``t`` of a row is predicted by the hidden state at
+    position ``t``, and ``ignore_index`` may be any number. Costs one host synchronisation on a
+    device.
+
+    Raises:
+        TypeError, ValueError: a target that is not int64 of two dimensions, or an odd number of
+            rows.
+    """
+    check_indices("target", target, tuple(getattr(target, "shape", ())))
+    if target.ndim != 2 or target.shape[0] % 2 or not target.shape[0]:
+        raise ValueError(
+            f"target: expected shape [2B, T], all chosen and then all rejected, got "
+            f"{list(target.shape)}"
+        )
+    sequences, width = target.shape
+    order = torch.arange(sequences, device=target.device).view(2, -1).T.reshape(-1)
+    ordered = target.index_select(0, order)
+    scored = ordered != ignore_index
+    sequence, position = scored.nonzero(as_tuple=True)
+    lengths = scored.sum(dim=1)
+    rows = order[sequence] * width + position
+    return TokenSelection(rows, ordered[scored], lengths, tuple(lengths.tolist()))
+
+
+def check_hidden_states(name: str, hidden_states: Tensor, target: Tensor) -> None:
+    """Raise unless ``hidden_states`` are floating-point ``[2B, T, D]`` for ``target [2B, T]``."""
+    check_floating(name, hidden_states)
+    check_shape(name, hidden_states, (*target.shape, hidden_states.shape[-1]))
+
+
+def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> PairLogps:
+    """Summed log-probs of the pairs of ``hidden_states [2B, T, D]``; differentiable.
+
+    Raises:
+        TypeError, ValueError: tensors that do not fit together.
+    """
+    rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
+    check_head_inputs(rows, head.weight, selection.targets, head.bias)
+    logps = head_logps(rows, head, selection.targets)
+    return pair_logps(sequence_logps(logps, selection.lengths), selection.lengths)
+
+
+def token_means(sums: PairLogps) -> PairLogps:
+    """Per-token means in place of the sums; 0 for an empty completion."""
+    return sums._replace(
+        chosen=sums.chosen / sums.chosen_lengths.clamp(min=1),
+        rejected=sums.rejected / sums.rejected_lengths.clamp(min=1),
+    )
+
+
+def detached(sums: PairLogps) -> PairLogps:
+    """The same without gradient."""
+    return sums._replace(chosen=sums.chosen.detach(), rejected=sums.rejected.detach())
+
+
+@torch.no_grad()
+def mean_logit(hidden_states: Tensor, head: LmHead) -> Tensor:
+    """Mean logit over all positions of ``hidden_states [B, T, D]`` and the whole vocabulary.
+
+    Scored or not, every position counts, as with Liger. The sum over the vocabulary is taken on the
+    weight, so no logits are needed.
+    """
+    dtype = torch.promote_types(torch.float32, hidden_states.dtype)
+    mean = hidden_states.mean(dim=(0, 1), dtype=dtype)
+    total = mean @ head.weight.sum(dim=0, dtype=dtype)
+    if head.bias is not None:
+        total = total + head.bias.sum(dtype=dtype)
+    return total / head.width

@@ -1,0 +1,110 @@
+"""Tiny models, pairs and TRL trainers on them, the same for TRL's class and for ours."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+WORDS = [f"w{i}" for i in range(40)]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+@pytest.fixture(scope="session")
+def trl() -> Any:
+    """The package, if it is one that the drop-in trainer fits."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    version = importlib.metadata.version("trl")
+    if version.split(".")[:2] != ["1", "16"]:
+        pytest.skip(f"fastdaa.drop_in.trl fits TRL 1.16, not {version}")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import trl
+        from trl import DPOConfig, DPOTrainer  # noqa: F401 - loaded here, where warnings are off
+    return trl
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a word, ``w0`` to ``w39``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def texts() -> Dataset:
+    """12 pairs of many lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(longest: int) -> str:
+        length = int(torch.randint(1, longest, (), generator=generator))
+        picked = torch.randint(len(WORDS), (length,), generator=generator).tolist()
+        return " ".join(WORDS[i] for i in picked)
+
+    return Dataset.from_list(
+        [{"prompt": text(9), "chosen": " " + text(9), "rejected": " " + text(9)} for _ in range(12)]
+    )
+
+
+@pytest.fixture(scope="session")
+def new_model() -> Callable[..., transformers.PreTrainedModel]:
+    """``new_model(family="Llama", seed=0, **config)``: equal calls, equal weights."""
+
+    def build(
+        family: str = "Llama", seed: int = 0, **overrides: Any
+    ) -> transformers.PreTrainedModel:
+        sizes = {
+            "vocab_size": len(WORDS) + len(SPECIAL), "hidden_size": 16, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "max_position_embeddings": 64, "initializer_range": 0.3, "tie_word_embeddings": False,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
+        config = getattr(transformers, f"{family}Config")(**{**sizes, **overrides})
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+    return build
+
+
+@pytest.fixture
+def make_dpo(
+    trl: Any,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    texts: Dataset,
+    new_model: Callable[..., transformers.PreTrainedModel],
+    tmp_path: Path,
+) -> Callable[..., Any]:
+    """``make_dpo(trainer_class, model=None, settings={}, **options)``: a trainer on 12 pairs."""
+
+    def make(trainer_class: Any, model: Any = None, settings: Any = None, **options: Any) -> Any:
+        config = {
+            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "beta": 0.3,
+            "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none",
+            "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+            "dataloader_pin_memory": False, "disable_tqdm": True,
+            "train_sampling_strategy": "sequential", **(settings or {}),
+        }  # fmt: skip
+        return trainer_class(
+            new_model() if model is None else model,
+            args=trl.DPOConfig(**config),
+            **{"train_dataset": texts, "processing_class": tokenizer, **options},
+        )
+
+    return make
