@@ -109,6 +109,14 @@ def test_bad_input_is_named_when_the_graph_runs(same_compiled):
         module(torch.randn(4, 3, D), weight, torch.randint(0, V, (4, 3)))
 
 
+@pytest.mark.parametrize("call", [token_logps, lambda h, w, t: token_stats(h, LmHead(w), t)[0]])
+def test_wrong_token_ids_are_named_when_the_graph_runs(same_compiled, call):
+    hidden, weight, _ = tensors(trained=False)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="targets: expected token ids from 0 to 32, got 33"):
+        compiled(hidden.detach(), weight, torch.full((N,), V))
+
+
 def test_operators_pass_the_library_check():
     """torch.library.opcheck: schema, fake implementation, autograd registration."""
     hidden, weight, bias = tensors(bias=True)

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdaa import LmHead, Objective, PairLogps, TokenSelection, kept, memory, pair_loss, tiles
+from fastdaa import (
+    LmHead,
+    Objective,
+    PairLogps,
+    TokenSelection,
+    engines,
+    kept,
+    memory,
+    pair_loss,
+    tiles,
+)
 from fastdaa.single_pass import plan_loss
 from fastdaa.train.completion_loss import completion_loss
 
@@ -178,6 +188,32 @@ def test_rows_without_a_coefficient_leave_the_products(half_factors, in_chunks, 
     assert (grads[0][~active] == 0).all() and grads[0][active].any(1).all()
     _, grads = run(leaves, selection, Linear(), ref_logps=torch.zeros(8), engine=engine)
     assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunks"])
+def test_slices_of_the_rows_that_remain_give_the_same(
+    half_factors, in_chunks, monkeypatch, chunked
+):
+    half_factors(torch.bfloat16)
+    if chunked:
+        in_chunks()
+    leaves, selection = tensors(torch.bfloat16, bias=True)
+    ref = torch.tensor([0.0, 0.5, 1.0, 0.0, -1.0, 2.0, 0.0, 0.0])
+    _, expected = run(leaves, selection, Linear(), ref_logps=ref)
+    for module in (tiles, engines):
+        monkeypatch.setattr(module, "PRODUCT_BYTES", 2 * V * 2)  # two rows of logits
+    monkeypatch.setattr(tiles, "_SLICE_ROWS", 3)
+    _, grads = run(leaves, selection, Linear(), ref_logps=ref)
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
+
+
+def test_rows_move_to_the_front_in_place(monkeypatch):
+    tile, rows = torch.randn(9, 5), torch.tensor([0, 2, 3, 7, 8])
+    want = tile[rows]
+    monkeypatch.setattr(engines, "PRODUCT_BYTES", 2 * 5 * 4)  # two rows
+    moved = engines.move_to_front(tile, rows)
+    assert torch.equal(moved, want) and moved.data_ptr() == tile.data_ptr()
 
 
 @pytest.mark.parametrize("counts", [(4, 0, 0, 3), (0, 0, 0, 0)], ids=str)

@@ -27,9 +27,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     scored by two different heads.
 
     So every loss of TRL works, with ``ld_alpha``, f-divergences, precomputed reference log-probs, a
-    ``ref_model`` of its own, synchronised references, PEFT adapters and reference adapters. With U =
-    2 x scored tokens x vocabulary x hidden size FLOP, the head takes 1U without gradient, 2U frozen,
-    as under LoRA (TRL's 3U), and 4U trained.
+    ``ref_model`` of its own, synchronised references, PEFT adapters and reference adapters. Where
+    ``U = 2 x scored tokens x vocabulary x hidden size`` FLOP, the head takes 1U without gradient,
+    2U frozen, as under LoRA (TRL's takes 3U), and 4U trained.
 
     Args:
         args, kwargs: those of ``trl.DPOTrainer``.
