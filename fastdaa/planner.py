@@ -155,8 +155,7 @@ def plan_head(
             until the Triton kernels have been measured on a GPU.
         max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
             Sums that a path cannot do without count first (``auto`` takes no single pass that
-            takes more); tiles of logits get the rest, a quarter of it at least, so that no batch is
-            too long.
+            takes more); tiles get the rest, a quarter of it at least, so that no batch is too long.
         tokens: ``N`` scored tokens of the batch; 0 if not known.
         hidden_size: ``D``; 0 if not known, and sums are not counted.
         operand: dtype of the factors of the products. bf16 gradients of logits are kept until
@@ -169,6 +168,7 @@ def plan_head(
         sharded: the head is a slice of the vocabulary.
 
     Raises:
+        TypeError: a size or budget that is no integer.
         ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, or a budget
             below one row of logits.
         ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
@@ -179,10 +179,10 @@ def plan_head(
     size = CallSize(
         vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats, sparse
     )
+    _check_sizes(size, max_bytes)
+    on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
-    on_cpu = device.type == "cpu"
     whole = loss_inside and tokens > 0 and not sharded
-    name = "torch" if engine == "auto" else engine
     whole = whole and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
     path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
@@ -201,6 +201,18 @@ def plan_head(
     compared = divergence and chosen == "torch"
     tiles = tiles_for("divergence" if compared else path, wanted=(hidden_grad, head_grad))
     return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu, divergence)
+
+
+def _check_sizes(size: CallSize, max_bytes: int | None) -> None:
+    least = {"vocab_size": (size.width, 1), "tokens": (size.tokens, 0)}
+    least |= {"hidden_size": (size.hidden_size, 0)}
+    if max_bytes is not None:
+        least["max_bytes"] = (max_bytes, 0)
+    for name, (value, low) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if value < low:
+            raise ValueError(f"{name}: expected {low} or more, got {value}")
 
 
 def _obstacle(tiles: Tiles, size: CallSize, on_cpu: bool, max_bytes: int | None) -> str:

@@ -71,6 +71,22 @@ def test_a_path_that_cannot_serve_raises(call, message):
         plan(**call)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(
+            {"max_bytes": 2e9}, TypeError, "max_bytes: expected an integer, got 2000", id="f"
+        ),
+        pytest.param({"tokens": -5}, ValueError, "tokens: expected 0 or more, got -5", id="tokens"),
+        pytest.param({"vocab_size": 0}, ValueError, "vocab_size: expected 1 or more", id="vocab"),
+        pytest.param({"hidden_size": True}, TypeError, "hidden_size: expected an int", id="bool"),
+    ],
+)
+def test_sizes_that_are_none(call, error, message):
+    with pytest.raises(error, match=message):
+        plan(**call)
+
+
 KEPT = (2 << 30) // (2 * V)  # tokens whose half-precision gradients take 2 GiB
 CHUNK = KEPT // 256 * 256  # rows that fill the tiles of products
 
