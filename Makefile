@@ -63,17 +63,17 @@ $(DEV_READY): $(TEST_READY) requirements/dev.txt
 	@touch $@
 
 $(BENCH_READY): $(TEST_READY) requirements/bench.txt
-	@echo "[setup bench] liger-kernel, cut-cross-entropy"
+	@echo "[setup peers] liger-kernel, cut-cross-entropy"
 	@$(PIP_INSTALL) --no-deps -r requirements/bench.txt
 	@touch $@
 
 demo: $(TEST_READY) ## a small over-optimisation sweep, its law and its page (under five minutes)
 	@$(BIN)/python -m fastdaa.cli demo
 
-test: $(TEST_READY) ## every test that needs no GPU
+test: $(BENCH_READY) ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
-test-fast: $(TEST_READY) ## the same without the slow ones
+test-fast: $(BENCH_READY) ## the same without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_FLAGS)
 
 lint: $(DEV_READY) ## ruff, its formatter as a check, and mypy
