@@ -61,8 +61,8 @@ def main(options: dict[str, Any]) -> None:
     trainer.add_callback(callback)
     trainer.train()
     if torch.distributed.is_initialized():
-        # Its threads would abort a process that ends while they run, and with meshes of FSDP2 now and
-        # then do after that, too: what is tested is done, so the interpreter is not wound up.
+        # Its threads would abort a process that ends while they run, and with FSDP2's meshes do so
+        # now and then even after this: all is done, so the interpreter is not wound up.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
