@@ -185,10 +185,7 @@ def plan_head(
     whole = loss_inside and tokens > 0 and not sharded
     whole = whole and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
-    path, reason = _choose(hidden_grad, head_grad, loss_inside, coupled)
-    if impl not in ("auto", path):
-        _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
-        path, reason = impl, "asked for"
+    path, reason = _choose(impl, hidden_grad, head_grad, loss_inside, coupled)
     chosen, engine_reason = _choose_engine(engine, path, device)
     tiles_for = partial(
         plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
@@ -270,6 +267,17 @@ def _check_triton(engine: str, path: str, device: torch.device) -> None:
 
 
 def _choose(
+    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
+) -> tuple[str, str]:
+    """The cheapest path that can serve, or the one that is asked for; and why."""
+    path, reason = _cheapest(hidden_grad, head_grad, loss_inside, coupled)
+    if impl in ("auto", path):
+        return path, reason
+    _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
+    return impl, "asked for"
+
+
+def _cheapest(
     hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
 ) -> tuple[str, str]:
     if not (hidden_grad or head_grad):
