@@ -1,11 +1,7 @@
 """Known failures of fused heads, one test a failure. The numbers are those of our survey of peers.
 
-Not here, because they need what a CPU has not:
-12b TF32 in fp32 products, 13 offsets beyond 2^31 and grids beyond 65535, 14 scalars under
-torch.compile, 15 launches on another device than the current one: a GPU and the Triton kernels.
-19b weights that are DTensors or gathered for backward: several processes.
-22 sequence boundaries that count padding: the packing of the collator, see test_data_packing.py.
-18 adapters on the head and 19 empty sharded weights: see test_head.py.
+13, 14, 15, 18, 19 and 22 are in ``test_catalogue_around.py``. TF32 in fp32 products (12), which needs
+a GPU, is the caller's choice, see docs/head.md.
 
 Products of half-precision factors with fp32 results exist on GPUs only; the fixture
 ``half_factors`` is an exact model of them.

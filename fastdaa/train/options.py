@@ -54,7 +54,10 @@ class HeadOptions:
     )
     head_max_bytes: int | None = field(
         default=None,
-        metadata={"help": "Bytes of fp32 logits held at a time. Default: the device's."},
+        metadata={
+            "help": "Bytes that the head may take beyond its inputs and gradients. Default: the "
+            "device's."
+        },
     )
 
     def check_head(self) -> None:
