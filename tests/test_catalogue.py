@@ -1,7 +1,7 @@
 """Known failures of fused heads, one test a failure. The numbers are those of our survey of peers.
 
-13, 14, 15, 18, 19 and 22 are in ``test_catalogue_around.py``. TF32 in fp32 products (12), which needs
-a GPU, is the caller's choice, see docs/head.md.
+13, 14, 15, 18, 19 and 22 are in ``test_catalogue_around.py``. TF32 in fp32 products (12), which
+needs a GPU, is the caller's choice, see docs/head.md.
 
 Products of half-precision factors with fp32 results exist on GPUs only; the fixture
 ``half_factors`` is an exact model of them.
