@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from fastdaa import (
     LmHead,
@@ -21,6 +20,7 @@ from fastdaa import (
     pair_loss,
     tiles,
 )
+from fastdaa.benchmarks.measure import measure_peak
 from fastdaa.single_pass import plan_loss
 from fastdaa.train.completion_loss import completion_loss
 
@@ -296,18 +296,6 @@ def test_the_loss_of_completions_takes_this_way(half_factors, in_chunks):
         assert relative(got, want.double()) < 8e-3
 
 
-def peak_bytes(call) -> int:
-    """The most that ``call()`` holds at a time beyond what was there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
     """Chunks of pairs hold an fp32 sum of the weight's gradient as well: 2 MiB here."""
     half_factors(torch.bfloat16)
@@ -336,7 +324,7 @@ def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
     forward()
     small, rows = 128 << 10, 2 * leaves[0].numel()
     # The model rounds a product before it widens it: half a tile more.
-    assert peak_bytes(forward) - plan.kept_bytes < rows + 1.5 * plan.tile_bytes + small
+    assert measure_peak(forward, "cpu")[1] - plan.kept_bytes < rows + 1.5 * plan.tile_bytes + small
     outputs.clear()
-    extra = peak_bytes(step) - sum(2 * g.numel() for g in grads)
+    extra = measure_peak(step, "cpu")[1] - sum(2 * g.numel() for g in grads)
     assert extra - plan.kept_bytes < 2 * rows + 1.5 * tiles.PRODUCT_BYTES + small
