@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,6 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "pairs_en_300.jsonl.gz"
 
 torch.set_num_threads(1)
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: those of tests
+# are sent it and must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
@@ -126,7 +131,8 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
 
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         seen.update((a.dtype, b.dtype))
-        return a.float() @ b.float()
+        result = a.float() @ b.float()
+        return result if out is None else out.copy_(result)
 
     def add_half_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.add_(product(a, b))

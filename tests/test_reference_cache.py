@@ -156,7 +156,7 @@ def test_two_processes_one_of_them_killed(tmp_path: Path, caplog: pytest.LogCapt
     try:
         assert endless.stdout is not None
         written = [int(endless.stdout.readline()) for _ in range(5)]
-        finite.communicate(timeout=60)
+        finite.communicate(timeout=180)
     finally:
         endless.kill()
         endless.communicate()

@@ -83,7 +83,7 @@ def worker(port, folder, rank):
     rank = int(rank)
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=180))
     outcome = {name: (run(case, rank), run(case, rank)) for name, case in CASES.items()}
     for name, group in zip(COMPILED, (None, dist.new_group([0, 1]), None), strict=True):
         outcome[name] += (run(CASES[name], rank, group, compiled=True),)
@@ -99,7 +99,7 @@ def outcomes(tmp_path_factory):
         port = s.getsockname()[1]
     command = [sys.executable, __file__, str(port), str(folder)]
     workers = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -216,7 +216,7 @@ def test_interruption_keeps_rounds_and_cleans_up(toy: Path, tmp_path: Path) -> N
         while not marks.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert "interrupted" in said
     assert row_of(output)["ratio"] is not None

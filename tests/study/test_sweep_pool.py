@@ -103,7 +103,7 @@ def test_ctrl_c_and_going_on(tmp_path):
         if line.startswith("runs 2/6"):
             os.killpg(process.pid, signal.SIGINT)
             break
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=300)
     text = "".join(lines) + rest
     assert process.returncode == 130, text
     assert "Traceback" not in text and "leaked" not in text

@@ -222,16 +222,23 @@ def test_time_of_an_evaluation_is_not_the_trainings(make_trainer, pairs, monkeyp
         data=pairs(8), eval_dataset=pairs(4), max_steps=2, logging_steps=2, eval_strategy="steps",
         eval_steps=1,
     )  # fmt: skip
-    prediction_step = trainer.prediction_step
+    clock = 1.0
 
-    def slow(*args, **kwargs):
-        time.sleep(0.5)
-        return prediction_step(*args, **kwargs)
+    def takes(seconds, step):
+        def timed(*args, **kwargs):
+            nonlocal clock
+            result = step(*args, **kwargs)
+            clock += seconds
+            return result
 
-    monkeypatch.setattr(trainer, "prediction_step", slow)
+        return timed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(trainer, "training_step", takes(0.25, trainer.training_step))
+    monkeypatch.setattr(trainer, "prediction_step", takes(100.0, trainer.prediction_step))
     trainer.train()
     row = next(row for row in trainer.state.log_history if "loss" in row)
-    assert 8 / row["throughput/pairs_per_second"] < 0.5
+    assert row["throughput/pairs_per_second"] == pytest.approx(8 / 0.5)
 
 
 def read(store):

@@ -42,7 +42,7 @@ def run(folder, out, ranks, **options):
         )
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
     finally:
         for process in processes:
