@@ -88,20 +88,25 @@ def test_flash_attn_call(pretend_cuda, window, softcap):
 
 @pytest.mark.parametrize("lengths", [RAGGED, ((3, 4, 0), (60, 1, 0))], ids=["shared", "packed"])
 @pytest.mark.parametrize("window", [None, 7])
-def test_torch_varlen_call(pretend_cuda, window, lengths):
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "repeated"])
+def test_torch_varlen_call(pretend_cuda, window, lengths, grouped):
+    """PyTorch 2.11 has no ``enable_gqa``: the heads of the keys are repeated."""
     real = segment_backends.torch_varlen()
     if real is None:
-        pytest.skip("this PyTorch has no varlen_attn with windows and grouped heads")
+        pytest.skip("this PyTorch has no varlen_attn with a scale and windows")
 
     def kernel(*args, **kwargs):
         given = inspect.signature(real).bind(*args, **kwargs).arguments
         assert given["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
-        assert given["enable_gqa"]
+        assert given.get("enable_gqa", False) == grouped
+        heads = {given[name].shape[1] for name in ("query", "key", "value")}
+        assert len(heads) == (2 if grouped else 1)
         q, k, v = given["query"], given["key"], given["value"]
         cu_q, cu_k = given["cu_seq_q"], given["cu_seq_k"]
         return documented_varlen(q, k, v, cu_q, cu_k, given["scale"], given["window_size"][0])
 
     pretend_cuda.setattr(segment_backends, "torch_varlen", lambda: kernel)
+    pretend_cuda.setattr(segment_backends, "varlen_groups_heads", lambda _: grouped)
     check_varlen("torch_varlen", window, lengths=lengths)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,8 +41,9 @@ class Trial:
     path: str
     contender: str
     status: str
-    """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time before it had
-    begun to run, which says nothing about it."""
+    """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time with less
+    than a third of it to run in, or out of memory beside the others, which says nothing about it.
+    """
     seconds: float
     said: list[str]
     """The last lines of what it printed."""
@@ -90,16 +92,24 @@ def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
         killer = threading.Timer(options.seconds, process.kill)
         killer.start()
         assert process.stdout is not None
-        said = [line.rstrip() for line in deque(process.stdout, _TAIL_LINES) if line.strip()]
+        said, running = deque[str](maxlen=_TAIL_LINES), math.inf
+        for line in filter(None, map(str.rstrip, process.stdout)):
+            said.append(line)
+            if line.startswith(_RUNS):
+                running = min(running, time.monotonic())
         code = process.wait()
-        hung = not killer.is_alive() and code < 0
+        late = not killer.is_alive() and code < 0
         killer.cancel()
     status = {0: "ok", _ABSENT: "absent"}.get(code, "failed")
-    if hung:
-        status = "hung" if any(line.startswith(_RUNS) for line in said) else "unfinished"
-    if code < 0 and not hung:
+    if late:
+        # Imports and compilers of all at once are slow; a kernel that hangs takes what is left.
+        enough = time.monotonic() - running > options.seconds / 3
+        status = "hung" if enough else "unfinished"
+    elif code < 0:
         said.append(f"ended by signal {-code}")
-    return Trial(path, name, status, round(time.monotonic() - began, 1), said)
+    elif status == "failed" and any("out of memory" in line for line in said):
+        status = "unfinished"
+    return Trial(path, name, status, round(time.monotonic() - began, 1), list(said))
 
 
 def try_one(path: str, name: str, size: str, device: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fastdaa import __version__
 from fastdaa.benchmarks.step.cases import Case
 
 
@@ -41,7 +42,9 @@ class Contender:
         Raises:
             importlib.metadata.PackageNotFoundError: it is not installed.
         """
-        own = f"{self.library} {version(self.library)}"
+        # fastdaa runs from a checkout, too, which has no metadata.
+        number = __version__ if self.library == "fastdaa" else version(self.library)
+        own = f"{self.library} {number}"
         return f"{own}, liger-kernel {version('liger-kernel')}" if self.liger else own
 
     def absence(self, case: Case, device: str) -> str | None:

@@ -142,6 +142,12 @@ def _run_torch_varlen(
 ) -> Tensor:
     # (-1, 0) is PyTorch's spelling of causal, aligned to the bottom right as in flash-attn.
     kernel: Any = torch_varlen()
+    options: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and varlen_groups_heads(kernel):
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     return kernel(
         query,
         key,
@@ -152,7 +158,7 @@ def _run_torch_varlen(
         max_k,
         scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
 
 
@@ -168,13 +174,19 @@ def flash_attn_varlen() -> Callable[..., Any] | None:
 
 @lru_cache(maxsize=1)
 def torch_varlen() -> Callable[..., Any] | None:
-    """``torch.nn.attention.varlen.varlen_attn`` if it takes windows and grouped heads."""
+    """``torch.nn.attention.varlen.varlen_attn`` if it takes a scale and windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
+    return varlen_attn if {"scale", "window_size"} <= set(known) else None
+
+
+@lru_cache(maxsize=1)
+def varlen_groups_heads(kernel: Callable[..., Any]) -> bool:
+    """Whether PyTorch's kernel takes fewer heads of keys than of queries; 2.11's does not."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def flash_attn_version() -> tuple[int, ...]:
@@ -223,7 +235,7 @@ def _torch_varlen_obstacle(call: _Call) -> str | None:
     if obstacle:
         return obstacle
     if torch_varlen() is None:
-        return "needs a PyTorch whose varlen_attn takes windows and grouped heads"
+        return "needs a PyTorch whose varlen_attn takes a scale and windows"
     if call.softcap:
         return "has no softcap of the scores"
     return "has no attention dropout" if call.dropout else None

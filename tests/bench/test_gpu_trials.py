@@ -28,10 +28,17 @@ def options(tmp_path: Path, seconds: float = 20.0) -> argparse.Namespace:
         ("echo it is not installed; exit 3", 20.0, "absent", "it is not installed"),
         ("echo run 1 begins; echo 'ptxas: no' >&2; exit 1", 20.0, "failed", "ptxas: no"),
         ("echo run 1 begins; kill -11 $$", 20.0, "failed", "ended by signal 11"),
-        ("echo run 1 begins; exec sleep 30", 1.0, "hung", "run 1 begins"),
+        ("echo run 1 begins; exec sleep 30", 2.0, "hung", "run 1 begins"),
         ("echo importing; exec sleep 30", 1.0, "unfinished", "importing"),
+        (
+            "echo run 1 begins; echo 'CUDA out of memory'; exit 1",
+            20.0,
+            "unfinished",
+            "CUDA out of memory",
+        ),
+        ("sleep 2; echo run 1 begins; exec sleep 30", 2.5, "unfinished", "run 1 begins"),
     ],
-    ids=["ok", "absent", "error", "crash", "hang", "slow-import"],
+    ids=["ok", "absent", "error", "crash", "hang", "slow-import", "shared-memory", "late-start"],
 )
 def test_every_end_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, seconds: float, status: str,
