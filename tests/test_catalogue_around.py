@@ -37,15 +37,16 @@ def launches(monkeypatch):
 
 
 def test_13_rows_that_lie_beyond_an_int32_offset():
-    """Two rows 2^31 entries apart; only the pages that are touched exist."""
-    far = 2**31 + 3
-    z = torch.empty(far + V, dtype=torch.float32).as_strided((2, V), (far, 1))
-    near = torch.randn(2, V)
+    """The last row begins beyond 2^31 entries, though row number and stride are int32 both; only
+    the pages that are touched exist."""
+    far = 2**30 + 3
+    z = torch.empty(2 * far + V, dtype=torch.float32).as_strided((3, V), (far, 1))
+    near = torch.randn(3, V)
     z.copy_(near)
-    targets = torch.tensor([3, 30])
+    targets = torch.tensor([3, 30, 7])
     found, want = take_row_statistics(z, targets), take_row_statistics(near, targets)
     assert torch.equal(found.logps, want.logps) and torch.equal(found.m, want.m)
-    call = (targets, found.m, found.log_s, found.logps, torch.ones(2))
+    call = (targets, found.m, found.log_s, found.logps, torch.ones(3))
     write_row_gradient(z, *call, dtype=torch.float32)
     assert torch.equal(z, write_row_gradient(near, *call, dtype=torch.float32))
 
