@@ -83,6 +83,7 @@ def plan_of(
         tokens=case.tokens, hidden_size=case.hidden,
         operand=getattr(torch, _operand(case, device)), weight_dtype=getattr(torch, case.dtype),
         hidden_dtype=getattr(torch, case.dtype), softcap=case.softcap is not None,
+        selected=case.is_loss,
     )  # fmt: skip
 
 
@@ -131,19 +132,22 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     if plan.kept_whole:
         # A product of the weight's size rounds its results itself.
         return n * d * (4.0 + w + factor)
-    add = 8  # read and written by the product that adds to it
-    if plan.kept_tokens:
-        ends, parts = 4 + (4 + w), math.ceil(n / plan.kept_tokens)
-        total = float(n * d * (ends + add + factor))
-        return total + v * d * (ends + add * parts) * case.wants_head_grad
-    # Filled with zeros; multiplied by the loss's own gradient and rounded in one pass.
-    ends = 4 + (4 + w) * (path == "single_pass" or w != 4)
-    parts = math.ceil(n / plan.tile_rows)
     if path == "frozen":
         return n * d * (16.0 + 4 + w)  # written, normalised, and scaled in backward
-    columns = math.ceil(v / plan.tile_columns) if path == "recompute" else 1
-    total = float(n * d * (ends + add * columns))
-    return total + v * d * (ends + add * parts) * case.wants_head_grad
+    # The first product writes a sum, the others read and write it; it is rounded at the end.
+    add, rounded = 8.0, 4.0 + w
+    if path == "recompute":
+        rounded *= w != 4
+        parts, slices = math.ceil(n / plan.tile_rows), math.ceil(v / plan.tile_columns)
+        # The product of a slice and all tokens rounds its results itself.
+        weight = add * (parts - 1) + rounded if parts > 1 else 0.0
+        return n * d * (add * (slices - 1) + rounded) + v * d * weight * case.wants_head_grad
+    # Rounding brings the loss's own gradient, too. Rows are filled with zeros, in case that some
+    # are left out, and written; where gradients are kept, times their coefficients.
+    parts = math.ceil(n / plan.chunk_tokens)
+    hidden = 4 + rounded + (add + factor) * (plan.kept_tokens > 0)
+    weight = add * (parts - 1) + rounded
+    return n * d * hidden + v * d * weight * case.wants_head_grad
 
 
 def _online(case: Case) -> int:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdaa.divergence import token_divergence, token_kl
-    from fastdaa.head import LmHead, VocabShard
+    from fastdaa.head import LmHead
     from fastdaa.logps import sequence_logps, token_logps, token_stats
-    from fastdaa.losses import LOSSES, Objective, implicit_rewards
+    from fastdaa.losses import LOSSES, Objective, custom_loss, implicit_rewards
     from fastdaa.modules import (
         FusedLinearAPALoss,
         FusedLinearDPOLoss,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastdaa.pair_loss import pair_loss
     from fastdaa.planner import HeadPlan, plan_head
     from fastdaa.selection import select_pairs, select_tokens
+    from fastdaa.vocab_shard import VocabShard
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "TokenStats",
     "VocabShard",
     "__version__",
+    "custom_loss",
     "implicit_rewards",
     "pair_loss",
     "plan_head",
@@ -61,9 +63,9 @@ __all__ = [
 
 _NAMES_OF_MODULES = {
     "divergence": ("token_divergence", "token_kl"),
-    "head": ("LmHead", "VocabShard"),
+    "head": ("LmHead",),
     "logps": ("sequence_logps", "token_logps", "token_stats"),
-    "losses": ("LOSSES", "Objective", "implicit_rewards"),
+    "losses": ("LOSSES", "Objective", "custom_loss", "implicit_rewards"),
     "modules": (
         "FusedLinearAPALoss", "FusedLinearDPOLoss", "FusedLinearIPOLoss", "FusedLinearPairLoss",
         "FusedLinearSLiCLoss",
@@ -72,6 +74,7 @@ _NAMES_OF_MODULES = {
     "pair_loss": ("pair_loss",),
     "planner": ("HeadPlan", "plan_head"),
     "selection": ("select_pairs", "select_tokens"),
+    "vocab_shard": ("VocabShard",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
 

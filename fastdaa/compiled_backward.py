@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdaa.compiled_logps import HeadSettings, present, present_fake, wide_dtype
-from fastdaa.engines import RowState
 from fastdaa.kept import kept_gradients
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
+from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, without_autocast
 
 
@@ -93,7 +93,8 @@ def pair_loss_gradients(
     if m.shape[0]:
         plan = plan_call(
             rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True, stats=stats,
-            sparse=sparse, operand=operand, impl="recompute", engine=engine, max_bytes=max_bytes,
+            sparse=sparse, selected=True, operand=operand, impl="recompute", engine=engine,
+            max_bytes=max_bytes,
         )  # fmt: skip
         logits = Logits(rows, head, operand, plan.engine)
         state = RowState(m, log_s, logps)

@@ -90,7 +90,7 @@ def _divergence(
         max_bytes=max_bytes,
     )  # fmt: skip
     if plan.engine == "fused":
-        values = fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind)
+        values = fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
         return values, values.new_empty(0)
     policy, ref = (
         Logits(hidden_states, head, operand), Logits(ref_hidden_states, ref_head, ref_operand),
@@ -104,13 +104,8 @@ def _is_frozen(hidden_grad: bool, head_grad: bool) -> bool:
 
 
 @_divergence.register_fake
-def _(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden_states: Tensor,
-    ref_weight: Tensor, ref_bias: Tensor | None, softcap: float | None, logit_scale: float,
-    temperature: float, ref_softcap: float | None, ref_logit_scale: float, ref_temperature: float,
-    operand: torch.dtype, ref_operand: torch.dtype, kind: str, engine: str, max_bytes: int | None,
-    hidden_grad: bool, head_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, operand, _, _, _, _, hidden_grad, head_grad = rest
     values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
     shape = hidden_states.shape if _is_frozen(hidden_grad, head_grad) else (0,)
     return values, values.new_empty(shape)

@@ -13,15 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdaa.engines import RowState
 from fastdaa.frozen import logps_and_slopes
-from fastdaa.head import LmHead, VocabShard
+from fastdaa.gradient_sums import Gradients
+from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
-from fastdaa.recompute import Gradients, head_gradients
+from fastdaa.recompute import head_gradients
+from fastdaa.row_passes import RowState
 from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_head_inputs
+from fastdaa.vocab_shard import VocabShard
 
 # Marks an output that this call does not have: an operator's outputs are all tensors.
 _ABSENT = 0
@@ -34,7 +36,8 @@ class HeadSettings(NamedTuple):
     logit_scale: float
     temperature: float
     shard: list[int] | None
-    """First token and size of the vocabulary, or None for a whole head."""
+    """First token, size of the vocabulary, and of the widest slice if it was given; None for a
+    whole head."""
     group: str | None
     """Name of the processes' group, or None for all of them."""
 
@@ -44,7 +47,10 @@ class HeadSettings(NamedTuple):
         shard, group = head.shard, None
         if shard is not None and shard.group is not None:
             group = shard.group.group_name
-        place = None if shard is None else [shard.start, shard.vocab_size]
+        place = None
+        if shard is not None:
+            widest = [] if shard.widest is None else [shard.widest]
+            place = [shard.start, shard.vocab_size, *widest]
         return cls(head.softcap, head.logit_scale, head.temperature, place, group)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> LmHead:
@@ -52,9 +58,9 @@ class HeadSettings(NamedTuple):
         shard = None
         if self.shard is not None:
             resolve: Any = dist.distributed_c10d._resolve_process_group
-            start, vocab_size = self.shard
+            start, vocab_size, *widest = self.shard
             group = None if self.group is None else resolve(self.group)
-            shard = VocabShard(start, vocab_size, group)
+            shard = VocabShard(start, vocab_size, group, *widest)
         return LmHead(weight, bias, *self[:3], shard)
 
 
@@ -66,6 +72,7 @@ def compiled_head_logps(
     impl: str = "auto",
     engine: str = "auto",
     max_bytes: int | None = None,
+    selected: bool = False,
 ) -> Tensor:
     """:func:`fastdaa.logps.head_logps` as one node of a graph.
 
@@ -76,7 +83,7 @@ def compiled_head_logps(
     grad = torch.is_grad_enabled()
     return _logps(
         hidden_states, head.weight, head.bias, targets, *HeadSettings.of(head),
-        operand_dtype(hidden_states, head.weight), impl, engine, max_bytes,
+        operand_dtype(hidden_states, head.weight), impl, engine, max_bytes, selected,
         grad and hidden_states.requires_grad, grad and head.trained,
     )[0]  # fmt: skip
 
@@ -114,6 +121,7 @@ def _logps(
     impl: str,
     engine: str,
     max_bytes: int | None,
+    selected: bool,
     hidden_grad: bool,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +130,7 @@ def _logps(
     check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size)
     plan = plan_call(
         hidden_states, head, wanted=(hidden_grad, head_grad), operand=operand, impl=impl,
-        engine=engine, max_bytes=max_bytes,
+        engine=engine, max_bytes=max_bytes, selected=selected,
     )  # fmt: skip
     absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
     if plan.path == "frozen":
@@ -138,11 +146,9 @@ def _is_frozen(impl: str, hidden_grad: bool, head_grad: bool) -> bool:
 
 @_logps.register_fake
 def _(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    softcap: float | None, logit_scale: float, temperature: float, shard: list[int] | None,
-    group: str | None, operand: torch.dtype, impl: str, engine: str, max_bytes: int | None,
-    hidden_grad: bool, head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, operand, impl, _, _, _, hidden_grad, head_grad = options
     rows, frozen = targets.shape[0], _is_frozen(impl, hidden_grad, head_grad)
     vector = _ABSENT if frozen else rows
     slopes = tuple(hidden_states.shape) if frozen else (_ABSENT,)
@@ -151,11 +157,11 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, bias, targets, *options, impl, engine, max_bytes, _, _ = inputs
+    hidden_states, weight, bias, targets, *options, hidden_grad, head_grad = inputs
     logps, m, log_s, slopes = output
     only_first_differentiable(ctx, output)
-    ctx.options, ctx.dtype = (*options, impl, engine, max_bytes), hidden_states.dtype
-    ctx.frozen = _is_frozen(impl, *inputs[-2:])
+    ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
+    ctx.frozen = _is_frozen(options[-4], hidden_grad, head_grad)
     if ctx.frozen:
         ctx.save_for_backward(slopes)
     else:
@@ -172,7 +178,7 @@ def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 12
+    nothing = (None,) * (ctx.count - 3)
     if coefficients is None:
         return None, None, None, *nothing
     if ctx.frozen:
@@ -205,13 +211,14 @@ def _gradients(
     impl: str,
     engine: str,
     max_bytes: int | None,
+    selected: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     plan = plan_call(
         hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), operand=operand, impl=impl,
-        engine=engine, max_bytes=max_bytes,
+        engine=engine, max_bytes=max_bytes, selected=selected,
     )  # fmt: skip
     grads = head_gradients(
         Logits(hidden_states, head, operand, plan.engine), targets, coefficients,
@@ -222,12 +229,9 @@ def _gradients(
 
 @_gradients.register_fake
 def _(
-    coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None,
-    targets: Tensor, logps: Tensor, m: Tensor, log_s: Tensor, softcap: float | None,
-    logit_scale: float, temperature: float, shard: list[int] | None, group: str | None,
-    operand: torch.dtype, impl: str, engine: str, max_bytes: int | None, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return present_fake((hidden_states, weight, bias), wanted)
+    coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return present_fake((hidden_states, weight, bias), rest[-1])
 
 
 @torch.library.custom_op("fastdaa::token_stats", mutates_args=())
@@ -259,10 +263,9 @@ def _stats(
 
 @_stats.register_fake
 def _(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    softcap: float | None, logit_scale: float, temperature: float, shard: list[int] | None,
-    group: str | None, operand: torch.dtype, engine: str, max_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, operand, _, _ = options
     logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
     return logps, torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps)
 

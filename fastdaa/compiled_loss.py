@@ -10,7 +10,7 @@ synchronisation), so that a batch of other lengths compiles nothing anew.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +122,8 @@ def _pair_loss(
     formula = Objective.by_key(objective)
     plan = plan_call(
         rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
-        coupled=formula.coupled, sparse=formula.sparse, stats=stats, operand=operand, impl=impl,
-        engine=engine, max_bytes=max_bytes,
+        coupled=formula.coupled, sparse=formula.sparse, selected=True, stats=stats, operand=operand,
+        impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     batch = PairBatch(
         TokenSelection(rows, targets, lengths, counts), formula,
@@ -133,7 +133,8 @@ def _pair_loss(
         plan.engine if plan.path == "single_pass" else "torch",
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
-    with _autograd_inside():
+    # A call without gradients leaves autograd alone, which inference mode would not let record.
+    with _autograd_inside() if plan.path != "score" else nullcontext():
         results, kept = _evaluate(logits, batch, plan, (wanted[0], wanted[1], wanted[2]), stats)
     saved = Saved.nothing(rows, weight, operand)
     if any(wanted):
@@ -167,6 +168,8 @@ def _evaluate(
         state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
         logps, kept = state.logps, {"m": state.m, "log_s": state.log_s}
         values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
+    if plan.path == "score":
+        return [batch.losses(logps, batch.everything), logps, *values], {}
     losses, coefficients = batch.evaluate(logps, batch.everything)
     return [losses, logps, *values], kept | {"coefficients": coefficients}
 
@@ -203,13 +206,9 @@ def _saves(impl: str, wanted: list[bool]) -> str:
 
 @_pair_loss.register_fake
 def _(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lengths: Tensor,
-    ref_logps: Tensor | None, ref_token_logps: Tensor | None, completion_lengths: Tensor | None,
-    advantages: Tensor | None, objective: str, totals: list[int] | None,
-    total_tokens: int | None, softcap: float | None, logit_scale: float, temperature: float,
-    shard: list[int] | None, group: str | None, operand: torch.dtype, impl: str, engine: str,
-    max_bytes: int | None, stats: bool, wanted: list[bool],
-) -> _Outputs:  # fmt: skip
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lengths: Tensor, *rest: Any
+) -> _Outputs:
+    *_, operand, impl, _, _, stats, wanted = rest
     tokens, wide = targets.shape[0], wide_dtype(operand)
     shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *[(tokens if stats else 0,)] * 3]
     results = [rows.new_empty(shape, dtype=wide) for shape in shapes]

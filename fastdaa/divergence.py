@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdaa.compiled_divergence import compiled_token_divergence
 from fastdaa.divergence_tiles import (
@@ -21,6 +20,7 @@ from fastdaa.divergence_tiles import (
     fused_divergences,
     plan_divergence,
 )
+from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
 from fastdaa.tiles import Logits
@@ -80,7 +80,7 @@ def token_divergence(
     )  # fmt: skip
     ref_hidden_states, ref_head = ref_hidden_states.detach(), ref_head.detach()
     if plan.engine == "fused":
-        return fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind)
+        return fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
     ref = Logits(ref_hidden_states, ref_head)
     return _Divergence.apply(
         hidden_states, head.weight, head.bias, head.detach(), ref, kind, plan
@@ -119,7 +119,7 @@ class _Divergence(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale where slopes were kept, else both heads' logits once more."""
         hidden_states, weight, bias, slopes = ctx.saved_tensors

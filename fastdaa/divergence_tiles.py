@@ -16,11 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastdaa.engines import logit_slope, scale_tile
+from fastdaa.gradient_sums import Gradients, GradientSums, rounded
 from fastdaa.head import LmHead
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
-from fastdaa.recompute import Gradients, HeadGradients, rounded
+from fastdaa.row_passes import logit_slope, scale_tile
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
 from fastdaa.validation import check_product
 
@@ -89,17 +89,16 @@ def divergence_gradients(
 ) -> Gradients:
     """Gradients of ``sum(coefficients * values)`` by hidden states, weight and bias, from whole
     rows of logits computed again."""
-    grads = HeadGradients.zeros(policy, wanted)
+    grads = GradientSums(policy, wanted)
     factor = GradientFactor(policy, coefficients)
     scaled = factor.scaled(coefficients)
-    columns = slice(0, policy.head.width)
     with without_autocast(policy.hidden_states.device):
         weights = _weights(policy, ref)
         for rows in blocks(coefficients.shape[0], plan.block_rows):
             _, dz = _compare(policy, ref, weights, rows, kind, True)
             assert dz is not None
             dz.mul_(scaled[rows, None])
-            grads.add(dz, factor, policy.rows(rows), weights[0], rows, columns)
+            grads.add(dz, factor, policy.rows(rows), weights[0], rows)
             del dz
     return rounded(grads.finish(), (policy.hidden_states, policy.head.weight, policy.head.bias))
 
@@ -165,19 +164,22 @@ def _by_hidden(policy: Logits, dz: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused_divergences(
-    hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead, kind: str
-) -> Tensor:
+    hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead, kind: str,
+    plan: HeadPlan,
+) -> Tensor:  # fmt: skip
     """From the accumulators of both products: Triton's kernel."""
     from fastdaa.kernels.divergence import HeadOptions, token_divergences
 
     def options(h: LmHead) -> HeadOptions:
         return HeadOptions(h.logit_scale, h.softcap, h.temperature)
 
-    found = token_divergences(
-        hidden_states, head.weight, ref_hidden_states, ref_head.weight,
-        bias=head.bias, ref_bias=ref_head.bias, options=options(head),
-        ref_options=options(ref_head), js=kind == "js",
-    )  # fmt: skip
-    values = getattr(found, kind)
-    assert isinstance(values, Tensor)
-    return values
+    def values(rows: slice) -> Tensor:
+        found = token_divergences(
+            hidden_states[rows], head.weight, ref_hidden_states[rows], ref_head.weight,
+            bias=head.bias, ref_bias=ref_head.bias, options=options(head),
+            ref_options=options(ref_head), js=kind == "js",
+        )  # fmt: skip
+        return getattr(found, kind)
+
+    size = hidden_states.shape[0]
+    return torch.cat([values(rows) for rows in blocks(size, plan.block_rows)] or [values(slice(0))])

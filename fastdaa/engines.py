@@ -1,41 +1,28 @@
 """What happens to a tile of logits between two matrix products, in plain torch or in Triton.
 
 A tile is made from raw products and asked for statistics, for a gradient, or for one after the
-other; it may destroy its memory on the way. ``y = z - m`` is a logit less its row's maximum,
-``log_s`` the log of the sum of ``exp(y)``. The two are kept apart: their sum, the log-sum-exp,
-would swallow ``log_s`` under a large common offset of the logits, and log-probabilities formed
-from it would be wrong.
+other; it may destroy its memory on the way. What statistics are is said in
+:mod:`fastdaa.row_passes`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fastdaa.head import LmHead, VocabShard
-from fastdaa.memory import PRODUCT_BYTES
+from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
-
-# exp(-1e4) is 0 in every dtype; a floor keeps 0 * -inf out of the entropy.
-_FLOOR = -1.0e4
-
-
-class RowState(NamedTuple):
-    """Statistics of rows of logits; all ``[r]`` and wide."""
-
-    m: Tensor
-    """Maximum, or 0 in a row of ``-inf``."""
-    log_s: Tensor
-    """Log of the sum of ``exp(z - m)``."""
-    logps: Tensor
-    """Log-probability of the target."""
-
-    def pick(self, rows: slice | Tensor) -> RowState:
-        """The state of some rows."""
-        return RowState(self.m[rows], self.log_s[rows], self.logps[rows])
+from fastdaa.row_passes import (
+    RowState,
+    finish_logits,
+    logit_gradient,
+    logit_slope,
+    move_to_front,
+    scale_tile,
+    take_statistics,
+)
 
 
 class RowTile(Protocol):
@@ -164,148 +151,3 @@ class TritonTile:
 
 ENGINES: dict[str, type[RowTile]] = {"torch": TorchTile, "triton": TritonTile}
 """Row passes by the name of ``HeadPlan.engine``."""
-
-
-def finish_logits(head: LmHead, z: Tensor, columns: slice) -> Tensor:
-    """Raw products ``[r, c]`` to final logits, in place: bias, scale, cap and temperature."""
-    if head.bias is not None:
-        z += head.bias[columns].to(z.dtype)
-    if head.logit_scale != 1.0:
-        z *= head.logit_scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    if head.temperature != 1.0:
-        z /= head.temperature
-    return z
-
-
-def steepest_slope(head: LmHead) -> float:
-    """The largest size of the derivative of a final logit by its raw product."""
-    return abs(head.logit_scale / head.temperature)
-
-
-def logit_slope(head: LmHead, z: Tensor) -> Tensor | float:
-    """Derivative of the final logits by the raw products, from the final logits ``z``."""
-    factor = head.logit_scale / head.temperature
-    if head.softcap is None:
-        return factor
-    capped = z * (head.temperature / head.softcap)
-    return capped.square_().neg_().add_(1.0).mul_(factor)
-
-
-def take_statistics(
-    z: Tensor, targets: Tensor, stats: bool = False, shard: VocabShard | None = None
-) -> tuple[RowState, TokenStats | None]:
-    """Statistics of whole rows of logits ``z [r, V]``, which become ``exp(z - m)``.
-
-    Where the rows are split over processes: one all-reduce of maxima and one of sums.
-    """
-    first_token = 0 if shard is None else shard.start
-    target, highest = _target_and_maximum(z, targets, shard)
-    # A row of -inf has no maximum to subtract; 0 keeps exp(-inf - m) at 0.
-    m = torch.where(highest == -torch.inf, 0.0, highest)
-    total = z.sum(dim=1) if stats else None
-    y = z.sub_(m[:, None])
-    weighted = y.clamp(min=_FLOOR) if stats else None
-    e, own = y.exp_(), torch.exp(target - m)
-    # The target is left out of the sum: where it is the maximum its 1 would swallow the rest, and
-    # a confident token would have a log-prob and a gradient of 0.
-    set_target(e, targets, 0.0, first_token)
-    rest = _row_sums(e)
-    set_target(e, targets, own, first_token)
-    if weighted is None or total is None:
-        (rest,) = _summed([rest], shard)
-        return _state(rest, own, target, m), None
-    rest, weighted, total = _summed([rest, weighted.mul_(e).sum(dim=1), total], shard)
-    state = _state(rest, own, target, m)
-    entropy = state.log_s - weighted * torch.exp(-state.log_s)
-    top1 = (target >= highest).to(z.dtype)
-    vocab_size = z.shape[1] if shard is None else shard.vocab_size
-    return state, TokenStats(entropy, top1, total / vocab_size)
-
-
-def _target_and_maximum(
-    z: Tensor, targets: Tensor, shard: VocabShard | None
-) -> tuple[Tensor, Tensor]:
-    """Logit of the target and largest logit of every row, both ``[r]``."""
-    highest = z.amax(dim=1)
-    if shard is None:
-        return z.gather(1, targets[:, None])[:, 0], highest
-    inside, local = _local(targets, shard.start, z.shape[1])
-    target = torch.where(inside, z.gather(1, local[:, None])[:, 0], -torch.inf)
-    both = torch.stack([target, highest])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=shard.group)
-    return both[0], both[1]
-
-
-def _summed(parts: list[Tensor], shard: VocabShard | None) -> list[Tensor]:
-    """Sums over the processes that share the rows, in one all-reduce."""
-    if shard is None:
-        return parts
-    packed = torch.stack(parts)
-    dist.all_reduce(packed, group=shard.group)
-    return list(packed)
-
-
-def _state(rest: Tensor, own: Tensor, target: Tensor, m: Tensor) -> RowState:
-    """From the sum of ``exp(z - m)`` without the target, and the target's part ``own`` of it."""
-    log_s = torch.where(own == 1.0, rest.log1p(), (rest + own).log())
-    return RowState(m, log_s, (target - m) - log_s)
-
-
-def _row_sums(tile: Tensor) -> Tensor:
-    """Sums ``[r]`` of the rows of a tile, the same bits whichever rows come with it."""
-    if tile.shape[0] == 1 and tile.device.type == "cpu":
-        # torch splits the sum of a single row over its threads, and so rounds it differently.
-        return tile.expand(2, -1).sum(dim=1)[:1]
-    return tile.sum(dim=1)
-
-
-def _local(targets: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a tile, and where in it (clamped for the others)."""
-    local = targets - first_column
-    return (local >= 0) & (local < width), local.clamp(0, width - 1)
-
-
-def set_target(
-    tile: Tensor, targets: Tensor, values: Tensor | float, first_column: int = 0
-) -> None:
-    """``tile[i, targets[i]] = values[i]`` for the targets inside the tile."""
-    inside, local = _local(targets, first_column, tile.shape[1])
-    column = local[:, None]
-    kept = tile.gather(1, column)[:, 0]
-    tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
-
-
-def logit_gradient(
-    p: Tensor,
-    logps: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    first_column: int,
-    norm: Tensor | None = None,
-) -> Tensor:
-    """In place: probabilities ``p * norm``, ``[r, c]``, to ``coefficients * (onehot - p * norm)``.
-
-    The target's entry is ``-expm1(logp)``: ``1 - p`` would round to 0 for a confident token.
-    """
-    p.mul_(-(coefficients if norm is None else coefficients * norm)[:, None])
-    set_target(p, targets, coefficients * -torch.expm1(logps), first_column)
-    return p
-
-
-def move_to_front(tile: Tensor, rows: Tensor) -> Tensor:
-    """``tile[rows]`` of ascending rows, in the memory of the tile, a cacheful at a time."""
-    size = max(PRODUCT_BYTES // max(tile.element_size() * tile.shape[1], 1), 1)
-    # Rows only move towards the front: none lands on one that is still to be moved.
-    for start in range(0, rows.shape[0], size):
-        part = rows[start : start + size]
-        tile[start : start + part.shape[0]] = tile[part]
-    return tile[: rows.shape[0]]
-
-
-def scale_tile(tile: Tensor, slope: Tensor | float) -> Tensor:
-    """``tile * slope`` in place, skipping the pass over memory where the slope is 1."""
-    if isinstance(slope, Tensor) or slope != 1.0:
-        tile *= slope
-    return tile

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastdaa.engines import steepest_slope
+from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
+from fastdaa.row_passes import steepest_slope
 from fastdaa.score import join
 from fastdaa.tiles import (
     FP16_TARGET,
@@ -45,7 +45,7 @@ class Frozen(torch.autograd.Function):
         return logps, *values
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
         (slopes,) = ctx.saved_tensors

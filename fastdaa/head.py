@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastdaa.validation import check_floating, check_positive, check_shape
+from fastdaa.validation import check_floating, check_number, check_positive, check_shape
+from fastdaa.vocab_shard import VocabShard
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Config fields that hold a factor on the logits, by what the model does with it.
@@ -26,24 +26,7 @@ _SCALE_UNUSED = ("mpt",)
 _NOT_LINEAR = ("electra", "gemma4_assistant", "gemma4_unified_assistant", "prophetnet")
 
 
-@dataclass(frozen=True)
-class VocabShard:
-    """Which tokens the rows of a head are, where every process of a group has a slice of them.
-
-    All processes hold the same hidden states and targets and make the same calls in the same order.
-    Log-probs, losses and gradients of the hidden states come out whole on each of them, gradients
-    of weight and bias are those of its slice.
-    """
-
-    start: int
-    """Token id of the first row."""
-    vocab_size: int
-    """``V`` of all processes together."""
-    group: ProcessGroup | None = None
-    """The processes; None for all."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LmHead:
     """``logits = cap(logit_scale * (hidden_states @ weight.T + bias)) / temperature``.
 
@@ -70,12 +53,10 @@ class LmHead:
         if self.bias is not None:
             check_floating("bias", self.bias)
             check_shape("bias", self.bias, (self.weight.shape[0],))
-        check_positive("softcap", self.softcap)
-        check_positive("temperature", self.temperature)
-        if not isinstance(self.logit_scale, (int, float)) or self.logit_scale == 0.0:
-            raise ValueError(f"logit_scale: expected a number other than 0, got {self.logit_scale}")
+        for name, value in check_settings(self.softcap, self.logit_scale, self.temperature).items():
+            object.__setattr__(self, name, value)
         if self.shard is not None:
-            _check_shard(self.shard, self.weight.shape[0])
+            self.shard.check(self.weight.shape[0])
 
     @property
     def vocab_size(self) -> int:
@@ -89,11 +70,12 @@ class LmHead:
 
     @property
     def planned_width(self) -> int:
-        """The width that tiles are planned for: the same on every process, whose slices may differ
-        by a few rows, because they reduce statistics together tile by tile."""
-        if self.shard is None:
-            return self.width
-        return -(-self.vocab_size // torch.distributed.get_world_size(self.shard.group))
+        """The width that tiles are planned for, the same on every process of a shard.
+
+        Raises:
+            ValueError: see :meth:`VocabShard.planned_width`.
+        """
+        return self.width if self.shard is None else self.shard.planned_width(self.width)
 
     @property
     def first_token(self) -> int:
@@ -141,6 +123,7 @@ class LmHead:
             temperature: divisor of the logits.
 
         Raises:
+            TypeError: not a Hugging Face model, or one inside a wrapper such as DDP.
             ValueError: the model has no head, or one this library does not know how to reproduce.
         """
         weight, bias = _head_tensors(_head_module(model), type(model).__name__)
@@ -151,17 +134,35 @@ class LmHead:
         return cls(weight, bias, softcap, logit_scale, temperature)
 
 
-def _check_shard(shard: VocabShard, rows: int) -> None:
-    if not 0 <= shard.start <= shard.start + rows <= shard.vocab_size:
-        raise ValueError(
-            f"shard: expected {rows} rows from token {shard.start} to lie within a vocabulary of "
-            f"{shard.vocab_size}"
-        )
+def check_settings(
+    softcap: object, logit_scale: object, temperature: object
+) -> dict[str, float | None]:
+    """The numbers of a head by their names, as floats.
+
+    Raises:
+        TypeError: something else than numbers of Python or NumPy.
+        ValueError: a softcap or temperature not above 0, a scale of 0, or one that is not finite.
+    """
+    scale = check_number("logit_scale", logit_scale)
+    if scale == 0.0:
+        raise ValueError("logit_scale: expected a number other than 0, got 0.0")
+    if temperature is None:
+        raise TypeError("temperature: expected a number, got NoneType")
+    return {
+        "softcap": check_positive("softcap", softcap),
+        "logit_scale": scale,
+        "temperature": check_positive("temperature", temperature),
+    }
 
 
 def _head_module(model: PreTrainedModel) -> torch.nn.Module:
     """The output embedding, if the model applies it to its last hidden states as they are."""
     name = type(model).__name__
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        inside = " (give the model inside, its `module`)" if hasattr(model, "module") else ""
+        raise TypeError(f"model: expected a Hugging Face causal LM, got {name}{inside}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: expected a causal LM, got an encoder-decoder model")
     module = model.get_output_embeddings()
     if module is None:
         raise ValueError(
@@ -199,10 +200,13 @@ def _head_tensors(module: torch.nn.Module, model_name: str) -> tuple[Tensor, Ten
             f"{model_name}: expected an output embedding with a weight of shape [V, D], got "
             f"{type(module).__name__}"
         )
-    if not weight.is_floating_point():
+    # Codes of 4 bits may be stored as if they were floating-point numbers.
+    packed = getattr(weight, "quant_state", None) is not None
+    if packed or not weight.is_floating_point():
+        stored = f"{type(module).__name__} with {weight.dtype}"
         raise ValueError(
-            f"{model_name}: expected a floating-point head, got {weight.dtype}; exclude lm_head "
-            "from quantisation (llm_int8_skip_modules=['lm_head'])"
+            f"{model_name}: expected a floating-point head, got a quantised one ({stored}); leave "
+            "it out of the quantisation (llm_int8_skip_modules=['lm_head'])"
         )
     if weight.numel() == 0:
         raise ValueError(

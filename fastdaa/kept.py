@@ -22,21 +22,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdaa.chunks import Chunk, ChunkObjective
-from fastdaa.engines import move_to_front
+from fastdaa.first_order import first_order
+from fastdaa.gradient_sums import GradientSums
 from fastdaa.head import LmHead
-from fastdaa.memory import PRODUCT_BYTES
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.recompute import HeadGradients
+from fastdaa.row_passes import move_to_front
 from fastdaa.score import join
-from fastdaa.tiles import Logits, accumulate, blocks, product, product_slices, without_autocast
+from fastdaa.slices import PRODUCT_BYTES
+from fastdaa.tiles import (
+    Logits,
+    blocks,
+    product,
+    product_slices,
+    without_autocast,
+    write_product,
+)
 
-# A product with so many results fills a GPU four times over, so none of their sums is split: parts
-# would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
-_UNSPLIT_ENTRIES = 1 << 24
 # The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
 # FLOP a logit that is left out.
 _WORTH_MOVING = 15 / 16
@@ -65,7 +69,7 @@ class Kept(torch.autograd.Function):
         return losses.sum() / pairs, losses, logps, *values
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
         hidden, weight, bias, dz, coefficients, active = ctx.saved_tensors
@@ -131,10 +135,7 @@ def kept_gradients(
 def _weight_gradient(dz: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
     """``dz^T factor [V, D]``, rounded once to the dtype of the weight."""
     grad = torch.empty_like(weight)
-    if weight.dtype == dz.dtype and weight.numel() >= _UNSPLIT_ENTRIES:
-        return torch.mm(dz.T, factor, out=grad)
-    for columns in product_slices(weight):
-        grad[columns] = product(dz[:, columns].T, factor)
+    write_product(grad, dz.T, factor)
     return grad
 
 
@@ -147,7 +148,7 @@ class KeptChunks:
     ):  # fmt: skip
         self.logits, self.plan = logits, plan
         self.kept = Unscaled(logits, targets, plan, min(plan.kept_tokens, longest), stats)
-        self.grads = HeadGradients.zeros(logits, wanted)
+        self.grads = GradientSums(logits, wanted)
         self.logps: list[Tensor] = []
 
     @property
@@ -179,10 +180,12 @@ class KeptChunks:
         dz, active = self.kept.dz[: rows.stop - rows.start], None
         if self.plan.sparse:
             dz, active = leave_out(dz, coefficients)
+        if not dz.shape[0]:
+            return
         hidden, grads = self.logits.hidden_states[rows], self.grads
         c = coefficients if active is None else coefficients[active]
         if grads.weight is not None:
-            accumulate(grads.weight, dz.T, scaled_rows(hidden, c, dz.dtype, active))
+            grads.add_to_weight(dz, scaled_rows(hidden, c, dz.dtype, active))
         if grads.hidden is not None:
             write_hidden_gradient(dz, c, self.kept.weight, grads.hidden[rows], active)
         if grads.bias is not None:
@@ -220,10 +223,13 @@ class Unscaled:
 
     def _tile(self, rows: slice, out: Tensor | None, record: bool) -> Tensor:
         targets = self.targets[rows]
-        tile = self.logits.row_tile(self.logits.rows(rows), self.weight, self.columns)
+        # Wide gradients are made in the memory of their logits.
+        here = out if self.logits.operand == self.logits.wide else None
+        tile = self.logits.row_tile(self.logits.rows(rows), self.weight, self.columns, here)
         state, values = tile.statistics(targets, self.stats and record, keep=out is not None)
         if out is not None:
-            tile.gradient(state, targets, torch.ones_like(state.logps), out=out)
+            ones = torch.ones_like(state.logps)
+            tile.gradient(state, targets, ones, out=out if here is None else None)
         if values is not None:
             self.values.append(values)
         return state.logps

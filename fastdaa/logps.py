@@ -7,6 +7,8 @@ are summed in that dtype and rounded once to the dtype of their tensor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fastdaa import reference
 from fastdaa.compiled_logps import compiled_head_logps, compiled_token_stats
 from fastdaa.frozen import Frozen
 from fastdaa.head import LmHead
+from fastdaa.kept_logps import KeptLogps, plan_kept
 from fastdaa.outputs import PairLogps, TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import Recompute
@@ -48,7 +51,10 @@ def token_logps(
         logit_scale: factor on the logits before the cap.
         temperature: divisor of the logits after the cap.
         impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
-            ``"recompute"``, or ``"reference"`` (materialised logits, for checks).
+            ``"recompute"``, ``"single_pass"`` (gradients of all logits are kept until the loss is
+            known, 2 bytes an entry for bf16 factors: 3U for any loss, if they fit in memory; not
+            under torch.compile), or
+            ``"reference"`` (materialised logits, for checks).
         engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
             CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
             logits at all, and log-probs that differ from the other engines' in the last bits, so
@@ -77,15 +83,23 @@ def head_logps(
     impl: str = "auto",
     engine: str = "auto",
     max_bytes: int | None = None,
+    selected: bool = False,
 ) -> Tensor:
-    """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`."""
-    if torch.compiler.is_compiling():
-        return compiled_head_logps(
-            hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes
-        )
-    return head_logps_and_stats(
-        hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes
-    )[0]
+    """:func:`token_logps` with the head as one :class:`~fastdaa.head.LmHead`.
+
+    ``selected`` says that the hidden states are a copy, made for this call, which counts, too.
+    """
+    logps = compiled_head_logps if torch.compiler.is_compiling() else _eager_head_logps
+    return logps(
+        hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes,
+        selected=selected,
+    )  # fmt: skip
+
+
+def _eager_head_logps(
+    hidden_states: Tensor, head: LmHead, targets: Tensor, **options: Any
+) -> Tensor:
+    return head_logps_and_stats(hidden_states, head, targets, **options)[0]
 
 
 def head_logps_and_stats(
@@ -98,11 +112,25 @@ def head_logps_and_stats(
     engine: str = "auto",
     max_bytes: int | None = None,
     sparse: bool = False,
+    selected: bool = False,
+    keep: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
-    """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`."""
+    """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`.
+
+    ``keep`` prefers ``impl="single_pass"`` where the head is trained and it fits in memory.
+    """
+    if impl == "single_pass" or (keep and impl == "auto"):
+        kept = plan_kept(
+            hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
+            sparse=sparse, selected=selected,
+        )  # fmt: skip
+        if kept is not None:
+            call = (hidden_states, head.weight, head.bias, targets, head.detach())
+            logps, *more = KeptLogps.apply(*call, kept, stats)
+            return logps, TokenStats(*more) if stats else None
     plan = plan_call(
         hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
-        sparse=sparse,
+        sparse=sparse, selected=selected,
     )  # fmt: skip
     if plan.path == "reference":
         if head.shard is not None:

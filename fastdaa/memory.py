@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-_HALVES = (torch.float16, torch.bfloat16)
+from fastdaa.call_size import CallSize, gradient_row, statistics_entry
+from fastdaa.slices import PRODUCT_BYTES, plan_slices
+
 # Bytes of logits held at a time: (statistics and gradient tiles, chunks of the single pass). A CPU
 # tile stays in the last-level cache; the single pass holds whole pairs.
 _CPU_BYTES = (32 << 20, 256 << 20)
@@ -24,105 +26,11 @@ _CPU_BLOCK_ROWS = 256
 # Rows that fill the tiles of a GPU's products.
 _DEVICE_ROW_MULTIPLE = 256
 # Columns of the tiles of recompute's backward pass: wide enough for an efficient product, narrow
-# enough for thousands of rows, so that a slice of the weight's gradient is summed in few products;
-# and the most bytes that such a slice may take.
+# enough for thousands of rows.
 _CPU_COLUMNS = 4096
 _DEVICE_COLUMNS = 16384
-_SUM_BYTES = 256 << 20
-_COLUMN_MULTIPLE = 256
 # Tensors of the size of a tile that the comparison of two tiles holds, the two among them.
 _DIVERGENCE_TILES = 7
-# Products are rounded in slices of so many bytes of fp32, which a GPU's cache holds and whose
-# products fill it twice over.
-PRODUCT_BYTES = 32 << 20
-
-
-class CallSize(NamedTuple):
-    """Sizes and dtypes of one call."""
-
-    width: int
-    """Rows of the weight."""
-    hidden_size: int = 0
-    """``D``; 0 where it is not known, and nothing but tiles is counted."""
-    tokens: int = 0
-    """``N`` scored tokens; 0 where it is not known."""
-    operand: torch.dtype = torch.float32
-    """Dtype of the factors of the products."""
-    weight_dtype: torch.dtype | None = None
-    """None for ``operand``."""
-    hidden_dtype: torch.dtype | None = None
-    """None for ``operand``."""
-    softcap: bool = False
-    """The head has one."""
-    stats: bool = False
-    """Token statistics are wanted."""
-    sparse: bool = False
-    """Tokens with a coefficient of 0 are left out of products: the others' rows are copied."""
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a logit."""
-        return 8 if self.operand == torch.float64 else 4
-
-    @property
-    def narrow(self) -> int:
-        """Bytes of a factor."""
-        return self.operand.itemsize
-
-    @property
-    def half(self) -> bool:
-        """Products have half-precision factors."""
-        return self.operand in _HALVES
-
-    @property
-    def hidden_sum(self) -> int:
-        """Bytes of a wide ``[N, D]``."""
-        return self.wide * self.tokens * self.hidden_size
-
-    @property
-    def weight_sum(self) -> int:
-        """Bytes of a wide ``[V, D]``."""
-        return self.wide * self.width * self.hidden_size
-
-    @property
-    def slice_entry(self) -> int:
-        """Bytes of an entry of a slice of the weight's gradient that is summed before it is
-        rounded, and of the slice of the weight as a factor where that is a copy."""
-        own = self.weight_dtype or self.operand
-        total = 0 if own.itemsize == self.wide else self.wide
-        return total + (0 if own == self.operand else self.narrow)
-
-    @property
-    def row_copy(self) -> int:
-        """Bytes of a row of hidden states as a factor, where its own dtype is another."""
-        own = self.hidden_dtype or self.operand
-        return 0 if own == self.operand else self.narrow * self.hidden_size
-
-    @property
-    def picked_row(self) -> int:
-        """Bytes of a copy of a row of hidden states, where some of them are left out."""
-        own = self.hidden_dtype or self.operand
-        return own.itemsize * self.hidden_size if self.sparse else 0
-
-    @property
-    def weight_copy(self) -> int:
-        """Bytes of the weight as a factor, where its own dtype is another."""
-        own = self.weight_dtype or self.operand
-        return 0 if own == self.operand else self.narrow * self.width * self.hidden_size
-
-
-def statistics_entry(size: CallSize, engine: str, *, slope: bool = False) -> int:
-    """Bytes of a logit while statistics are taken; ``slope``: a gradient follows."""
-    if engine != "torch":
-        return size.wide
-    return size.wide * (1 + size.stats + (slope and size.softcap))
-
-
-def gradient_entry(size: CallSize, engine: str) -> int:
-    """Bytes of a logit while its gradient is made and handed to a product."""
-    if engine != "torch":
-        return size.wide
-    return size.wide * (1 + size.softcap) + (size.narrow if size.half else 0)
 
 
 class Tiles(NamedTuple):
@@ -161,17 +69,18 @@ def fits_whole(size: CallSize, engine: str, *, on_cpu: bool, max_bytes: int | No
 
 def single_pass_sums(size: CallSize) -> int:
     """Bytes of the sums and copies of a single pass in chunks: they do not shrink."""
-    return size.hidden_sum + size.weight_sum + size.weight_copy
+    return size.selection + size.hidden_sum + size.weight_sum + size.weight_copy
 
 
 def plan_tiles(
     path: str, size: CallSize, engine: str, *, on_cpu: bool, max_bytes: int | None,
-    whole: bool = False, wanted: tuple[bool, bool] = (True, True),
+    whole: bool = False,
 ) -> Tiles:  # fmt: skip
     """Tiles within ``max_bytes``, or the device's default where it is None.
 
-    Sums that a path cannot do without count first; tiles get the rest, but a quarter of
-    ``max_bytes`` at least, so that no batch is too long.
+    Sums that a path cannot do without count first, tiles get the rest. Where that is next to
+    nothing (less than a sixteenth), tiles take a quarter of ``max_bytes`` and more than it is held:
+    no batch is too long.
 
     Raises:
         ValueError: ``max_bytes`` is below one row of logits.
@@ -183,14 +92,37 @@ def plan_tiles(
             f"logits), got {max_bytes}"
         )
     room = _Room(size, engine, on_cpu, max_bytes)
+    if engine == "fused" and path in ("score", "divergence"):
+        return room.fused(path)
     if path == "divergence":
-        return room.divergence(*wanted)
+        return room.divergence()
     if path == "recompute":
         return room.recompute()
     if path == "single_pass":
         return room.kept(whole) if whole or room.keeps_chunks else room.chunks()
     tiles = room.frozen() if path == "frozen" else room.score()
     return tiles._replace(extra_bytes=0) if path == "reference" else tiles
+
+
+def least_single_pass(size: CallSize, engine: str, *, on_cpu: bool, may_keep: bool) -> int:
+    """The smallest ``max_bytes`` that a single pass keeps, to a MiB or a 256th part of it.
+
+    ``may_keep``: gradients of all logits may wait for backward, if they fit.
+    """
+
+    def serves(max_bytes: int) -> bool:
+        if may_keep and fits_whole(size, engine, on_cpu=on_cpu, max_bytes=max_bytes):
+            return True
+        tiles = plan_tiles("single_pass", size, engine, on_cpu=on_cpu, max_bytes=max_bytes)
+        return tiles.extra_bytes <= max_bytes
+
+    low = high = size.wide * size.width
+    while not serves(high):
+        low, high = high, 2 * high
+    while high - low > max(min(1 << 20, high >> 8), 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if serves(middle) else (middle, high)
+    return high
 
 
 class _Room:
@@ -216,7 +148,8 @@ class _Room:
         """Bytes for tiles beside ``sums``."""
         if self.max_bytes is None:
             return default
-        return min(default, max(self.max_bytes - sums, self.max_bytes // 4))
+        rest = self.max_bytes - sums
+        return min(default, rest if 16 * rest >= self.max_bytes else self.max_bytes // 4)
 
     def rows(self, budget: int, row: int) -> int:
         """Whole rows of ``row`` bytes within a budget, on a GPU as many as fill its products."""
@@ -247,52 +180,57 @@ class _Room:
         """Statistics of whole rows."""
         size = self.size
         row = statistics_entry(size, self.engine) * size.width + size.row_copy
-        default = self.tile if self.on_cpu else 2 * self.tile  # the common number decides
-        rows = self.block(self.beside(size.weight_copy, default), row)
-        held = self.held(rows, row)
-        if self.engine == "fused":
-            held = size.row_copy * size.tokens  # no tiles: all rows go through one kernel
-        return Tiles(rows, rows, size.width, 0, False, size.weight_copy + held)
+        return self.whole_rows(size.selection + size.weight_copy, row)
 
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
         size = self.size
-        sums = size.hidden_sum + size.weight_copy
-        row = self.gradient_row + size.wide * size.hidden_size
+        sums = size.selection + size.slopes + size.weight_copy
+        return self.whole_rows(
+            sums, gradient_row(size, self.engine) + size.wide * size.hidden_size
+        )  # fmt: skip
+
+    def whole_rows(self, sums: int, row: int) -> Tiles:
+        """Whole rows of logits beside ``sums``, in blocks as high as on other paths."""
         default = self.tile if self.on_cpu else 2 * self.tile  # the common number decides
         rows = self.block(self.beside(sums, default), row)
-        return Tiles(rows, rows, size.width, 0, False, sums + self.held(rows, row))
+        return Tiles(rows, rows, self.size.width, 0, False, sums + self.held(rows, row))
 
-    @property
-    def gradient_row(self) -> int:
-        """Bytes of a row of logits whose statistics and gradient are taken one after the other."""
-        statistics = statistics_entry(self.size, self.engine, slope=True)
-        entry = max(statistics, gradient_entry(self.size, self.engine))
-        return self.size.row_copy + self.size.width * entry
+    def fused(self, path: str) -> Tiles:
+        """No tile: every row has a state for every part of the vocabulary."""
+        from fastdaa.kernels import score_configs as configs
+
+        size = self.size
+        fields = configs.STATS_FIELDS if size.stats else configs.SCORE_FIELDS
+        if path == "divergence":
+            fields = configs.DIVERGENCE_FIELDS
+        sums = size.selection + size.weight_copy
+        row = configs.state_bytes(size.width, fields) + size.row_copy
+        rows = self.rows(self.beside(sums, self.tile), row)
+        return Tiles(rows, rows, size.width, 0, False, sums + row * min(rows, size.tokens))
 
     def recompute(self) -> Tiles:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
-        own = size.hidden_dtype or size.operand
-        returned = own.itemsize == size.wide and not size.sparse
-        hidden = size.picked_row * size.tokens + (0 if returned else size.hidden_sum)
-        budget = self.beside(hidden + self.product, self.tile + _SUM_BYTES)
-        entry = size.slice_entry * size.hidden_size
-        columns = min(size.width, _CPU_COLUMNS if self.on_cpu else _DEVICE_COLUMNS)
-        most = min(_SUM_BYTES, budget // 2) // max(entry, 1)
-        if entry and columns > most:
-            columns = most // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE or max(most, 1)
-        row = gradient_entry(size, self.engine) * columns + size.row_copy
-        rows = self.rows(min(budget - entry * columns, self.tile), row)
-        backward = hidden + entry * columns + self.held(rows, row) + self.product
-        return Tiles(first.block_rows, rows, columns, 0, False, max(backward, first.extra_bytes))
+        narrowed = size.own_hidden.itemsize != size.wide
+        placed = not (narrowed or size.sparse or size.selected)  # the sum is what is returned
+        sums = size.selection + size.picked_row * size.tokens + size.hidden_sum * (not placed)
+        # Rounding makes a gradient beside its sum; of other rows than are returned, another one.
+        another = narrowed and size.hidden_grad and (size.sparse or size.selected)
+        last = size.own_hidden.itemsize * size.tokens * size.hidden_size * another
+        budget = self.beside(sums + self.product, self.tile)
+        most = _CPU_COLUMNS if self.on_cpu else _DEVICE_COLUMNS
+        slices = plan_slices(size, self.engine, budget, most, self.rows)
+        held = max(sums + max(slices.held + self.product, last), first.extra_bytes)
+        return Tiles(first.block_rows, slices.rows, slices.columns, 0, False, held)
 
-    def divergence(self, hidden_grad: bool, head_grad: bool) -> Tiles:
+    def divergence(self) -> Tiles:
         """Whole rows of two heads' logits, and gradients that are summed over all rows."""
         size = self.size
-        sums = 2 * size.weight_copy + size.hidden_sum * hidden_grad + size.weight_sum * head_grad
-        entry = size.wide * (_DIVERGENCE_TILES + (size.softcap and hidden_grad))
-        row = size.width * entry + 2 * size.row_copy + size.wide * size.hidden_size * hidden_grad
+        sums = 2 * size.weight_copy + size.hidden_sum + size.weight_sum
+        entry = size.wide * (_DIVERGENCE_TILES + (size.softcap and size.hidden_grad))
+        row = 2 * size.row_copy + size.wide * size.hidden_size * size.hidden_grad
+        row += size.width * entry
         rows = self.block(self.beside(sums, self.chunk), row)
         return Tiles(rows, rows, size.width, 0, False, sums + self.held(rows, row))
 
@@ -305,7 +243,7 @@ class _Room:
             slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
         sums = single_pass_sums(size) + slices
         budget = self.beside(sums, self.chunk)
-        row = self.gradient_row + size.picked_row
+        row = gradient_row(size, self.engine) + size.picked_row
         if size.sparse and self.engine != "torch":
             row += size.narrow * size.width  # beside the logits, not in their place
         rows, block = self.rows(budget, row), self.block(budget, row)
@@ -315,7 +253,7 @@ class _Room:
         """Half-precision gradients of logits without their coefficients: of the batch until
         backward, or of chunks of whole pairs until their loss is known."""
         size = self.size
-        sums = size.weight_copy if whole else single_pass_sums(size)
+        sums = size.selection + size.weight_copy if whole else single_pass_sums(size)
         entry = 2 * size.width
         row = size.row_copy + size.width * statistics_entry(size, self.engine, slope=True)
         if whole:
@@ -326,8 +264,10 @@ class _Room:
             budget = min(self.tile, room // 2)
             tokens = self.rows(min(room - budget, _KEPT_BYTES), entry)
         rows = self.block(budget, row)
-        # A product's result before it is rounded, and the hidden states as a factor.
-        after = self.result + size.narrow * size.tokens * size.hidden_size
+        # A product's result before it is rounded, and the hidden states as a factor, which go
+        # before the gradient of selected rows comes.
+        factor = self.held(tokens, size.narrow * size.hidden_size)
+        after = self.result + max(factor, size.selection if whole else 0)
         if size.sparse:  # picked rows have no place of their own to be rounded in
             after += self.result // 2
         held = max(self.held(rows, row), after)

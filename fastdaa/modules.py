@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdaa.compiled_selection import compiled_select_pairs
-from fastdaa.head import LmHead
-from fastdaa.logps import token_logps
+from fastdaa.head import LmHead, check_settings
+from fastdaa.logps import head_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import PairLossOutput, TokenSelection
 from fastdaa.pair_loss import pair_loss
-from fastdaa.selection import select_pairs
-from fastdaa.validation import check_shape
+from fastdaa.paths import PATHS
+from fastdaa.planner import ENGINES
+from fastdaa.selection import ORDERS, check_ignore_index, select_pairs
+from fastdaa.validation import check_choice, check_head_inputs, check_positive, check_shape
 
 
 class FusedLinearPairLoss(nn.Module):
@@ -30,7 +32,8 @@ class FusedLinearPairLoss(nn.Module):
         hyperparameters: of the loss, e.g. ``beta=0.1``.
 
     Raises:
-        ValueError: an unknown loss or a hyperparameter that it does not have.
+        TypeError, ValueError: an unknown loss, a hyperparameter that it does not have, or an option
+            with a value that it cannot have.
     """
 
     def __init__(
@@ -50,9 +53,12 @@ class FusedLinearPairLoss(nn.Module):
     ):
         super().__init__()
         self.objective = Objective.parse(loss, weights=weights, **hyperparameters)
-        self.head_options: dict[str, Any] = {
-            "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature,
-        }  # fmt: skip
+        self.head_options: dict[str, Any] = check_settings(softcap, logit_scale, temperature)
+        check_choice("order", order, ORDERS)
+        check_ignore_index(ignore_index)
+        check_choice("impl", impl, PATHS)
+        check_choice("engine", engine, ENGINES)
+        check_positive("max_bytes", max_bytes)
         self.order, self.ignore_index = order, ignore_index
         self.impl, self.engine, self.max_bytes = impl, engine, max_bytes
 
@@ -130,13 +136,17 @@ class FusedLinearPairLoss(nn.Module):
         """Reference log-probs ``[N]`` of the selected tokens."""
         check_shape("ref_hidden_states", hidden_states, (*shape, hidden_states.shape[-1]))
         rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
-        return token_logps(
-            rows, weight, selection.targets, bias=bias, engine=self.engine,
-            max_bytes=self.max_bytes, **self.head_options,
+        head = LmHead(weight, bias, **self.head_options)
+        check_head_inputs(rows, weight, selection.targets, bias)
+        return head_logps(
+            rows, head, selection.targets, engine=self.engine, max_bytes=self.max_bytes,
+            selected=True,
         )  # fmt: skip
 
     def _pair_major(self, values: Tensor | None) -> Tensor | None:
-        if values is None or self.order == "interleaved" or values.ndim != 1 or len(values) % 2:
+        if self.order == "interleaved" or not isinstance(values, Tensor):
+            return values
+        if values.ndim != 1 or len(values) % 2:
             return values  # pair_loss names what is wrong with the shape
         return values.view(2, -1).T.reshape(-1)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from fastdaa.kernels.objective import PairValues, evaluate_pairs, evaluate_tokens
 from fastdaa.kernels.objective_functions import PAIR_OBJECTIVES, TOKEN_OBJECTIVES
 from fastdaa.losses import LOSSES, Objective, Term
+from fastdaa.losses.custom import is_custom
+from fastdaa.losses.margin import divergence_alpha
 from fastdaa.outputs import BatchTotals
 
 _NAME_OF = {loss.fn: name for name, loss in LOSSES.items()}
@@ -151,8 +153,9 @@ def _token_term(
 
 
 def _name(term: Term) -> str:
-    """The registry's name of a term, also where it was asked for by an alias."""
-    return _NAME_OF[getattr(term.loss.fn, "func", term.loss.fn)]
+    """The registry's name of a term, also where it was asked for by an alias; none for a function
+    of the caller's."""
+    return "" if is_custom(term.loss) else _NAME_OF[getattr(term.loss.fn, "func", term.loss.fn)]
 
 
 def _jitted(term: Term) -> tuple[str, dict]:
@@ -160,6 +163,8 @@ def _jitted(term: Term) -> tuple[str, dict]:
     name, values = _name(term), dict(term.values)
     if name == "ipo" and values["target"] == "unified":
         name = "ipo_unified"
+    if name == "f_dpo":
+        name, values = _f_dpo(values)
     if name == "daa" and isinstance(values["g"], str):
         name, fixed = _DAA[values["g"]]
         values |= fixed
@@ -169,3 +174,12 @@ def _jitted(term: Term) -> tuple[str, dict]:
             f"({', '.join(PAIR_OBJECTIVES)}), got {term}"
         )
     return name, values
+
+
+def _f_dpo(values: dict) -> tuple[str, dict]:
+    alpha = divergence_alpha(values["f_divergence_type"], values["f_alpha_divergence_coef"])
+    if alpha == 1:
+        return "dpo", {"beta": values["beta"], "label_smoothing": 0.0, "length_alpha": 0.0}
+    return "f_dpo_js" if alpha is None else "f_dpo_alpha", values | {
+        "f_alpha_divergence_coef": alpha
+    }

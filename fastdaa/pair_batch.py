@@ -9,7 +9,7 @@ from fastdaa.chunks import Chunk
 from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
-from fastdaa.validation import check_indices, check_shape
+from fastdaa.validation import check_indices, check_vector
 
 
 class PairBatch:
@@ -31,22 +31,26 @@ class PairBatch:
         if sequences % 2 or not sequences:
             raise ValueError(f"selection: expected 2B > 0 sequences, got {sequences}")
         check_indices("selection.lengths", selection.lengths, (sequences,))
+        device = selection.lengths.device
         if ref_token_logps is not None:
-            check_shape("ref_token_logps", ref_token_logps, (tokens,))
+            check_vector("ref_token_logps", ref_token_logps, tokens, device)
+            ref_token_logps = ref_token_logps.detach().contiguous()
             if ref_logps is None:
                 self.ref_is_summed = True
                 ref_logps = sequence_logps(ref_token_logps, selection.lengths)
         if ref_logps is not None:
-            check_shape("ref_logps", ref_logps, (sequences,))
+            check_vector("ref_logps", ref_logps, sequences, device)
+            ref_logps = ref_logps.detach().contiguous()
         elif objective.needs_ref:
             raise ValueError(f"ref_logps: expected [{sequences}] for {objective}, got None")
         if completion_lengths is None:
             completion_lengths = selection.lengths
         check_indices("completion_lengths", completion_lengths, (sequences,))
         if advantages is not None:
-            check_shape("advantages", advantages, (sequences,))
+            check_vector("advantages", advantages, sequences, device)
+            advantages = advantages.detach().contiguous()
         self.selection, self.objective, self.advantages = selection, objective, advantages
-        self.completion_lengths = completion_lengths
+        self.completion_lengths = completion_lengths.contiguous()
         self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
         here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
         self.totals = here if totals is None else totals

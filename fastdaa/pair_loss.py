@@ -18,6 +18,7 @@ from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch
 from fastdaa.planner import HeadPlan
+from fastdaa.selection import select_rows
 from fastdaa.single_pass import plan_loss, single_pass
 from fastdaa.validation import check_head_inputs, check_indices
 
@@ -47,7 +48,8 @@ def pair_loss(
         selection: scored tokens of ``2B`` pair-major sequences, see
             :func:`fastdaa.select_pairs`.
         objective: what to minimise, e.g. ``Objective.parse("dpo", beta=0.1)``.
-        ref_logps: ``[2B]`` reference log-probs of the sequences, in nats.
+        ref_logps: ``[2B]`` reference log-probs of the sequences, in nats; a constant, as
+            ``ref_token_logps`` and ``advantages`` are.
         ref_token_logps: ``[N]`` reference log-probs of the tokens, instead of or (for objectives
             with token-level terms) beside ``ref_logps``.
         completion_lengths: ``[2B]`` int64 divisors of per-token means; None for the scored tokens.
@@ -77,11 +79,11 @@ def pair_loss(
             stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
         )  # fmt: skip
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
-    rows = flat.index_select(0, selection.rows)
+    rows = select_rows(flat, selection.rows)
     check_head_inputs(rows, head.weight, selection.targets, head.bias, head.vocab_size)
     plan = plan_loss(
-        rows, head, coupled=objective.coupled, sparse=objective.sparse, stats=stats, impl=impl,
-        engine=engine, max_bytes=max_bytes,
+        rows, head, coupled=objective.coupled, sparse=objective.sparse, selected=True, stats=stats,
+        impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     batch = PairBatch(
         selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
@@ -91,7 +93,7 @@ def pair_loss(
         return _single_pass(rows, head, batch, plan, stats)
     logps, values = head_logps_and_stats(
         rows, head, selection.targets, stats=stats, impl=plan.path, engine=engine,
-        max_bytes=max_bytes, sparse=objective.sparse,
+        max_bytes=max_bytes, sparse=objective.sparse, selected=True,
     )  # fmt: skip
     losses = batch.losses(logps, batch.everything)
     loss = losses.sum() / batch.totals.pairs

@@ -19,6 +19,7 @@ def plan_call(
     coupled: bool = False,
     sparse: bool = False,
     stats: bool = False,
+    selected: bool = False,
     divergence: bool = False,
     operand: torch.dtype | None = None,
     impl: str = "auto",
@@ -31,6 +32,7 @@ def plan_call(
         wanted: whether gradients of the hidden states and of the head are; None for what autograd
             says.
         sparse: the loss gives many tokens a coefficient of exactly 0.
+        selected: the rows are a copy, made from hidden states of more positions.
         divergence: tiles are compared with those of a reference under a head of the same size.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
     """
@@ -42,5 +44,5 @@ def plan_call(
         tokens=rows.shape[0], hidden_size=rows.shape[1],
         operand=operand or operand_dtype(rows, head.weight), weight_dtype=head.weight.dtype,
         hidden_dtype=rows.dtype, softcap=head.softcap is not None, stats=stats,
-        sparse=sparse, divergence=divergence, sharded=head.shard is not None,
+        sparse=sparse, selected=selected, divergence=divergence, sharded=head.shard is not None,
     )  # fmt: skip

@@ -1,17 +1,7 @@
-"""Which of the four ways through the head is taken, in which tiles, and why.
+"""The plan of a call: a path, an engine, tiles, and the memory that they take.
 
-The unit of cost is ``U = 2 N V D`` FLOP, one matrix product of the head.
-
-| path | cost | when |
-|---|---|---|
-| score | 1U | no gradient is wanted |
-| frozen | 2U | the head is not trained: the unscaled gradient of the hidden states is made in the
-forward pass, and the backward pass is a row scale |
-| single pass | 3U | the loss is known inside a chunk of whole pairs (:func:`fastdaa.pair_loss`), or
-the whole batch's bf16 gradients of logits fit, see :mod:`fastdaa.kept` |
-| recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major |
-
-Between the products an engine works on tiles of logits, see :mod:`fastdaa.engines`.
+Paths are chosen in :mod:`fastdaa.paths`, tiles in :mod:`fastdaa.memory`. Between the products an
+engine works on tiles of logits, see :mod:`fastdaa.engines`.
 """
 
 from __future__ import annotations
@@ -22,12 +12,12 @@ from functools import partial
 
 import torch
 
-from fastdaa.memory import CallSize, Tiles, fits_whole, plan_tiles, single_pass_sums
+from fastdaa.call_size import CallSize
+from fastdaa.memory import Tiles, fits_whole, least_single_pass, plan_tiles, single_pass_sums
+from fastdaa.paths import GEMMS, PATHS, choose_path
 from fastdaa.validation import check_choice
 
-PATHS = ("auto", "score", "frozen", "single_pass", "recompute", "reference")
 ENGINES = ("auto", "torch", "triton", "fused")
-_GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference": 3}
 
 # A chunk of n tokens reads and writes the fp32 sum of the weight's gradient, 8 V D bytes; computing
 # its logits again is 2 n V D FLOP. Equal at 4 FLOP a second / bytes a second: 610 tokens on an
@@ -76,7 +66,7 @@ class HeadPlan:
         """Cost in ``U`` of forward and backward together."""
         # The reference's logits, wherever the policy's are computed.
         more = (2 if self.path == "recompute" else 1) if self.divergence else 0
-        return _GEMMS[self.path] + more
+        return GEMMS[self.path] + more
 
     @property
     def tile_bytes(self) -> int:
@@ -138,6 +128,7 @@ def plan_head(
     softcap: bool = False,
     stats: bool = False,
     sparse: bool = False,
+    selected: bool = False,
     divergence: bool = False,
     sharded: bool = False,
 ) -> HeadPlan:
@@ -154,8 +145,9 @@ def plan_head(
         engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: torch,
             until the Triton kernels have been measured on a GPU.
         max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
-            Sums that a path cannot do without count first (``auto`` takes no single pass that
-            takes more); tiles get the rest, a quarter of it at least, so that no batch is too long.
+            Sums that a path cannot do without count first, tiles get the rest. ``auto`` takes no
+            single pass that takes more; where the sums of another path leave next to nothing (less
+            than a sixteenth), its tiles take a quarter all the same: no batch is too long.
         tokens: ``N`` scored tokens of the batch; 0 if not known.
         hidden_size: ``D``; 0 if not known, and sums are not counted.
         operand: dtype of the factors of the products. bf16 gradients of logits are kept until
@@ -164,28 +156,31 @@ def plan_head(
         softcap, stats: the head has a cap, token statistics are wanted; an engine may hold more.
         sparse: the loss gives many tokens a coefficient of exactly 0, as a hinge does; such tokens
             are then left out of products on GPUs, too.
+        selected: the rows are selected from hidden states of more positions, as
+            :func:`fastdaa.pair_loss` does: their copy and its gradient count, too.
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
 
     Raises:
         TypeError: a size or budget that is no integer.
-        ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, or a budget
-            below one row of logits.
+        ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, a budget
+            below one row of logits, or below what ``impl="single_pass"`` takes.
         ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
     """
     check_choice("impl", impl, PATHS)
     check_choice("engine", engine, ENGINES)
     device = torch.device(device)
     size = CallSize(
-        vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats, sparse
-    )
+        vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats,
+        sparse, selected, hidden_grad, head_grad,
+    )  # fmt: skip
     _check_sizes(size, max_bytes)
     on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
-    whole = loss_inside and tokens > 0 and not sharded
-    whole = whole and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
+    may_keep = loss_inside and tokens > 0 and not sharded
+    whole = may_keep and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
-    path, reason = _choose(impl, hidden_grad, head_grad, loss_inside, coupled)
+    path, reason = choose_path(impl, hidden_grad, head_grad, loss_inside, coupled)
     chosen, engine_reason = _choose_engine(engine, path, device)
     tiles_for = partial(
         plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
@@ -195,8 +190,13 @@ def plan_head(
     elif path == "single_pass" and impl == "auto":
         obstacle = _obstacle(tiles_for("single_pass"), size, on_cpu, max_bytes)
         path, reason = ("recompute", obstacle) if obstacle else (path, reason)
-    compared = divergence and chosen == "torch"
-    tiles = tiles_for("divergence" if compared else path, wanted=(hidden_grad, head_grad))
+    tiles = tiles_for("divergence" if divergence else path)
+    if path == "single_pass" and max_bytes is not None and tiles.extra_bytes > max_bytes:
+        least = least_single_pass(size, chosen, on_cpu=on_cpu, may_keep=may_keep)
+        raise ValueError(
+            f"max_bytes: expected at least {least} for impl='single_pass', {single_pass_sums(size)}"
+            f" of them for sums of gradients, got {max_bytes}; impl='recompute' takes less"
+        )
     return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu, divergence)
 
 
@@ -242,7 +242,7 @@ def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, s
 def _check_triton(engine: str, path: str, device: torch.device) -> None:
     if engine == "fused" and path != "score":
         raise ValueError("engine='fused': expected a call without gradient (path 'score'), got "
-                         f"path {path!r}; engine='triton' serves all paths")  # fmt: skip
+                         f"path {path!r}; engine='auto' serves all paths")  # fmt: skip
     if path == "reference":
         raise ValueError(f"engine={engine!r}: expected a path with tiles of logits, got "
                          "impl='reference'")  # fmt: skip
@@ -264,43 +264,3 @@ def _check_triton(engine: str, path: str, device: torch.device) -> None:
     if device.type != "cpu" or not interpreted():
         raise ValueError(f"engine={engine!r}: expected tensors on a CUDA device, got {device} (CPU "
                          "tensors need Triton's interpreter: TRITON_INTERPRET=1)")  # fmt: skip
-
-
-def _choose(
-    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
-) -> tuple[str, str]:
-    """The cheapest path that can serve, or the one that is asked for; and why."""
-    path, reason = _cheapest(hidden_grad, head_grad, loss_inside, coupled)
-    if impl in ("auto", path):
-        return path, reason
-    _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
-    return impl, "asked for"
-
-
-def _cheapest(
-    hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
-) -> tuple[str, str]:
-    if not (hidden_grad or head_grad):
-        return "score", "no gradient is wanted"
-    if not head_grad:
-        return "frozen", "the head is not trained"
-    if not loss_inside:
-        return "recompute", "the head is trained and the loss lies outside this call"
-    if coupled:
-        return "recompute", "the loss couples the pairs of the batch"
-    return "single_pass", "the head is trained and the loss is known within a chunk of pairs"
-
-
-def _check_explicit(
-    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
-) -> None:
-    if impl == "score" and (hidden_grad or head_grad):
-        raise ValueError("impl='score' gives no gradient: detach the inputs or use torch.no_grad()")
-    if impl == "frozen" and head_grad:
-        raise ValueError("impl='frozen' gives the head no gradient: expected weight and bias "
-                         "with requires_grad=False")  # fmt: skip
-    if impl == "single_pass" and not loss_inside:
-        raise ValueError("impl='single_pass' needs the loss: call fastdaa.pair_loss")
-    if impl == "single_pass" and coupled:
-        raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
-                         "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip

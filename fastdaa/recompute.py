@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastdaa.engines import RowState
+from fastdaa.first_order import first_order
+from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
+from fastdaa.row_passes import RowState
 from fastdaa.score import score
 from fastdaa.tiles import (
     GradientFactor,
     Logits,
     blocks,
     operand_dtype,
-    product,
-    product_slices,
     sum_over_shards,
     without_autocast,
 )
@@ -58,7 +57,7 @@ class Recompute(torch.autograd.Function):
         return state.logps, *more
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
         hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
@@ -74,18 +73,6 @@ class Recompute(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of hidden states, weight and bias; None where not wanted."""
-
-
-def rounded(sums: Gradients, tensors: tuple[Tensor, Tensor, Tensor | None]) -> Gradients:
-    """The sums in the dtypes of their tensors."""
-    return tuple(  # type: ignore[return-value]
-        total if total is None or t is None else total.to(t.dtype)
-        for total, t in zip(sums, tensors, strict=True)
-    )
-
-
 def head_gradients(
     logits: Logits,
     targets: Tensor,
@@ -96,8 +83,8 @@ def head_gradients(
 ) -> Gradients:
     """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias.
 
-    A slice of the weight's gradient is summed wide over all tokens, rounded and written once: no
-    wide ``[V, D]`` exists.
+    A slice of the weight's gradient is one product over all tokens, or a wide sum of several, and
+    rounded and written once: no wide ``[V, D]`` exists.
     """
     head, hidden_states = logits.head, logits.hidden_states
     if plan.sparse:
@@ -108,11 +95,12 @@ def head_gradients(
                 replace(plan, sparse=False), wanted,
             )  # fmt: skip
             return _among(hidden_states, active, by_hidden), weight, bias
+    made = torch.empty_like if targets.shape[0] else torch.zeros_like  # without products
     weight, bias = (
-        torch.empty_like(t) if t is not None and want else None
+        made(t) if t is not None and want else None
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
     )
-    by_hidden = torch.zeros_like(hidden_states, dtype=logits.wide) if wanted[0] else None
+    by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if wanted[0] else None
     with without_autocast(hidden_states.device):
         call = _Backward(logits, targets, coefficients, rows, plan)
         for columns in blocks(head.width, plan.tile_columns):
@@ -129,28 +117,41 @@ class _Backward:
     def __init__(
         self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan
     ):
-        self.logits, self.targets, self.rows, self.plan = logits, targets, rows, plan
+        self.logits, self.targets, self.rows = logits, targets, rows
         self.factor = GradientFactor(logits, coefficients)
         self.scaled = self.factor.scaled(coefficients)
+        self.parts = list(blocks(targets.shape[0], plan.tile_rows))
 
     def add_slice(
         self, columns: slice, by_hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> None:
         """Adds to the wide gradient of the hidden states; writes a slice of the others."""
-        operand = self.logits.columns(columns)
-        sums = [_slice_sum(t, columns, self.logits.wide) for t in (weight, bias)]
-        grads = HeadGradients(self.logits, by_hidden, *sums)
-        for r in blocks(self.targets.shape[0], self.plan.tile_rows):
-            self._add_tile(r, columns, operand, grads)
-        for whole, part in zip((weight, bias), sums, strict=True):
-            if whole is not None and part is not None and part.dtype != whole.dtype:
-                whole[columns] = part
+        operand, wide = self.logits.columns(columns), self.logits.wide
+        by_weight = None if weight is None else weight[columns]
+        by_bias = None if bias is None else torch.zeros_like(bias[columns], dtype=wide)
+        total = by_weight
+        if by_weight is not None and by_weight.dtype != wide and len(self.parts) > 1:
+            total = torch.empty_like(by_weight, dtype=wide)  # one product rounds its own results
+        for r in self.parts:
+            hidden = self.logits.rows(r)
+            tile = self.logits.row_tile(hidden, operand, columns)
+            dz = tile.gradient(self.rows.pick(r), self.targets[r], self.scaled[r])
+            if by_bias is not None:
+                by_bias += self.factor.restore(tile.column_sums(dz))
+            dz = dz.to(self.factor.operand)
+            if by_hidden is not None:
+                self._put(by_hidden[r], dz, operand, first=columns.start == 0)
+            if total is not None:
+                self._put(total, dz.T, hidden, first=r.start == 0)
+            del tile, dz  # before the next ones are made
+        if by_weight is not None and total is not None and total is not by_weight:
+            by_weight.copy_(total)
+        if bias is not None and by_bias is not None:
+            bias[columns] = by_bias
 
-    def _add_tile(self, r: slice, columns: slice, operand: Tensor, grads: HeadGradients) -> None:
-        hidden = self.logits.rows(r)
-        tile = self.logits.row_tile(hidden, operand, columns)
-        dz = tile.gradient(self.rows.pick(r), self.targets[r], self.scaled[r])
-        grads.add(dz, self.factor, hidden, operand, r, slice(0, operand.shape[0]))
+    def _put(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+        """``a @ b``, a product with a tile, into a sum or where nothing is yet."""
+        (self.factor.write if first else self.factor.accumulate)(total, a, b)
 
 
 def _among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -158,59 +159,3 @@ def _among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
     if rows is None:
         return None
     return torch.zeros_like(like, dtype=rows.dtype).index_copy_(0, active, rows)
-
-
-def _slice_sum(whole: Tensor | None, columns: slice, wide: torch.dtype) -> Tensor | None:
-    """Zeros to sum a slice of a gradient in: its own memory where that is wide enough."""
-    if whole is None:
-        return None
-    part = whole[columns]
-    return part.zero_() if part.dtype == wide else torch.zeros_like(part, dtype=wide)
-
-
-class HeadGradients:
-    """Wide sums of the gradients of hidden states, weight and bias; None where not wanted."""
-
-    def __init__(
-        self, logits: Logits, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ):
-        self.head, self.column_sums = logits.head, logits.engine.column_sums
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-
-    @classmethod
-    def zeros(cls, logits: Logits, wanted: tuple[bool, bool, bool]) -> HeadGradients:
-        """Sums of the size of the tensors."""
-        tensors = (logits.hidden_states, logits.head.weight, logits.head.bias)
-        sums = (
-            torch.zeros_like(t, dtype=logits.wide) if want and t is not None else None
-            for t, want in zip(tensors, wanted, strict=True)
-        )
-        return cls(logits, *sums)
-
-    def add(
-        self,
-        dz: Tensor,
-        factor: GradientFactor,
-        hidden: Tensor,
-        weight: Tensor,
-        rows: slice | Tensor,
-        columns: slice,
-    ) -> None:
-        """Add what a gradient tile ``dz [r, c]`` made with scaled coefficients contributes."""
-        if self.bias is not None:
-            self.bias[columns] += factor.restore(self.column_sums(dz))
-        tile = dz.to(factor.operand)
-        if self.hidden is not None:
-            if isinstance(rows, slice):
-                factor.accumulate(self.hidden[rows], tile, weight)
-            else:
-                for part in product_slices(self.hidden[: tile.shape[0]]):
-                    self.hidden[rows[part]] = factor.restore(product(tile[part], weight))
-        if self.weight is not None:
-            factor.accumulate(self.weight[columns], tile.T, hidden)
-
-    def finish(self) -> Gradients:
-        """After the last tile: what other processes' parts of the vocabulary contribute."""
-        if self.hidden is not None:
-            sum_over_shards(self.hidden, self.head)
-        return self.hidden, self.weight, self.bias

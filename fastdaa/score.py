@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.engines import RowState
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
+from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, blocks, without_autocast
+
+_Scores = tuple[RowState, TokenStats | None]
 
 
 @torch.no_grad()
@@ -24,46 +26,56 @@ def score(
     *,
     stats: bool = False,
     operand: torch.dtype | None = None,
-) -> tuple[RowState, TokenStats | None]:
+) -> _Scores:
     """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``.
 
     ``operand`` is the dtype of the factors where autocast was seen elsewhere.
     """
     if plan.engine == "fused":
         operand = Logits(hidden_states, head, operand).operand
-        return _fused(hidden_states, head, targets, stats, operand)
+        return _fused(hidden_states, head, targets, plan.block_rows, stats, operand)
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
         columns = slice(0, head.width)
         weight = logits.columns(columns)
-        results = []
+        results: list[_Scores] = []
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
             tile = logits.row_tile(logits.rows(rows), weight, columns)
             results.append(tile.statistics(targets[rows], stats))
             del tile  # before the next one is made
-        empty = hidden_states.new_zeros(0, dtype=logits.wide)
-    states, values = [state for state, _ in results], [value for _, value in results]
-    return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None
+    return _joined(results, hidden_states.new_zeros(0, dtype=logits.wide), stats)
 
 
 def _fused(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, stats: bool, operand: torch.dtype
-) -> tuple[RowState, TokenStats | None]:
+    hidden_states: Tensor, head: LmHead, targets: Tensor, block_rows: int, stats: bool,
+    operand: torch.dtype,
+) -> _Scores:  # fmt: skip
     """From the accumulator of the product itself: no logits in memory, Triton's kernel."""
     if operand == torch.float64 or head.shard is not None:
         got = operand if head.shard is None else "a slice of the vocabulary"
         raise ValueError(f"engine='fused': expected fp16, bf16 or fp32 and all of V, got {got}")
     from fastdaa.kernels.score import score_tokens
 
-    scores = score_tokens(
-        hidden_states.to(operand).contiguous(), head.weight.to(operand).contiguous(), targets,
-        bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-        temperature=head.temperature, stats=stats,
-    )  # fmt: skip
-    state = RowState(scores.m, scores.log_s, scores.logps)
-    if scores.entropy is None or scores.top1 is None or scores.mean_logit is None:
-        return state, None
-    return state, TokenStats(scores.entropy, scores.top1, scores.mean_logit)
+    weight = head.weight.to(operand).contiguous()
+    results: list[_Scores] = []
+    for rows in blocks(hidden_states.shape[0], block_rows):
+        scores = score_tokens(
+            hidden_states[rows].to(operand).contiguous(), weight, targets[rows], bias=head.bias,
+            logit_scale=head.logit_scale, softcap=head.softcap, temperature=head.temperature,
+            stats=stats,
+        )  # fmt: skip
+        state = RowState(scores.m, scores.log_s, scores.logps)
+        if scores.entropy is None or scores.top1 is None or scores.mean_logit is None:
+            results.append((state, None))
+        else:
+            results.append((state, TokenStats(scores.entropy, scores.top1, scores.mean_logit)))
+    return _joined(results, hidden_states.new_zeros(0, dtype=torch.float32), stats)
+
+
+def _joined(results: list[_Scores], empty: Tensor, stats: bool) -> _Scores:
+    """Those of all rows from those of blocks."""
+    states, values = [state for state, _ in results], [value for _, value in results]
+    return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None
 
 
 def join(parts: Sequence[Any], fields: int, empty: Tensor) -> list[Tensor]:

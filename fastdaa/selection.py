@@ -6,11 +6,15 @@ position of their token (the Hugging Face convention), so the token at position 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdaa.outputs import TokenSelection
 from fastdaa.validation import check_choice, check_indices
+
+ORDERS = ("chosen_first", "interleaved")
 
 
 def select_tokens(labels: Tensor, ignore_index: int = -100) -> TokenSelection:
@@ -32,7 +36,8 @@ def select_tokens(labels: Tensor, ignore_index: int = -100) -> TokenSelection:
     data). Select on the CPU, in the collator, and move the selection instead.
     """
     _check_labels(labels, ignore_index)
-    return _select_in_order(labels, torch.arange(labels.shape[0]), ignore_index)
+    everything = torch.arange(labels.shape[0], device=labels.device)
+    return _select_in_order(labels, everything, ignore_index)
 
 
 def select_pairs(
@@ -54,20 +59,49 @@ def select_pairs(
         TypeError, ValueError: as :func:`select_tokens`, an odd number of rows, an unknown order.
     """
     _check_labels(labels, ignore_index)
-    check_choice("order", order, ("chosen_first", "interleaved"))
+    check_choice("order", order, ORDERS)
     sequences = labels.shape[0]
     if sequences % 2:
         raise ValueError(f"labels: expected 2B rows (chosen and rejected), got {sequences}")
-    permutation = torch.arange(sequences)
+    permutation = torch.arange(sequences, device=labels.device)
     if order == "chosen_first":
         permutation = permutation.view(2, -1).T.reshape(-1)
     return _select_in_order(labels, permutation, ignore_index)
+
+
+def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
+    """``hidden_states[rows]`` of ``[P, D]`` and ``[N]``, with a gradient of ``N D`` and ``P D``
+    entries.
+
+    That of ``index_select`` takes ``P D`` more while it is made.
+    """
+    selected: Tensor = _SelectRows.apply(hidden_states, rows)
+    return selected
+
+
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        ctx.positions = hidden_states.shape[0]
+        ctx.save_for_backward(rows)
+        return hidden_states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.positions, grad.shape[1])
+        return whole.index_add_(0, rows, grad), None
 
 
 def _check_labels(labels: Tensor, ignore_index: int) -> None:
     check_indices("labels", labels, tuple(getattr(labels, "shape", ())))
     if labels.ndim != 2:
         raise ValueError(f"labels: expected shape [S, T], got {list(labels.shape)}")
+    check_ignore_index(ignore_index)
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Raise ``ValueError`` for a value that a token id could have."""
     if ignore_index >= 0:
         raise ValueError(
             f"ignore_index: expected a negative number, got {ignore_index}, which is a token id"
@@ -75,7 +109,6 @@ def _check_labels(labels: Tensor, ignore_index: int) -> None:
 
 
 def _select_in_order(labels: Tensor, permutation: Tensor, ignore_index: int) -> TokenSelection:
-    permutation = permutation.to(labels.device)
     shifted = labels.index_select(0, permutation)[:, 1:]
     scored = shifted != ignore_index
     sequence, position = scored.nonzero(as_tuple=True)

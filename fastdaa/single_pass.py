@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdaa.chunks import Chunk, ChunkObjective
-from fastdaa.engines import RowState, RowTile
+from fastdaa.engines import RowTile
+from fastdaa.first_order import first_order
+from fastdaa.gradient_sums import Gradients, GradientSums
 from fastdaa.head import LmHead
 from fastdaa.kept import Kept, KeptChunks
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
-from fastdaa.recompute import Gradients, HeadGradients
+from fastdaa.row_passes import RowState
 from fastdaa.score import join
 from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
 
@@ -68,7 +69,7 @@ class SinglePass(torch.autograd.Function):
         return losses.sum() / pairs, losses, *rest
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A scale; the saved sums stay as they are, so that backward can run again."""
         grads = tuple(
@@ -119,7 +120,7 @@ class _HeldChunks:
         stats: bool,
     ):
         self.logits, self.targets, self.plan, self.stats = logits, targets, plan, stats
-        self.grads = HeadGradients.zeros(logits, wanted)
+        self.grads = GradientSums(logits, wanted)
         self.logps: list[Tensor] = []
         self.values: list[TokenStats] = []
         self.columns = slice(0, logits.head.width)
@@ -199,7 +200,7 @@ class _HeldChunks:
         rows = slice(start, held[-1].rows.stop)
         # Without the buffer a part is one block: there are half-precision products on GPUs alone.
         whole = made[0] if len(made) == 1 else self._space(rows.stop - rows.start)
-        self.grads.add(whole, factor, self.logits.rows(rows), self.weight, rows, self.columns)
+        self.grads.add(whole, factor, self.logits.rows(rows), self.weight, rows)
 
     def _backward_active(
         self, block: _Block, g: Tensor, active: Tensor, factor: GradientFactor
@@ -208,4 +209,4 @@ class _HeldChunks:
             return
         rows = active + block.rows.start
         dz = block.tile.gradient(block.state, self.targets[block.rows], g, active)
-        self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows, self.columns)
+        self.grads.add(dz, factor, self.logits.rows(rows), self.weight, rows)

@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdaa.engines import ENGINES, RowTile, finish_logits, steepest_slope
+from fastdaa.engines import ENGINES, RowTile
 from fastdaa.head import LmHead
-from fastdaa.memory import PRODUCT_BYTES
+from fastdaa.row_passes import finish_logits, steepest_slope
+from fastdaa.slices import PRODUCT_BYTES, UNSPLIT_ENTRIES
 
 _HALVES = (torch.float16, torch.bfloat16)
 # torch.addmm takes an fp32 summand with half-precision factors.
@@ -94,6 +95,18 @@ def _aligned(hidden: Tensor, weight: Tensor) -> Tensor | None:
 def _missing_rows(rows: int) -> int:
     fewest = max(_CPU_ROW_MULTIPLE, 8 * torch.get_num_threads())
     return max(fewest - rows, -rows % _CPU_ROW_MULTIPLE)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``, rounded once to the dtype of ``out``."""
+    wide = torch.float32 if a.dtype in _HALVES else a.dtype
+    if out.dtype == wide:
+        product(a, b, out)
+    elif out.dtype == a.dtype and out.numel() >= UNSPLIT_ENTRIES:
+        torch.mm(a, b, out=out)
+    else:
+        for rows in product_slices(out):
+            out[rows] = product(a[rows], b)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -204,6 +217,14 @@ class GradientFactor:
     def restore(self, result: Tensor) -> Tensor:
         """A product with a tile of scaled coefficients, or its sum, in true size (in place)."""
         return result if self.scale is None else result.div_(self.scale)
+
+    def write(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """``out = a @ b`` where one factor is a tile of scaled coefficients, rounded once."""
+        if self.scale is None:
+            write_product(out, a, b)
+            return
+        for rows in product_slices(out):
+            out[rows] = self.restore(product(a[rows], b))
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """``total += a @ b`` where one factor is a tile of scaled coefficients."""

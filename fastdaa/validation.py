@@ -6,11 +6,21 @@ A message names the argument, what was expected and what came.
 from __future__ import annotations
 
 from collections.abc import Collection
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHOWN_CHARACTERS = 60
+
+
+def shown(value: object) -> str:
+    """``value`` as an error message quotes it: its ``repr``, of at most 60 characters or so."""
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = text[: _SHOWN_CHARACTERS - 3] + "..."
+    return repr(text) if isinstance(value, str) else text
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -39,7 +49,14 @@ def check_indices(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless ``tensor.shape == shape``."""
+    """Raise unless ``tensor`` has the given shape.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
 
@@ -48,13 +65,48 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {listed}, got {shown(value)}")
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """Raise ``ValueError`` unless ``value`` is None or a finite number above zero."""
-    if value is not None and not 0.0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+def check_number(name: str, value: object) -> float:
+    """A finite real number, of Python or NumPy, as a float.
+
+    Raises:
+        TypeError: something else, such as a tensor.
+        ValueError: infinite or not a number.
+    """
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not float("-inf") < number < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
+
+
+def check_positive(name: str, value: object) -> float | None:
+    """A finite number above zero, as a float; or None.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: infinite, not a number, or not above zero.
+    """
+    number = None if value is None else check_number(name, value)
+    if number is not None and number <= 0.0:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return number
+
+
+def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -> None:
+    """Raise unless ``tensor`` is floating-point, ``[length]``, and on the given device.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: another shape or device.
+    """
+    check_floating(name, tensor)
+    check_shape(name, tensor, (length,))
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
 def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> None:

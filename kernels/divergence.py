@@ -47,11 +47,11 @@ from fastdaa.kernels.operands import (
 )
 from fastdaa.kernels.score_configs import (
     DIVERGENCE_CONFIGS,
+    DIVERGENCE_FIELDS,
     TileConfig,
     tile_config,
 )
 
-_FIELDS = 6
 _MERGE_BLOCK = 128
 
 
@@ -249,7 +249,7 @@ def token_divergences(
     if N == 0:
         return TokenDivergences(kl, reverse_kl, torch.empty_like(kl) if js else None)
     splits = triton.cdiv(V, config.split_v)
-    states, rows = kl.new_empty(splits, _FIELDS, N), kl.new_empty(4, N)
+    states, rows = kl.new_empty(splits, DIVERGENCE_FIELDS, N), kl.new_empty(4, N)
     blocks = (config.block_n, config.block_v) * 2
     tiles = [
         operand(tensor, block, config.block_d, config.tma)
@@ -273,6 +273,7 @@ def token_divergences(
         _merge_gaps_kernel[merge_grid](
             states, kl, reverse_kl, rows, N, splits, _MERGE_BLOCK, enable_fp_fusion=True
         )
+        del states  # before the next ones are made
         divergence = sum_js(grid, inputs, rows, sizes, constants, launch) if js else None
     return TokenDivergences(kl, reverse_kl, divergence)
 

@@ -66,6 +66,36 @@ def dpo(a, b, chosen_length, rejected_length, beta, eps, alpha, likelihood, NORM
 
 
 @triton.jit
+def f_dpo_js(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM: tl.constexpr):
+    """f-DPO with the Jensen-Shannon divergence."""
+    x = beta * (_log_sigmoid(a) - _log_sigmoid(b))
+    slope = -beta * _sigmoid(-x)
+    return -_log_sigmoid(x), slope * _sigmoid(-a), -slope * _sigmoid(-b)
+
+
+@triton.jit
+def _power(logratio, p):
+    """``exp(p * logratio)``, continued as its tangent above ``exp(EXPONENT_LIMIT)``, and its
+    derivative over p."""
+    x = p * logratio
+    exponent = tl.minimum(x, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp(exponent)
+    return e * (1.0 + (x - exponent)), e
+
+
+@triton.jit
+def f_dpo_alpha(
+    a, b, chosen_length, rejected_length, beta, alpha, p2, likelihood, NORM: tl.constexpr
+):
+    """f-DPO with an alpha divergence, alpha not 1; at 0 it is the forward KL."""
+    power_a, slope_a = _power(a, alpha - 1.0)
+    power_b, slope_b = _power(b, alpha - 1.0)
+    x = beta * (power_a - power_b) / (alpha - 1.0)
+    slope = -beta * _sigmoid(-x)
+    return -_log_sigmoid(x), slope * slope_a, -slope * slope_b
+
+
+@triton.jit
 def robust(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     norm = 1.0 / (1.0 - 2.0 * eps)
@@ -255,6 +285,8 @@ class PairObjective(NamedTuple):
 
 PAIR_OBJECTIVES: dict[str, PairObjective] = {
     "dpo": PairObjective(dpo, ("beta", "label_smoothing", "length_alpha"), takes_length_norm=True),
+    "f_dpo_js": PairObjective(f_dpo_js),
+    "f_dpo_alpha": PairObjective(f_dpo_alpha, ("beta", "f_alpha_divergence_coef")),
     "robust": PairObjective(robust, ("beta", "label_smoothing")),
     "ipo": PairObjective(ipo, takes_length_norm=True),
     "ipo_unified": PairObjective(ipo_unified, takes_length_norm=True),
@@ -278,7 +310,8 @@ PAIR_OBJECTIVES: dict[str, PairObjective] = {
     "sppo_hard": PairObjective(sppo_hard),
 }
 """Every objective of ``fastdaa.losses.LOSSES`` that reads one pair at a time, by the same name; the
-two targets of ``ipo`` are two functions. The losses that couple a batch are not here."""
+two targets of ``ipo`` are two functions, as are the divergences of ``f_dpo`` that are not ``dpo``.
+The losses that couple a batch are not here."""
 
 TOKEN_OBJECTIVES: dict[str, tuple[Any, tuple[str, ...], bool]] = {
     "apa_pairs": (apa, ("lam",), True),

@@ -97,7 +97,17 @@ ODD_ROWS: dict[bool, TileConfig] = {
     False: TileConfig(32, 32, 16, 4, 2, maxnreg=255),
 }
 """By whether operands have two bytes, for rows that are read element by element, since they are no
-multiple of 16 long or apart. No model that we know has such a hidden size."""
+multiple of 16 long or apart, or begin at such an address: larger tiles would spill. No model that
+we know has such a hidden size."""
+
+SCORE_FIELDS, STATS_FIELDS, DIVERGENCE_FIELDS = 3, 6, 6
+"""Numbers in the state of a row: of its score, with statistics, and of a divergence."""
+
+
+def state_bytes(vocab_size: int, fields: int) -> int:
+    """Bytes of the states of a row, one for every work item along the vocabulary; all fp32."""
+    configs = (*SCORE_CONFIGS.values(), *DIVERGENCE_CONFIGS.values(), *ODD_ROWS.values())
+    return 4 * fields * -(-vocab_size // min(config.split_v for config in configs))
 
 
 def tile_config(
@@ -118,7 +128,8 @@ def tile_config(
     config = table[_architecture(operands[0].device), half, long]
     if config.tma and aligned:
         return config
-    if any(tensor.shape[1] % 16 or tensor.stride(0) % 16 for tensor in operands):
+    # A base that is not aligned, a slice of a flat buffer say, is read element by element, too.
+    if any(t.shape[1] % 16 or t.stride(0) % 16 or t.data_ptr() % 16 for t in operands):
         return ODD_ROWS[half]
     return table[80, half, long]
 

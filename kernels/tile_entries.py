@@ -10,9 +10,10 @@ from typing import Any
 from fastdaa.kernels.aot import TARGETS, Entry
 from fastdaa.kernels.divergence import _merge_gaps_kernel, _sum_gaps_kernel
 from fastdaa.kernels.jensen_shannon import _sum_js_kernel, _sum_splits_kernel
+from fastdaa.kernels.merge_splits import _merge_splits_kernel
 from fastdaa.kernels.objective import _evaluate_pairs_kernel, _evaluate_tokens_kernel
 from fastdaa.kernels.objective_functions import PAIR_OBJECTIVES, TOKEN_OBJECTIVES
-from fastdaa.kernels.score import _merge_splits_kernel, _score_tiles_kernel
+from fastdaa.kernels.score import _score_tiles_kernel
 from fastdaa.kernels.score_configs import (
     DIVERGENCE_CONFIGS,
     ODD_ROWS,

@@ -164,6 +164,22 @@ def test_every_training_argument_is_an_option() -> None:
     assert missing == []
 
 
+def test_a_switch_that_is_a_choice_now() -> None:
+    message = r"unknown option '--group_by_length' .*'--train_sampling_strategy group_by_length'"
+    with pytest.raises(ValueError, match=message):
+        parse([*NEEDED, "--group_by_length"])
+
+
+def test_mappings_and_words_of_the_trainer() -> None:
+    given = ["--liger_kernel_config", '{"rope": false}', "--include_num_input_tokens_seen"]
+    assert parse([*NEEDED, *given])[1].liger_kernel_config == {"rope": False}
+    assert parse([*NEEDED, *given])[1].include_num_input_tokens_seen == "all"
+    config = parse([*NEEDED, "--include_num_input_tokens_seen", "non_padding"])[1]
+    assert config.include_num_input_tokens_seen == "non_padding"
+    with pytest.raises(ValueError, match=r"liger_kernel_config.*JSON object, got '\[1\]'"):
+        parse([*NEEDED, "--liger_kernel_config", "[1]"])
+
+
 def test_bf16_alone_means_true() -> None:
     assert parse([*NEEDED, "--bf16"])[1].bf16 is True
 
@@ -207,6 +223,7 @@ max_length: null
 loss_weights: [2]
 loss_kwargs: {target: unified}
 lora_target_modules: [q_proj, v_proj]
+lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr: 1e-7}
 """
 
@@ -215,7 +232,7 @@ def test_yaml_is_below_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(YAML)
     arguments, config = parse(["--config", str(path), "--model", "from/line", "--beta", "0.3"])
-    assert arguments.model == "from/line" and arguments.dataset == "d/d"
+    assert arguments.model == "from/line" and arguments.dataset == ["d/d"]
     assert config.loss_type == ["ipo"] and config.loss_weights == [2.0]
     assert config.learning_rate == 5e-6 and config.beta == 0.3
     assert config.max_length is None and config.eval_strategy == "no"
@@ -365,6 +382,18 @@ def test_another_runs_checkpoint_is_not_resumed(
     assert trained == []
     assert train(model_path, data_path, out, "--resume_from_checkpoint", str(last)) == 0
     assert trained[0]["checkpoint"] == str(last)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_a_full_memory_is_one_line(
+    model_path: Path, data_path: Path, tmp_path: Path, trained: list[Any],
+    capsys: pytest.CaptureFixture[str], kind: type[Exception],
+) -> None:  # fmt: skip
+    FakeTrainer.outcome = kind("CUDA out of memory. Tried to allocate 1 GiB.")
+    assert train(model_path, data_path, tmp_path / "out", "--tokens_per_pack", "4096") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the memory of the device is full after step 3: expected a --tokens_per_pack" in line
+    assert "(now 4096)" in line and line.endswith("Tried to allocate 1 GiB.")
 
 
 def test_interrupted(

@@ -29,7 +29,7 @@ def check(model: Path, tmp_path: Path) -> Any:
     data.touch()
 
     def run(output_dir: Path, resume: str | None = None, **options: Any) -> str | None:
-        given = {"model": str(model), "dataset": str(data), "eval_dataset": None, **options}
+        given = {"model": str(model), "dataset": [str(data)], "eval_dataset": None, **options}
         return check_paths(SimpleNamespace(**given), str(output_dir), resume)  # type: ignore[arg-type]
 
     return run
@@ -56,6 +56,25 @@ def test_a_new_run_keeps_out_of_the_folder_of_another(check: Any, tmp_path: Path
     checkpoint(elsewhere, 2)
     with pytest.raises(ValueError, match=f"{elsewhere} holds checkpoint-2"):
         check(elsewhere, str(last))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.bin"]
+)
+def test_a_finished_model_is_not_written_over(check: Any, tmp_path: Path, name: str) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    (out / "training_args.bin").touch()
+    (out / "model_card.md").touch()
+    assert check(out) is None
+    (out / name).touch()
+    message = f"without a model for a new run, {out} holds {name} of an earlier one"
+    for resume in (None, "true", str(checkpoint(elsewhere, 2))):
+        with pytest.raises(ValueError, match=message):
+            check(out, resume)
+    # A run that goes on may.
+    last = checkpoint(out, 4)
+    assert check(out, "true") == check(out, str(last)) == str(last)
 
 
 def test_half_checkpoints_are_in_nobodys_way(check: Any, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_operators_pass_the_library_check():
     """torch.library.opcheck: schema, fake implementation, autograd registration."""
     hidden, weight, bias = tensors(bias=True)
     targets = torch.randint(0, V, (N,))
-    options = (3.0, 0.5, 1.0, None, None, torch.float32, "auto", "auto", None)
+    options = (3.0, 0.5, 1.0, None, None, torch.float32, "auto", "auto", None, False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for trained, *grads in ((True, True, True), (False, True, False), (False, False, False)):
         head = [t if trained else t.detach() for t in (weight, bias)]

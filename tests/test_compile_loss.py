@@ -210,6 +210,14 @@ def test_operators_pass_the_library_check_and_save_no_more_than_an_eager_call(
     assert [g.shape for g in grads] == [t.shape for t in leaves]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["dpo", "aot"])
+def test_without_gradients_the_graph_has_the_bits_of_an_eager_call(name, mode):
+    loss = loss_of(tensors(), name)
+    with mode():
+        assert torch.equal(one_node(loss)(), loss())
+
+
 def test_a_frozen_head_saves_its_slopes():
     arguments = operator(
         (tensors()[0], *tensors(trained=False, bias=True)[1:]), "dpo", torch.float32,

@@ -102,11 +102,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y":
             "field 'prompt[1]': expected a message {'role': ..., 'content': ...}, got 'hello'",
         ),
         (
-            {"prompt": [user("p")], "chosen": [{"from": "gpt", "value": "a"}], "rejected": "b"},
+            {"prompt": [user("p")], "chosen": [{"from": "gpt", "value": None}], "rejected": "b"},
             "wrong messages",
             "field 'chosen[0]': expected a message {'role': ..., 'content': ...}, got one with "
-            "only ['from', 'value'] (ShareGPT's: rename them to role and content, human to user, "
-            "gpt to assistant)",
+            "only ['from']",
         ),
         (
             {"prompt": [user("p")], "chosen": [{"content": "a"}], "rejected": "b"},

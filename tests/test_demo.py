@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastdaa.cli import main as cli
 from fastdaa.demo.run import FAST_BETAS, fast_runs, main
-from fastdaa.demo.table import best_lines, fit_lines, results_table
+from fastdaa.demo.table import best_lines, fit_lines, fits_table, results_table
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.laws import LAWS
 from fastdaa.study.table import Table, read_table
@@ -62,24 +62,49 @@ def test_a_fall_is_told_only_where_there_is_one():
     assert lines[1].startswith("IPO: most gold at beta 0.1, +0.70 at sqrt(KL) 1.00; no fall")
 
 
-def test_the_fitted_law_is_shown_with_its_peak():
+def law_rows(bump=0.0):
+    """Rows on the law d (0.9 - 0.6 log d); the end of training may lie higher."""
     kls = [0.04, 0.16, 0.36, 0.81, 1.44, 2.25, 3.24, 4.0, 5.0]
     gains = [float(LAWS["log"].value(kl**0.5, 0.9, 0.6)) for kl in kls]
-    rows = [
+    gains[-1] += bump
+    return [
         row("dpo", 0.1, kl, gain, checkpoint=place)
         for place, (kl, gain) in enumerate(zip(kls, gains, strict=True))
     ]
-    fits = fit_table(Table(rows), FitSettings(group=("loss",), repeats=100))
-    (line,) = fit_lines(fits)
-    # Its maximum is at e^(0.9 / 0.6 - 1) = 1.65, and 0.6 * 1.65 = 0.99 high.
-    assert line.startswith("DPO: R(d) = d (0.90 - 0.60 log d), RMSE 0.000")
-    assert line.endswith("peak +0.99 at d 1.65")
+
+
+def fits_of(rows, **settings):
+    return fit_table(Table(rows), FitSettings(group=("loss",), repeats=100, **settings))
+
+
+def test_the_fitted_law_is_shown_with_its_peak_and_what_it_is_fitted_to():
+    rows = law_rows()
+    fits, ends = fits_of(rows), fits_of(rows, final_only=True)
+    text = printed(fits_table(fits, ends))
+    # Its maximum is at e^(0.9 / 0.6 - 1) = 1.65, and 0.6 * 1.65 = 0.99 high; the best row is at
+    # sqrt(3.24) = 1.80.
+    cells = next(line for line in text.splitlines() if "all 9 checkpoints" in line)
+    shown = [cell.strip() for cell in cells.strip("│").split("│")]
+    assert shown[2:6] == ["0.90", "0.60", "0.000", "+0.99 at 1.65"]
+    assert shown[0] == "DPO" and shown[6].endswith("at 1.50") or shown[6].endswith("at 1.80")
+    assert "the 1 ends" in text or "the 1 end" in text
+    lines = list(fit_lines(fits, ends))
+    assert not any("contradicts" in line for line in lines)
+    assert lines == ["DPO, ends: no fit, expected at least 6 points away from the reference, got 1"]
+
+
+def test_a_peak_that_contradicts_the_best_measured_is_said_to():
+    fits = fits_of(law_rows(bump=1.0))
+    lines = list(fit_lines(fits, fits))
+    assert len(lines) == 2
+    assert all("contradicts the best measured" in line for line in lines)
+    assert any("contradicts the best checkpoint in 1 of 1 group" in s for s in fits["summary"])
 
 
 def test_too_few_points_give_no_fit_but_a_reason():
-    fits = fit_table(Table(HUMP), FitSettings(group=("loss",), repeats=100))
-    (line,) = fit_lines(fits)
-    assert line.startswith("DPO: no fit, ")
+    fits = fits_of(HUMP)
+    assert "no fit" in printed(fits_table(fits, fits))
+    assert all(line.startswith("DPO, ") and ": no fit, " in line for line in fit_lines(fits, fits))
 
 
 def test_fast_runs_are_small():
@@ -100,7 +125,7 @@ def test_a_glimpse_of_the_whole_demo(tmp_path, capsys):
     assert json.loads((tmp_path / "study.json").read_text())["steps"]["sweep"]["result"] == "3 runs"
     text = console.export_text()
     assert "these numbers mean nothing" in text
-    assert "SLiC: most gold at beta" in text and "R(d) = d (" in text
+    assert "SLiC: most gold at beta" in text and "R(d) = d (" in text and "the 3 ends" in text
     assert "index.html" in text.splitlines()[-2]
     page = (tmp_path / "index.html").read_text()
     assert "these numbers mean nothing" in page.split("<h1>")[0]

@@ -94,6 +94,23 @@ def test_an_objective_with_a_function_of_the_callers_is_left_to_torch():
     assert torch.allclose(*values, atol=1e-5)
 
 
+def test_strided_references_are_taken():
+    tensors, chosen = leaves(), selection()
+    ref = -5 - torch.rand(6, 2)
+    lengths = torch.tensor(LENGTHS)[:, None].expand(6, 2).contiguous()
+    losses = [
+        pair_loss(
+            tensors[0], LmHead(tensors[1]), chosen, Objective.parse(["dpo", "apa"]), ref_logps=r,
+            ref_token_logps=t, completion_lengths=n, engine="triton",
+        ).loss
+        for r, t, n in (
+            (ref[:, 0], -torch.ones(N, 2)[:, 0], lengths[:, 0]),
+            (ref[:, 0].clone(), -torch.ones(N), lengths[:, 0].clone()),
+        )
+    ]  # fmt: skip
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("engine", ["torch", "triton"])
 def test_equal_models_have_a_margin_of_exactly_zero(engine):
     tensors, chosen = leaves(), selection()

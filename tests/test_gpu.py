@@ -149,12 +149,12 @@ def test_memory_beyond_inputs_and_gradients(
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])
-@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("vocab", [50257, 128256, 151936])
 def test_log_probs_do_not_depend_on_the_height_of_a_block(engine: str, vocab: int) -> None:
     """Margins of equal models are exactly 0 only if they do not, where blocks are cut elsewhere."""
     hidden, weight, targets = _case(1024, vocab, 1024, torch.bfloat16)
     whole = token_logps(hidden, weight, targets, engine=engine)
-    for rows in (16, 100, 128, 256, 512, 832):
+    for rows in (1, 16, 100, 128, 256, 512, 832):
         part = token_logps(hidden[:rows], weight, targets[:rows], engine=engine)
         assert torch.equal(part, whole[:rows]), rows
 

@@ -92,7 +92,7 @@ FAMILIES = {
     ),
     "minicpm3": ({**MLA, "dim_model_base": 8}, {"logit_scale": 0.25}),
     "hyperclovax": ({"logits_scaling": 4.0}, {"logit_scale": 4.0}),
-    "falcon_h1": ({"lm_head_multiplier": 0.4}, {"logit_scale": 0.4}),
+    "falcon_h1": ({"lm_head_multiplier": 0.4, "mamba_chunk_size": 16}, {"logit_scale": 0.4}),
     "mpt": (MPT, {}),
     "mpt-unused-scale": ({**MPT, "logit_scale": 0.3}, {}),
     "mpt-unused-scale-name": ({**MPT, "logit_scale": "inv_sqrt_d_model"}, {}),
@@ -159,6 +159,40 @@ def tiny_llama(**fields) -> transformers.PreTrainedModel:
     return build("llama", {"num_hidden_layers": 1, **fields})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused(name):
+    """T5 scales the hidden states of a tied head, BART adds a buffer to the logits."""
+    sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    small = {
+        "vocab_size": 96,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "max_position_embeddings": 32,
+    }
+    config = transformers.AutoConfig.for_model(
+        name, **(sizes if name == "t5" else {"d_model": 16}), **small
+    )
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="expected a causal LM, got an encoder-decoder model"):
+        LmHead.from_model(model)
+
+
+def test_what_is_no_hugging_face_model_is_refused():
+    with pytest.raises(TypeError, match=r"expected a Hugging Face causal LM, got Linear$"):
+        LmHead.from_model(torch.nn.Linear(2, 3))
+    wrapped = torch.nn.Module()
+    wrapped.module = tiny_llama()
+    with pytest.raises(TypeError, match=r"got Module \(give the model inside, its `module`\)"):
+        LmHead.from_model(wrapped)
+
+
+def test_heads_are_equal_only_to_themselves():
+    first, second = (LmHead(torch.zeros(3, 2)) for _ in range(2))
+    assert first == first and first != second
+    assert len({first, second, first}) == 2
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="LlamaModel: expected a causal LM with output embeddings"):
         LmHead.from_model(tiny_llama().model)
@@ -169,7 +203,7 @@ def test_a_quantised_head_is_refused():
     model.lm_head.weight = torch.nn.Parameter(
         torch.zeros(96, 32, dtype=torch.int8), requires_grad=False
     )
-    with pytest.raises(ValueError, match=r"got torch\.int8; exclude lm_head from quantisation"):
+    with pytest.raises(ValueError, match=r"a quantised one .Linear with torch\.int8"):
         LmHead.from_model(model)
 
 
@@ -178,7 +212,7 @@ def test_a_packed_four_bit_head_is_refused():
     model.lm_head.weight = torch.nn.Parameter(
         torch.zeros(96 * 16, 1, dtype=torch.uint8), requires_grad=False
     )
-    with pytest.raises(ValueError, match=r"got torch\.uint8; exclude lm_head from quantisation"):
+    with pytest.raises(ValueError, match=r"a quantised one .Linear with torch\.uint8"):
         LmHead.from_model(model)
 
 

@@ -14,10 +14,10 @@ from fastdaa import (
     Objective,
     PairLogps,
     TokenSelection,
-    engines,
     kept,
     memory,
     pair_loss,
+    row_passes,
     tiles,
 )
 from fastdaa.benchmarks.measure import measure_peak
@@ -148,7 +148,7 @@ def test_a_large_weight_gradient_is_one_product(half_factors, monkeypatch):
     leaves, selection = tensors(torch.bfloat16, bias=True)
     call = (leaves, selection, Objective.parse("dpo", beta=0.1))
     _, sliced = run(*call)
-    monkeypatch.setattr(kept, "_UNSPLIT_ENTRIES", 0)
+    monkeypatch.setattr(tiles, "UNSPLIT_ENTRIES", 0)
     products = []
     inner = torch.mm
     monkeypatch.setattr(
@@ -200,7 +200,7 @@ def test_slices_of_the_rows_that_remain_give_the_same(
     leaves, selection = tensors(torch.bfloat16, bias=True)
     ref = torch.tensor([0.0, 0.5, 1.0, 0.0, -1.0, 2.0, 0.0, 0.0])
     _, expected = run(leaves, selection, Linear(), ref_logps=ref)
-    for module in (tiles, engines):
+    for module in (tiles, row_passes):
         monkeypatch.setattr(module, "PRODUCT_BYTES", 2 * V * 2)  # two rows of logits
     monkeypatch.setattr(tiles, "_SLICE_ROWS", 3)
     _, grads = run(leaves, selection, Linear(), ref_logps=ref)
@@ -208,11 +208,22 @@ def test_slices_of_the_rows_that_remain_give_the_same(
         torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["logits", "kept"])
+def test_sums_that_no_product_begins_are_0(half_factors, in_chunks, monkeypatch, dtype):
+    leaves, selection = tensors(dtype, bias=True)
+    half_factors(dtype)
+    in_chunks()
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(float("nan")))
+    _, grads = run(leaves, selection, Linear(), ref_logps=torch.zeros(8), impl="single_pass")
+    assert all((g == 0).all() for g in grads)
+
+
 def test_rows_move_to_the_front_in_place(monkeypatch):
     tile, rows = torch.randn(9, 5), torch.tensor([0, 2, 3, 7, 8])
     want = tile[rows]
-    monkeypatch.setattr(engines, "PRODUCT_BYTES", 2 * 5 * 4)  # two rows
-    moved = engines.move_to_front(tile, rows)
+    monkeypatch.setattr(row_passes, "PRODUCT_BYTES", 2 * 5 * 4)  # two rows
+    moved = row_passes.move_to_front(tile, rows)
     assert torch.equal(moved, want) and moved.data_ptr() == tile.data_ptr()
 
 

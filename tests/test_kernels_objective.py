@@ -40,6 +40,13 @@ VARIANTS = {
     "dpo-length-norm": ("dpo", {"length_norm": True, "beta": 2.0}),
     "ipo-length-norm": ("ipo", {"length_norm": True}),
     "ipo-unified": ("ipo", {"target": "unified"}),
+    "f_dpo-reverse": ("f_dpo", {"f_divergence_type": "reverse_kl"}),
+    "f_dpo-forward": ("f_dpo", {"f_divergence_type": "forward_kl"}),
+    "f_dpo-alpha": ("f_dpo", {"f_divergence_type": "alpha_divergence"}),
+    "f_dpo-alpha-2": (
+        "f_dpo",
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0},
+    ),
     "ipo-unified-length-norm": ("ipo", {"target": "unified", "length_norm": True}),
     **{f"daa-{g}": ("daa", {"g": g}) for g in MARGIN_FUNCTIONS},
     **{alias: (alias, {}) for alias in ("cdpo", "rdpo", "dpo_norm", "sigmoid", "apa")},
@@ -127,15 +134,19 @@ def close(name, got, truth, relative, absolute=0.0):
 
 def test_the_registry_is_covered():
     pair_level = {name for name in SINGLE if LOSSES[name].level == "pair"}
-    assert set(PAIR_OBJECTIVES) == pair_level - {"daa"} | {"ipo_unified"}
+    parts = {"ipo_unified": "ipo", "f_dpo_js": "f_dpo", "f_dpo_alpha": "f_dpo"}
+    assert set(PAIR_OBJECTIVES) == pair_level - {"daa", "f_dpo"} | set(parts)
     assert set(TOKEN_OBJECTIVES) == set(SINGLE) - pair_level
     assert EXPONENT_LIMIT.value == TRUE_EXPONENT_LIMIT
     assert LARGEST_MEAN_LOGP.value == TRUE_MEAN_LOGP
     for name, jitted in PAIR_OBJECTIVES.items():
-        loss = LOSSES[name.removesuffix("_unified")]
+        loss = LOSSES[parts.get(name, name)]
         assert jitted.needs_ref == loss.needs_ref and jitted.needs_totals == loss.takes_totals
         taken = {*jitted.parameters} | ({"length_norm"} if jitted.takes_length_norm else set())
-        assert taken == set(loss.hyperparameters) - {"target"}
+        apart = {"target", "f_divergence_type"} | (
+            {"f_alpha_divergence_coef"} if name == "f_dpo_js" else set()
+        )
+        assert taken == set(loss.hyperparameters) - apart
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

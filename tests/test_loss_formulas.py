@@ -118,6 +118,17 @@ def softplus(x):
     return torch.log1p(torch.exp(x))
 
 
+def f_dpo(score, slope):
+    """From ``f'(u)`` and its derivative by ``log u``, for a ratio u."""
+
+    def form(a, b, n_w, n_l):
+        x = 0.3 * (score(torch.exp(a)) - score(torch.exp(b)))
+        pull = 0.3 * sig(-x)
+        return softplus(-x), -pull * slope(torch.exp(a)), pull * slope(torch.exp(b))
+
+    return form
+
+
 B, T = 0.3, 1 / 0.6  # beta and 1 / (2 beta)
 CLOSED_FORMS = {
     "dpo": (
@@ -135,6 +146,30 @@ CLOSED_FORMS = {
     "dpo-length-norm": (
         ("dpo", {"length_norm": True}),
         margin_form(lambda h: softplus(-B * h), lambda h: -B * sig(-B * h), normalise=True),
+    ),
+    "f-dpo-reverse": (
+        ("f_dpo", {"f_divergence_type": "reverse_kl"}),
+        f_dpo(torch.log, torch.ones_like),
+    ),
+    "f-dpo-forward": (
+        ("f_dpo", {"f_divergence_type": "forward_kl"}),
+        f_dpo(lambda u: 1 - 1 / u, lambda u: 1 / u),
+    ),
+    "f-dpo-js": (
+        ("f_dpo", {"f_divergence_type": "js_divergence"}),
+        f_dpo(lambda u: torch.log(2 * u / (1 + u)), lambda u: 1 / (1 + u)),
+    ),
+    "f-dpo-alpha": (
+        ("f_dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}),
+        f_dpo(lambda u: (u**-0.7 - 1) / -0.7, lambda u: u**-0.7),
+    ),
+    "f-dpo-alpha-above-1": (
+        ("f_dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5}),
+        f_dpo(lambda u: (u**0.5 - 1) / 0.5, lambda u: u**0.5),
+    ),
+    "f-dpo-alpha-near-1": (
+        ("f_dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 + 1e-7}),
+        f_dpo(torch.log, torch.ones_like),
     ),
     "robust": (
         ("robust", {"label_smoothing": 0.2}),

@@ -103,6 +103,21 @@ def test_exponential_keeps_pulling_beyond_its_limit():
     assert losses[1].item() == pytest.approx(math.exp(20))
 
 
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [("forward_kl", 0.5), ("alpha_divergence", 0.0), ("alpha_divergence", 2.0)]
+)
+def test_powers_of_f_dpo_keep_pulling_beyond_their_limit(kind, alpha):
+    sign = 1.0 if alpha == 2.0 else -1.0  # the side on which the power is large
+    policy = pairs([sign * 100.0, 20.0, 0.0, 0.0], [0.0] * 4, dtype=torch.float32, grad=True)
+    ref = pairs([0.0] * 4, [0.0] * 4, dtype=torch.float32)
+    kwargs = {"f_divergence_type": kind, "f_alpha_divergence_coef": alpha}
+    losses, (grad, _) = gradients("f_dpo", policy, ref, beta=1e-13, **kwargs)
+    x = sign * 1e-13 * (math.exp(30) * 71 - 1)
+    assert losses[0].item() == pytest.approx(math.log1p(math.exp(-x)), rel=1e-6)
+    pull = 1 / (1 + math.exp(x))
+    assert grad[0].item() == pytest.approx(-1e-13 * math.exp(30) * pull, rel=1e-5)
+
+
 def test_hinge_has_no_gradient_at_and_beyond_its_kink():
     ref = pairs([0.0] * 4, [0.0] * 4)
     policy = pairs([1.0, 2.0, 0.5, 1.5], [-1.0, -1.0, -1.0, -0.5], grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,73 @@ def test_given_reference_logps_are_those_of_the_hidden_states():
         ref_hidden_states=made.ref_hidden_states, ref_weight=made.ref_weight,
     )  # fmt: skip
     torch.testing.assert_close(given.losses, scored.losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"order": "sorted"}, ValueError, "order: expected one of 'chosen_first', 'interleaved'"),
+        ({"ignore_index": 5}, ValueError, "ignore_index: expected a negative number, got 5"),
+        ({"impl": "fast"}, ValueError, "impl: expected one of 'auto'"),
+        ({"engine": "cuda"}, ValueError, "engine: expected one of 'auto'"),
+        ({"max_bytes": -1}, ValueError, "max_bytes: expected a finite number above 0, got -1"),
+        ({"softcap": 0}, ValueError, "softcap: expected a finite number above 0, got 0"),
+        ({"softcap": torch.tensor(3.0)}, TypeError, "softcap: expected a number, got Tensor"),
+        ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
+        ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
+        ({"logit_scale": 0}, ValueError, "logit_scale: expected a number other than 0, got 0"),
+        ({"logit_scale": math.nan}, ValueError, "logit_scale: expected a finite number, got nan"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_options_are_told_at_construction(options, error, message):
+    with pytest.raises(error, match=message):
+        FusedLinearDPOLoss(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    made, ref = inputs(), torch.zeros(2 * B)
+    losses = [
+        FusedLinearDPOLoss(logit_scale=kind(0.5), softcap=kind(4))(
+            made.hidden_states, made.weight, made.labels, ref_logps=ref
+        ).loss
+        for kind in (float, np.float32)
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("ref", "error", "message"),
+    [
+        ((0.0,) * 2 * B, TypeError, "ref_logps: expected a torch.Tensor, got tuple"),
+        (torch.zeros(2 * B).long(), TypeError, "ref_logps: expected fp16, bf16, fp32 or fp64"),
+        (torch.zeros(2 * B, device="meta"), ValueError, "ref_logps: expected device cpu, got meta"),
+        (torch.zeros(B, 2), ValueError, r"ref_logps: expected shape \[6\], got \[3, 2\]"),
+    ],
+    ids=["tuple", "integers", "device", "shape"],
+)
+def test_a_wrong_reference_is_named(ref, error, message):
+    made = inputs()
+    with pytest.raises(error, match=message):
+        FusedLinearDPOLoss()(made.hidden_states, made.weight, made.labels, ref_logps=ref)
+
+
+@pytest.mark.parametrize("impl", ["single_pass", "recompute", "reference"])
+def test_the_reference_is_a_constant(impl):
+    made, ref = inputs(), torch.zeros(2 * B, requires_grad=True)
+    FusedLinearDPOLoss(impl=impl)(
+        made.hidden_states, made.weight, made.labels, ref_logps=ref
+    ).loss.backward()
+    assert ref.grad is None
+    assert made.hidden_states.grad is not None
+
+
+def test_the_default_device_is_not_where_things_are_made():
+    made, ref = inputs(), torch.zeros(2 * B)
+    with torch.device("meta"):
+        out = FusedLinearDPOLoss()(made.hidden_states, made.weight, made.labels, ref_logps=ref)
+        out.loss.backward()
+    assert out.loss.device.type == made.hidden_states.grad.device.type == "cpu"
 
 
 def test_the_same_model_as_its_own_reference_has_a_loss_of_exactly_ln_2():

@@ -149,6 +149,11 @@ BAD = {
     "tau": ("discopop", {"discopop_tau": 1.5}, r"in \(0, 1\], got 1.5"),
     "flag": ("ipo", {"length_norm": 1}, "expected length_norm of ipo to be True or False, got 1"),
     "target": ("ipo", {"target": "mean"}, "to be one of standard, unified, got 'mean'"),
+    "divergence": (
+        "f_dpo",
+        {"f_divergence_type": "js"},
+        "f_divergence_type of f_dpo to be one of reverse_kl, .*got 'js'",
+    ),
     "g": ("daa", {"g": "logit"}, "expected g of daa to be one of logistic.*or a pair"),
     "g-single": ("daa", {"g": (torch.exp,)}, "or a pair"),
     "alpha": ("dpo", {"length_alpha": float("inf")}, "to be a finite number, got inf"),

@@ -24,7 +24,7 @@ import fastdaa
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "benchmarks")
-EXTRAS = {"triton", "peft", "flash", "liger", "bench", "dev"}
+EXTRAS = {"triton", "peft", "quantization", "flash", "liger", "bench", "dev"}
 NOT_IMPORTED = (
     "triton",
     "transformers",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
@@ -129,8 +132,9 @@ def test_bf16_gradients_are_kept_where_they_fit(call, kept, path):
         pytest.param(None, "single_pass", "known within a chunk", id="default"),
         pytest.param(3500, "single_pass", "known within a chunk", id="larger"),
         pytest.param(
-            2600, "recompute", "2260 MiB of them for sums, more than max_bytes = 2600", id="sums"
+            2300, "recompute", "2260 MiB of them for sums, more than max_bytes = 2300", id="sums"
         ),
+        pytest.param(2600, "recompute", "chunks of 512 tokens would spend more", id="chunks"),
     ],
 )  # fmt: skip
 def test_a_single_pass_whose_sums_do_not_fit_is_no_good(max_mib, path, reason):
@@ -141,6 +145,32 @@ def test_a_single_pass_whose_sums_do_not_fit_is_no_good(max_mib, path, reason):
     assert made.path == path and reason in made.reason
     if path == "single_pass":
         assert made.chunk_tokens >= 1024
+
+
+@pytest.mark.parametrize(
+    ("call", "sums"),
+    [
+        pytest.param({}, 2132, id="batch"),
+        pytest.param({"selected": True}, 2196, id="selected"),
+        pytest.param({"head_grad": False}, 128, id="hidden"),
+        pytest.param({"hidden_grad": False, "tokens": 65536}, 2004, id="head"),
+        pytest.param({"operand": torch.float16}, 2132, id="fp16"),
+    ],
+)
+def test_memory_that_a_single_pass_cannot_keep_is_refused(call, sums):
+    """Where both are asked for, neither gives way; and what is named is enough."""
+    options = {"tokens": 8192, "hidden_size": 4096, "operand": torch.bfloat16, **call}
+    ask = partial(plan, device="cuda", loss_inside=True, impl="single_pass", **options)
+    with pytest.raises(ValueError, match="expected at least") as caught:
+        ask(max_bytes=100 << 20)
+    least, said = re.search(
+        r"at least (\d+) for impl='single_pass', (\d+) of", str(caught.value)
+    ).groups()
+    assert int(said) == sums << 20 and int(said) < int(least) < 1.3 * int(said) + (300 << 20)
+    made = ask(max_bytes=int(least))
+    assert made.path == "single_pass" and made.extra_bytes <= int(least)
+    with pytest.raises(ValueError, match="impl='recompute' takes less"):
+        ask(max_bytes=int(least) - int(least) // 64)
 
 
 @pytest.mark.parametrize(("dtype", "path"), [("bfloat16", "recompute"), ("float32", "single_pass")])

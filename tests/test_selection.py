@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdaa import TokenSelection, select_pairs, select_tokens
+from fastdaa.selection import select_rows
 
 _ = -100
 LABELS = torch.tensor(
@@ -119,3 +120,14 @@ def test_to_moves_the_tensors_and_keeps_the_counts():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_selected_rows_and_their_gradient_are_those_of_an_index():
+    """Also of a row that is selected twice, as the last one of a shared prompt is."""
+    hidden = torch.randn(6, 3, requires_grad=True)
+    rows, weights = torch.tensor([4, 1, 4, 0]), torch.randn(4, 3)
+    (want,) = torch.autograd.grad((hidden[rows] * weights).sum(), hidden)
+    selected = select_rows(hidden, rows)
+    assert torch.equal(selected, hidden[rows])
+    (got,) = torch.autograd.grad(selected, hidden, weights)
+    assert torch.equal(got, want)

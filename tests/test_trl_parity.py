@@ -32,6 +32,14 @@ CASES = {
     "discopop": ("discopop", {"discopop_tau": 0.4}),
     "sft": ("sft", {}),
 }
+DIVERGENCES = [
+    ("reverse_kl", 0.5),
+    ("forward_kl", 0.5),
+    ("js_divergence", 0.5),
+    ("alpha_divergence", 0.3),
+    ("alpha_divergence", 1.5),
+    ("alpha_divergence", 1.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,9 @@ def dpo_trainer():
     return DPOTrainer
 
 
-def trl_loss(trainer, token_logps, mask, ref, loss_types, weights, label_smoothing, tau):
+def trl_loss(
+    trainer, token_logps, mask, ref, loss_types, weights, label_smoothing, tau, divergence
+):
     """TRL's own loss on given token log-probabilities, without a model or a trainer."""
     outputs = SimpleNamespace(
         log_probs=token_logps,
@@ -64,7 +74,7 @@ def trl_loss(trainer, token_logps, mask, ref, loss_types, weights, label_smoothi
     )
     state = SimpleNamespace(
         accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", use_weighting=False, beta=BETA, loss_types=loss_types,
+        **divergence, use_weighting=False, beta=BETA, loss_types=loss_types,
         loss_weights=weights, label_smoothing=label_smoothing, _total_train_tokens=0, _tp_size=1,
         args=SimpleNamespace(discopop_tau=tau), model=model, ref_model=None,
         _metrics={"train": {k: [] for k in METRICS}, "eval": {}},
@@ -90,18 +100,21 @@ METRICS = [
 ]
 
 
-def check_parity(trainer, trl_names, ours, weights, **hyperparameters):
+def check_parity(trainer, trl_names, ours, weights, dtype=torch.float64, **hyperparameters):
     generator = torch.Generator().manual_seed(0)
     lengths = LENGTHS.flatten()  # all chosen, then all rejected, right padded, prompt of 2 tokens
     mask = torch.zeros(6, 9, dtype=torch.int64)
     for row, length in enumerate(lengths):
         mask[row, 2 : 2 + length] = 1
-    logps = -3 * torch.rand(6, 8, generator=generator, dtype=torch.float64) * mask[:, 1:]
-    ref = -1.5 * lengths.view(2, 3) - torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    draws = [torch.rand(*s, generator=generator, dtype=torch.float64) for s in ((6, 8), (2, 3))]
+    logps = (-3 * draws[0] * mask[:, 1:]).to(dtype)
+    ref = (-1.5 * lengths.view(2, 3) - draws[1]).to(dtype)
 
     theirs = logps.clone().requires_grad_()
     smoothing, tau = (hyperparameters.get(k, 0.0) for k in ("label_smoothing", "discopop_tau"))
-    expected = trl_loss(trainer, theirs, mask, ref, trl_names, weights, smoothing, tau)
+    divergence = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5}
+    divergence |= {k: v for k, v in hyperparameters.items() if k in divergence}
+    expected = trl_loss(trainer, theirs, mask, ref, trl_names, weights, smoothing, tau, divergence)
     expected.backward()
 
     mine = logps.clone().requires_grad_()
@@ -112,10 +125,11 @@ def check_parity(trainer, trl_names, ours, weights, **hyperparameters):
     loss.backward()
 
     # exo_pair: TRL holds epsilon in fp32.
-    rtol = 1e-6 if "exo_pair" in ours else 1e-12
+    rtol = 1e-6 if "exo_pair" in ours or dtype == torch.float32 else 1e-12
+    atol = 1e-7 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(loss, expected, rtol=rtol, atol=1e-12)
     torch.testing.assert_close(
-        mine.grad * mask[:, 1:], theirs.grad * mask[:, 1:], rtol=rtol, atol=1e-9
+        mine.grad * mask[:, 1:], theirs.grad * mask[:, 1:], rtol=rtol, atol=atol
     )
 
 
@@ -123,6 +137,14 @@ def check_parity(trainer, trl_names, ours, weights, **hyperparameters):
 def test_loss_and_gradient_are_those_of_trl(dpo_trainer, name):
     ours, hyperparameters = CASES[name]
     check_parity(dpo_trainer, [name], [ours], [1.0], **hyperparameters)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), DIVERGENCES)
+def test_divergences_are_those_of_trl(dpo_trainer, kind, alpha):
+    # TRL has no alpha divergence in fp64.
+    dtype = torch.float32 if kind == "alpha_divergence" else torch.float64
+    given = {"f_divergence_type": kind, "f_alpha_divergence_coef": alpha}
+    check_parity(dpo_trainer, ["sigmoid"], ["f_dpo"], [1.0], dtype, **given)
 
 
 def test_a_mixture_is_that_of_trl(dpo_trainer):

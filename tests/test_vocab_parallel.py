@@ -49,7 +49,7 @@ def run(case, rank=None, group=None, compiled=False):
     hidden, weight, bias, ref = randn(N, D), randn(V, D), randn(V), -50 + randn(6)
     targets = torch.randint(0, V, (N,), generator=generator)
     ids = slice(0, V) if rank is None else (slice(0, CUT), slice(CUT, V))[rank]
-    shard = None if rank is None else VocabShard(ids.start, V, group)
+    shard = None if rank is None else VocabShard(ids.start, V, group, widest=V - CUT)
     want_hidden, want_head = case.get("wanted", (False, False))
     hidden.requires_grad_(want_hidden)
     weight = weight[ids].clone().requires_grad_(want_head)
@@ -152,6 +152,17 @@ def test_one_node_of_a_compiled_graph_has_the_same_bits(outcomes, name):
 def test_a_slice_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"shard: expected 5 rows from token 7 to lie .* 10"):
         LmHead(torch.zeros(5, 3), shard=VocabShard(7, 10))
+
+
+def test_a_slice_that_nobody_plans_for_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    hidden, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    head = LmHead(torch.zeros(6, 3), shard=VocabShard(3, 9))
+    with pytest.raises(ValueError, match=r"expected at most 5 rows, as an even split of 9 .* got"):
+        head_logps(hidden, head, targets)
+    with pytest.raises(ValueError, match=r"shard: expected at most widest=5 rows, got 6"):
+        LmHead(torch.zeros(6, 3), shard=VocabShard(3, 9, widest=5))
+    assert LmHead(torch.zeros(3, 3), shard=VocabShard(0, 9, widest=6)).planned_width == 6
 
 
 @pytest.mark.interpreter

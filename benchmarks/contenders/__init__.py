@@ -34,11 +34,7 @@ ALL: list[Contender] = [
         for path, engines in ENGINES_OF.items()
         if engine in engines
     ),
-    *(
-        Fastdaa(path, engine, max_bytes=64 << 20)
-        for engine in ("torch", "triton")
-        for path in ("single_pass", "recompute")
-    ),
+    *(Fastdaa("recompute", engine, max_bytes=64 << 20) for engine in ("torch", "triton")),
     *(
         Fastdaa(path, engine, max_bytes=LESS_BYTES, kinds=())
         for engine in ("torch", "triton")

@@ -32,6 +32,7 @@ _TOKENS = 2048
 _TAIL_LINES = 12
 _ABSENT = 3
 _RUNS = "run "
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
         status = "hung" if enough else "unfinished"
     elif code < 0:
         said.append(f"ended by signal {-code}")
-    elif status == "failed" and any("out of memory" in line for line in said):
+    elif status == "failed" and any(word in line for line in said for word in _NO_MEMORY):
         status = "unfinished"
     return Trial(path, name, status, round(time.monotonic() - began, 1), list(said))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fastdaa.data.collate import Layout, PairCollator
+from fastdaa.data.errors import DataError
+from fastdaa.data.mixture import load_mixture
 from fastdaa.data.packing import pack_by_length, pack_by_width
 from fastdaa.data.packs import dense_mask, selection_from
 from fastdaa.data.pairs import load_pairs, read_pairs
 from fastdaa.data.reports import SkipReport, TokenizeReport
 from fastdaa.data.rows import PairRows
 from fastdaa.data.tokenise import tokenize_pairs
-from fastdaa.data.validate import DataError
 
 __all__ = [
     "DataError",
@@ -19,6 +20,7 @@ __all__ = [
     "SkipReport",
     "TokenizeReport",
     "dense_mask",
+    "load_mixture",
     "load_pairs",
     "pack_by_length",
     "pack_by_width",

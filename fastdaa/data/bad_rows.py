@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
+from fastdaa.data.errors import BadRow, DataError
 from fastdaa.data.readers import Place, Records
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.validate import BadRow, DataError
 
 OnBadRow = Literal["error", "skip"]
 Row = TypeVar("Row")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdaa.data.encode import Ids
+from fastdaa.data.errors import DataError
 from fastdaa.data.fields import ADVANTAGE_FIELDS
-from fastdaa.data.validate import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,7 +11,8 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastdaa.data.validate import BadRow, common_prefix
+from fastdaa.data.errors import BadRow
+from fastdaa.data.validate import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

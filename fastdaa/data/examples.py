@@ -2,31 +2,28 @@
 
 A record is one of: ``prompt`` and ``completion``; a preference pair, of which the chosen side is
 taken; ``messages``, a conversation whose last answer is the completion; ``text``, which is all
-completion; and, where prompts alone are wanted, ``prompt``.
+completion; where prompts alone are wanted, ``prompt``; or has one of the formats of
+:mod:`fastdaa.data.known_formats`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.data.assemble import messages_in
 from fastdaa.data.bad_rows import OnBadRow, good_rows
-from fastdaa.data.readers import Place, Records
+from fastdaa.data.errors import BadRow, bad_field, describe
+from fastdaa.data.formats import recognise
+from fastdaa.data.kinds import CheckedRow, RecordKind
+from fastdaa.data.known_formats import example_format
+from fastdaa.data.named_columns import NamedColumns
+from fastdaa.data.readers import Records
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.sources import nothing_in, open_source
-from fastdaa.data.tables import to_dataset
-from fastdaa.data.validate import (
-    BadRow,
-    bad_field,
-    check_content,
-    check_last_role,
-    normalise_pair,
-    read_turns,
-    template_fields,
-)
-from fastdaa.validation import check_choice, check_positive
+from fastdaa.data.turns import check_content, check_last_role, read_turns
+from fastdaa.data.validate import normalise_pair, template_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,11 +40,12 @@ def load_examples(
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
     prompts_only: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Reads records of the forms above, checks every one, and brings all into one form.
 
     Args:
-        source, split, name, limit, on_bad_row: as in :func:`fastdaa.data.load_pairs`.
+        source, split, name, limit, on_bad_row, columns: as in :func:`fastdaa.data.load_pairs`.
         prompts_only: records need no completion, and theirs are left out.
 
     Returns:
@@ -55,18 +53,15 @@ def load_examples(
         and for conversations that have them ``tools`` (JSON text) and ``chat_template_kwargs``.
 
     Raises:
-        DataError: a source that cannot be found or read, a bad record, or no usable one at all.
-        ValueError: an unknown ``on_bad_row`` or a ``limit`` below 1.
+        DataError: a source that cannot be found or read, a column that is missing or can be read in
+            several ways, a bad record, or no usable one at all.
+        ValueError: an unknown ``on_bad_row``, a ``limit`` below 1, or ``columns`` for other fields.
     """
-    check_choice("on_bad_row", on_bad_row, ("error", "skip"))
-    check_positive("limit", limit)
-    report = SkipReport()
-    records = open_source(source, split, name)
-    found = islice(checked_examples(records, on_bad_row, report, prompts_only), limit)
-    examples = [example for _, example in found]
-    if not examples:
-        raise nothing_in(source, "record", report)
-    return to_dataset(examples, EXAMPLE_FIELDS[: 1 if prompts_only else 2])
+    kind = PROMPTS if prompts_only else EXAMPLES
+    named = NamedColumns(columns or {})
+    return kind.load(
+        source, split=split, name=name, limit=limit, on_bad_row=on_bad_row, columns=named
+    )
 
 
 def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]:
@@ -76,7 +71,7 @@ def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]
         BadRow: says the field, what was expected and what came.
     """
     if not isinstance(record, Mapping):
-        raise BadRow("not an object", f"expected an object with fields, got {record!r}")
+        raise BadRow("not an object", f"expected an object with fields, got {describe(record)}")
     given = {name for name, value in record.items() if value is not None}
     if prompts_only and "prompt" in given:
         prompt = read_turns("prompt", record["prompt"])
@@ -104,12 +99,24 @@ def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]
 
 
 def checked_examples(
-    records: Records, on_bad_row: OnBadRow, report: SkipReport, prompts_only: bool
-) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Good records, all of the first one's kind: conversations or text."""
+    records: Records,
+    on_bad_row: OnBadRow,
+    report: SkipReport,
+    prompts_only: bool = False,
+    *,
+    source: str = "dataset",
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[CheckedRow]:
+    """Good records, all of the first one's kind: conversations or text.
+
+    The arguments are those of :func:`fastdaa.data.pairs.checked_pairs`.
+    """
+    columns = columns or {}
+    find = partial(example_format, named=columns, prompts_only=prompts_only)
+    found, records = recognise(records, find, source)
     first: type | None = None
 
-    def read(record: Any) -> dict[str, Any]:
+    def normalise(record: Any) -> dict[str, Any]:
         nonlocal first
         example = normalise_example(record, prompts_only)
         kind = type(example["prompt"])
@@ -120,8 +127,13 @@ def checked_examples(
             raise bad_field("mixed formats", "prompt", f"{kinds[0]} as before", kinds[1])
         return example
 
-    for place, _, example in good_rows(records, read, on_bad_row, report):
-        yield place, example
+    read = found.reader(normalise, columns)
+    for place, _, (_, example) in good_rows(records, read, on_bad_row, report):
+        yield place, example, {}
+
+
+EXAMPLES = RecordKind("example", EXAMPLE_FIELDS, checked_examples)
+PROMPTS = RecordKind("prompt", EXAMPLE_FIELDS[:1], partial(checked_examples, prompts_only=True))
 
 
 def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversation(value: Any) -> dict[str, Any]:
-    turns = read_turns("messages", value)
+    turns = read_turns("messages", messages_in(value))
     if not isinstance(turns, list) or len(turns) < 2:
         raise bad_field("wrong messages", "messages", "a question and an answer", repr(value)[:60])
     _check_answer("messages", turns[-1:])

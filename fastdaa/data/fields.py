@@ -4,7 +4,12 @@ from __future__ import annotations
 
 TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SEQUENCE_FIELDS = ("prompt_ids", "completion_ids")
+PAIR_SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
+"""Columns whose tokens make the sequences of a pair."""
 SKIP_FIELDS = ("chosen_skip", "rejected_skip")
 REF_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
 REF_TOKEN_FIELDS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 ADVANTAGE_FIELDS = ("chosen_advantage", "rejected_advantage")
+SOURCE_FIELD = "mixture_source"
+PLACE_FIELD = "mixture_place"
+"""Of the rows of a mixture: the source, as the user has named it, and where the row is in it."""

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from fastdaa.data.bad_rows import OnBadRow, good_rows
-from fastdaa.data.readers import Place, Records
+from fastdaa.data.errors import bad_field
+from fastdaa.data.formats import recognise
+from fastdaa.data.kinds import CheckedRow, RecordKind
+from fastdaa.data.known_formats import pair_format
+from fastdaa.data.named_columns import NamedColumns
+from fastdaa.data.readers import Records
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.scored import pair_scored
-from fastdaa.data.sources import name_of, nothing_in, open_source
-from fastdaa.data.tables import to_dataset
 from fastdaa.data.validate import (
     PAIR_FIELDS,
     TEMPLATE_FIELDS,
-    bad_field,
     is_conversational,
     normalise_pair,
 )
-from fastdaa.validation import check_choice, check_positive
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 def load_pairs(
@@ -36,18 +32,22 @@ def load_pairs(
     name: str | None = None,
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Reads preference pairs, checks every row, and brings all into one form.
 
     Args:
         source: a ``.json``, ``.jsonl``, ``.ndjson``, ``.csv`` (each also ``.gz``) or ``.parquet``
             file; a folder of such files; a folder written by ``Dataset.save_to_disk``; a hub id
-            ``owner/name``; or a ``datasets.Dataset``.
+            ``owner/name``; or a ``datasets.Dataset``. Text may name configuration and split behind
+            it: ``owner/name:config:split``, ``folder::split``.
         split: which split, where the source has several; by default the only one, or ``train``.
         name: configuration of a hub dataset.
         limit: read only so many good rows; the rows behind them are not looked at.
         on_bad_row: ``"error"`` stops at the first bad row; ``"skip"`` leaves such rows out and
             logs how many, by reason.
+        columns: from the fields ``prompt``, ``chosen``, ``rejected``, ``completion`` and
+            ``messages`` to columns of other names that are read for them.
 
     Returns:
         A dataset in memory (nothing is written to disk) with the columns ``prompt``, ``chosen``,
@@ -57,13 +57,14 @@ def load_pairs(
         come as pairs with ``chosen_advantage`` and ``rejected_advantage``.
 
     Raises:
-        DataError: a source that cannot be found or read, a bad row, or no usable row at all.
-        ValueError: an unknown ``on_bad_row`` or a ``limit`` below 1.
+        DataError: a source that cannot be found or read, a column that is missing or can be read in
+            several ways, a bad row, or no usable row at all.
+        ValueError: an unknown ``on_bad_row``, a ``limit`` below 1, or ``columns`` for other fields.
     """
-    dataset, report = read_pairs(source, split=split, name=name, limit=limit, on_bad_row=on_bad_row)
-    if report.skipped:
-        logger.warning("%s: %s", name_of(source), report)
-    return dataset
+    named = NamedColumns(columns or {})
+    return PAIRS.load(
+        source, split=split, name=name, limit=limit, on_bad_row=on_bad_row, columns=named
+    )
 
 
 def read_pairs(
@@ -73,41 +74,54 @@ def read_pairs(
     name: str | None = None,
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, SkipReport]:
     """:func:`load_pairs`, with the report of the rows that were left out beside the dataset."""
-    check_choice("on_bad_row", on_bad_row, ("error", "skip"))
-    check_positive("limit", limit)
-    report = SkipReport()
-    records = pair_scored(open_source(source, split, name))
-    found = list(islice(checked_pairs(records, on_bad_row, report), limit))
-    report.kept = len(found)
-    if not found:
-        raise nothing_in(source, "pair", report)
-    pairs, extras = [pair for _, pair, _ in found], [extra for _, _, extra in found]
-    return to_dataset(pairs, PAIR_FIELDS, extras), report
+    named = NamedColumns(columns or {})
+    found = PAIRS.read(
+        source, split=split, name=name, limit=limit, on_bad_row=on_bad_row, columns=named
+    )
+    return PAIRS.dataset(found.rows, found.extras), found.report
 
 
 def checked_pairs(
-    records: Records, on_bad_row: OnBadRow, report: SkipReport
-) -> Iterator[tuple[Place, dict[str, Any], dict[str, Any]]]:
+    records: Records,
+    on_bad_row: OnBadRow,
+    report: SkipReport,
+    *,
+    source: str = "dataset",
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[CheckedRow]:
     """Good pairs among ``records``, each with its place and the fields that are none of ours.
 
     Bad rows are counted in ``report``, or raised as :class:`DataError` with their place. All rows
     must be of the first one's kind: conversations or text, with or without ``prompt``.
+
+    Args:
+        records: in our fields, or in a format of :mod:`fastdaa.data.known_formats`.
+        on_bad_row, report: what becomes of bad rows.
+        source: as messages call it.
+        columns: from fields to the columns that were read for them already.
     """
+    columns = columns or {}
+    found, records = recognise(records, lambda first: pair_format(first, columns), source)
     kind: tuple[bool, bool] | None = None
 
-    def read(record: Any) -> dict[str, Any]:
+    def normalise(record: Any) -> dict[str, Any]:
         nonlocal kind
         pair = normalise_pair(record)
-        found = (is_conversational(pair), record.get("prompt") is not None)
-        kind = kind or found
-        _check_kind(kind, found)
+        own = (is_conversational(pair), record.get("prompt") is not None)
+        kind = kind or own
+        _check_kind(kind, own)
         return pair
 
     ours = (*PAIR_FIELDS, *TEMPLATE_FIELDS)
-    for place, record, pair in good_rows(records, read, on_bad_row, report):
+    read = found.reader(normalise, columns)
+    for place, _, (record, pair) in good_rows(records, read, on_bad_row, report):
         yield place, pair, {field: value for field, value in record.items() if field not in ours}
+
+
+PAIRS = RecordKind("pair", PAIR_FIELDS, checked_pairs, scored=True)
 
 
 def _check_kind(first: tuple[bool, bool], found: tuple[bool, bool]) -> None:

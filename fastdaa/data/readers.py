@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastdaa.data.validate import BadRow, DataError, describe
+from fastdaa.data.errors import BadRow, DataError, describe
 
 Place = str
 Records = Iterator[tuple[Place, Any]]

@@ -17,6 +17,8 @@ class SkipReport:
     skipped: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     """For every reason, the first such row: where it is and what was expected."""
+    unit: str = "pair"
+    """What is kept."""
 
     @property
     def total_skipped(self) -> int:
@@ -28,13 +30,13 @@ class SkipReport:
         self.first.setdefault(reason, example)
 
     def __str__(self) -> str:
-        line = f"{self.kept:,} pairs kept, {self.total_skipped:,} rows left out"
+        line = f"{self.kept:,} {self.unit}s kept, {self.total_skipped:,} rows left out"
         return line + _reasons(self.skipped, self.first)
 
 
 @dataclass
 class TokenizeReport:
-    """What :func:`fastdaa.data.tokenize_pairs` did."""
+    """What :func:`fastdaa.data.tokenize_pairs` did; of examples, they are counted for pairs."""
 
     pairs: int = 0
     """Pairs that came in."""
@@ -55,6 +57,10 @@ class TokenizeReport:
     """The same of the completions, chosen and rejected alike."""
     total_tokens: int = 0
     """Tokens of all kept pairs, every prompt counted once."""
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    """Of a mixture: for every source, how many of its pairs came in, and how many were kept."""
+    unit: str = "pair"
+    """What is counted."""
 
     def drop(self, reason: str, example: str | None = None) -> None:
         """Count one pair that is left out."""
@@ -64,11 +70,11 @@ class TokenizeReport:
 
     def __str__(self) -> str:
         dropped = sum(self.dropped.values())
-        line = f"{self.kept:,} of {self.pairs:,} pairs kept, {dropped:,} left out"
+        line = f"{self.kept:,} of {self.pairs:,} {self.unit}s kept, {dropped:,} left out"
         line += _reasons(self.dropped, self.first)
         for count, what in (
             (self.truncated, "sequences truncated"),
-            (self.identical, "pairs identical after truncation"),
+            (self.identical, f"{self.unit}s identical after truncation"),
             (self.shortened_prompts, "prompts end where their completions' tokens diverge"),
         ):
             line += f"; {count:,} {what}" if count else ""
@@ -79,7 +85,57 @@ class TokenizeReport:
                 ("completion", self.completion_tokens),
             )
         ]
+        for source, (came, kept) in self.sources.items():
+            line += f"\n{source}: {kept:,} of {came:,} kept"
         return f"{line}\n{'; '.join(spread)}; {self.total_tokens:,} in total"
+
+
+@dataclass
+class SourceReport:
+    """What one source gives to a mixture."""
+
+    name: str
+    weight: float
+    rows: int
+    """Good rows of the source."""
+    train: int
+    """Rows to train on; above weight 1 some are there several times."""
+    held_out: int
+    """Rows to evaluate on."""
+    skips: SkipReport
+
+
+@dataclass
+class MixtureReport:
+    """What :func:`fastdaa.data.load_mixture` did."""
+
+    sources: list[SourceReport]
+    unit: str = "pair"
+    """What a row is."""
+
+    def check_all_used(self) -> None:
+        """Raise ``ValueError`` for a source that gives nothing to train on."""
+        for source in self.sources:
+            if not source.train:
+                raise ValueError(
+                    f"dataset_weights: expected at least one {self.unit} of {source.name} to train "
+                    f"on, got none: it has {source.rows:,}, of which {source.held_out:,} are held "
+                    f"out, and weight {source.weight:g}"
+                )
+
+    def __str__(self) -> str:
+        line = f"{sum(source.train for source in self.sources):,} {self.unit}s "
+        line += f"of {len(self.sources)} sources"
+        held_out = sum(source.held_out for source in self.sources)
+        line += f", {held_out:,} held out" if held_out else ""
+        for source in self.sources:
+            line += f"\n{source.name}: {source.train:,} from {source.rows:,} {self.unit}s"
+            line += f", weight {source.weight:g}" if source.weight != 1 else ""
+            line += f", {source.held_out:,} held out" if held_out else ""
+            if source.skips.skipped:
+                line += f"; {source.skips.total_skipped:,} rows left out"
+                line += _reasons(source.skips.skipped, source.skips.first)
+        return line
 
 
 def percentiles(lengths: Iterable[int]) -> dict[str, int]:

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+from fastdaa.data.errors import BadRow, bad_field, describe
 from fastdaa.data.fields import ADVANTAGE_FIELDS
 from fastdaa.data.readers import Place, Records
-from fastdaa.data.validate import BadRow, bad_field, describe
 
 logger = logging.getLogger(__name__)
 SCORED_FIELDS = ("prompt", "completion", "score")

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastdaa.data.errors import DataError
+from fastdaa.data.fields import PLACE_FIELD
 from fastdaa.data.readers import Records, kind_of, read_file
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.validate import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,16 +21,65 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[^a-zA-Z])")
 
 
+class Source(NamedTuple):
+    """A source as text names it."""
+
+    path: str
+    """A path or hub id."""
+    name: str | None = None
+    """Configuration on the hub."""
+    split: str | None = None
+
+
+def parse_source(text: str) -> Source:
+    """Reads ``owner/name:config``, ``owner/name:config:split`` or ``path::split``.
+
+    What exists is a path, whatever is in its name; text that is none of these is a path, too.
+
+    Raises:
+        DataError: a configuration of a local path.
+    """
+    if ":" not in text or Path(text).expanduser().exists():
+        return Source(text)
+    for colons in (1, 2):
+        base, *rest = text.rsplit(":", colons)
+        local = Path(base).expanduser().exists()
+        if len(rest) < colons or not (local or _is_hub_id(base)):
+            continue
+        name, split = [*rest, ""][:2]
+        if local and name:
+            raise DataError(
+                f"{text}: expected '{base}::{split or name}' for a split, got {name!r} as a "
+                "configuration, which only datasets on the hub have"
+            )
+        return Source(base, name or None, split or None)
+    return Source(text)
+
+
+def without_split(text: str) -> str:
+    """A source without the split that it names."""
+    source = parse_source(text)
+    if source.split is None:
+        return text
+    return source.path if source.name is None else f"{source.path}:{source.name}"
+
+
 def open_source(
     source: str | PathLike[str] | Dataset, split: str | None, name: str | None
 ) -> Records:
     """Records of a source as :func:`fastdaa.data.load_pairs` takes it, of one split.
+
+    Args:
+        split, name: for a source that does not say them itself.
 
     Raises:
         DataError: a source that cannot be found or read, or without the split.
     """
     if not isinstance(source, str | PathLike):
         return rows_of(_pick_split(source, split, "dataset"), "dataset")
+    if isinstance(source, str):
+        parsed = parse_source(source)
+        source, name, split = parsed.path, parsed.name or name, parsed.split or split
     path = Path(source).expanduser()
     if path.is_file():
         _pick_name([_split_of(Path(path.name)) or "train"], split, str(path))
@@ -42,12 +92,16 @@ def open_source(
             return rows_of(_pick_split(saved, split, str(path)), str(path))
         return chain.from_iterable(map(read_file, _files_of(path, split)))
     text = str(source)
-    if not _HUB_ID.fullmatch(text) or kind_of(path):
+    if not _is_hub_id(text):
         raise DataError(
             f"{text}: expected a file, a folder, or a hub id 'owner/name'; "
             "there is no such file or folder"
         )
     return rows_of(_pick_split(_load_from_hub(text, name), split, text), text)
+
+
+def _is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None and not kind_of(Path(text))
 
 
 def _load_from_hub(hub_id: str, name: str | None) -> Any:
@@ -102,13 +156,19 @@ def _pick_name(splits: list[str], split: str | None, source: str) -> str:
 
 
 def rows_of(dataset: Any, source: str) -> Records:
-    """Rows of a ``datasets.Dataset``; ``source`` begins their places."""
+    """Rows of a ``datasets.Dataset``; ``source`` begins their places.
+
+    Those of a mixture have the place in their own source behind that.
+    """
     number = 0
     for columns in dataset.with_format(None).iter(batch_size=1024):
         fields = list(columns)
         for values in zip(*columns.values(), strict=True):
             number += 1
-            yield f"{source}: row {number}", dict(zip(fields, values, strict=True))
+            row = dict(zip(fields, values, strict=True))
+            origin = row.pop(PLACE_FIELD, None)
+            place = f"{source}: row {number}"
+            yield place if origin is None else f"{place} ({origin})", row
 
 
 def name_of(source: object) -> str:

@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 from fastdaa.data.bad_rows import OnBadRow, handle_bad_row
 from fastdaa.data.columns import TokenColumns
 from fastdaa.data.encode import Row, encode
+from fastdaa.data.errors import BadRow, DataError
 from fastdaa.data.examples import checked_examples
-from fastdaa.data.fields import ADVANTAGE_FIELDS, SEQUENCE_FIELDS, SKIP_FIELDS, TOKEN_FIELDS
+from fastdaa.data.fields import (
+    ADVANTAGE_FIELDS,
+    SEQUENCE_FIELDS,
+    SKIP_FIELDS,
+    SOURCE_FIELD,
+    TOKEN_FIELDS,
+)
+from fastdaa.data.kinds import CheckedRow
 from fastdaa.data.pairs import checked_pairs
-from fastdaa.data.readers import Place
+from fastdaa.data.readers import Place, Records
 from fastdaa.data.reports import SkipReport, TokenizeReport, percentiles
 from fastdaa.data.sources import rows_of
 from fastdaa.data.truncation import TruncationMode, cut
-from fastdaa.data.validate import BadRow, DataError
 from fastdaa.validation import check_choice, check_positive
 
 if TYPE_CHECKING:
@@ -72,9 +79,9 @@ def tokenize_pairs(
     run = _Run("pair", TOKEN_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
     if not len(dataset):
         raise DataError("dataset: expected at least one pair, got none")
-    checked = checked_pairs(rows_of(dataset, "dataset"), on_bad_row, run.skips)
+    checked = checked_pairs(run.noting_sources(dataset), on_bad_row, run.skips)
     skip_fields = SKIP_FIELDS if truncation_mode == "keep_end" else ()
-    tokens = run.tokenize(dataset, run.with_advantages(checked), tokenizer, skip_fields)
+    tokens = run.tokenize(dataset, checked, tokenizer, skip_fields)
     if run.report.shortened_prompts:
         logger.warning(
             "In %d of %d pairs the prompt, tokenised alone, is not how prompt and completion "
@@ -110,7 +117,7 @@ def tokenize_examples(
         ValueError: an unknown mode, or a number below 1.
     """
     run = _Run("example", SEQUENCE_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
-    rows = checked_examples(rows_of(dataset, "dataset"), on_bad_row, run.skips, False)
+    rows = checked_examples(run.noting_sources(dataset), on_bad_row, run.skips)
     return run.tokenize(dataset, rows, tokenizer), run.report
 
 
@@ -152,19 +159,29 @@ class _Run:
     skips: SkipReport = field(default_factory=SkipReport)
     advantages: dict[Place, tuple[float, ...]] = field(default_factory=dict)
     """Of the rows that are being tokenised, if they have any."""
+    sources: dict[Place, str] = field(default_factory=dict)
+    """The same, of the rows of a mixture."""
 
     def __post_init__(self) -> None:
         check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
         check_positive("max_length", self.max_length)
         check_positive("num_proc", self.num_proc)
+        self.report.unit = self.unit
 
-    def with_advantages(
-        self, checked: Iterable[tuple[Place, Row, Any]]
-    ) -> Iterator[tuple[Place, Row]]:
+    def noting_sources(self, dataset: Dataset) -> Records:
+        """The rows of ``dataset``; the sources of those of a mixture are put under their places."""
+        for place, row in rows_of(dataset, "dataset"):
+            source = row.pop(SOURCE_FIELD, None)
+            if source is not None:
+                self.sources[place] = source
+                self.report.sources.setdefault(source, [0, 0])[0] += 1
+            yield place, row
+
+    def _noting_advantages(self, rows: Iterable[CheckedRow]) -> Iterator[tuple[Place, Row]]:
         """The same rows; their advantages, if they have any, are put under their places."""
-        for place, pair, extra in checked:
-            numbers = [extra.get(name) for name in ADVANTAGE_FIELDS]
+        for place, row, extra in rows:
+            numbers: list[Any] = [extra.get(name) for name in ADVANTAGE_FIELDS]
             if any(number is not None for number in numbers):
                 if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
                     raise DataError(
@@ -172,12 +189,12 @@ class _Run:
                         f"{numbers}"
                     )
                 self.advantages[place] = tuple(float(n) for n in numbers)
-            yield place, pair
+            yield place, row
 
     def tokenize(
         self,
         dataset: Dataset,
-        rows: Iterable[tuple[Place, Row]],
+        rows: Iterable[CheckedRow],
         tokenizer: PreTrainedTokenizerBase,
         skip_fields: tuple[str, ...] = (),
     ) -> Dataset:
@@ -185,9 +202,9 @@ class _Run:
         self.report.pairs = len(dataset)
         columns = TokenColumns(self.fields, skip_fields)
         completions = [name.removesuffix("_ids") for name in self.fields[1:]]
-        checked = _with_tokenizer_checked(rows, tokenizer, dataset)
+        checked = _with_tokenizer_checked(self._noting_advantages(rows), tokenizer, dataset)
         for place, encoded in encode(checked, tokenizer, completions, self.num_proc or 1):
-            advantages = self.advantages.pop(place, ())
+            advantages, source = self.advantages.pop(place, ()), self.sources.pop(place, None)
             if isinstance(encoded, BadRow):
                 handle_bad_row(place, encoded, self.on_bad_row, self.skips)
                 continue
@@ -196,6 +213,8 @@ class _Run:
                 self.report.drop(kept)
                 continue
             columns.add(kept.ids, kept.skips, advantages)
+            if source is not None:
+                self.report.sources[source][1] += 1
             self.report.truncated += kept.truncated
             self.report.identical += len(kept.ids) > 2 and kept.ids[1] == kept.ids[2]
             self.report.shortened_prompts += encoded.shortened

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.data.bad_rows import OnBadRow, handle_bad_row
 from fastdaa.data.encode import Ids, encode_prompt
+from fastdaa.data.errors import BadRow, DataError
 from fastdaa.data.examples import checked_examples
 from fastdaa.data.reports import SkipReport
 from fastdaa.data.sources import rows_of
 from fastdaa.data.tokenise import check_tokenizer
-from fastdaa.data.validate import BadRow, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ def tokenize_prompts(
     """
     skips = SkipReport()
     prompts: list[TokenizedPrompt] = []
-    for place, example in checked_examples(rows_of(dataset, "dataset"), on_bad_row, skips, True):
+    for place, example, _ in checked_examples(rows_of(dataset, "dataset"), on_bad_row, skips, True):
         check_tokenizer(tokenizer, example["prompt"], dataset, needs_eos=False)
         try:
             ids = encode_prompt(example, tokenizer)

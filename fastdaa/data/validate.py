@@ -6,43 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "model",
-    "tool",
-    "function",
-    "ipython",
-    "environment",
-    "document",
-    "control",
-)
+from fastdaa.data.errors import BadRow, bad_field, describe
+from fastdaa.data.turns import check_content, check_last_role, read_turns, without_nulls
+
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
-_ANSWERING = ("assistant", "model")
-
-
-class DataError(ValueError):
-    """Data that cannot be used: where, which field, what was expected and what came."""
-
-
-class BadRow(DataError):
-    """One row that cannot be used; the reader adds where it is.
-
-    Attributes:
-        reason: a short phrase under which such rows are counted.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def bad_field(reason: str, field: str, expected: str, got: str) -> BadRow:
-    """A :class:`BadRow` in the usual words."""
-    return BadRow(reason, f"field {field!r}: expected {expected}, got {got}")
 
 
 def normalise_pair(record: Any) -> dict[str, Any]:
@@ -120,25 +88,6 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     return known
 
 
-def without_nulls(value: Any) -> Any:
-    """``value`` without the null entries that columnar files add to nested objects."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list | tuple):
-        return [without_nulls(entry) for entry in value]
-    return value
-
-
-def describe(value: Any) -> str:
-    """``value`` in a few words, for an error message."""
-    if value is None:
-        return "null"
-    text = value if isinstance(value, str) else repr(value)
-    if len(text) > 60:
-        text = text[:57] + "..."
-    return repr(text) if isinstance(value, str) else f"{type(value).__name__} {text}"
-
-
 def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dict[str, Any]:
     if prompt is None or (conversational and isinstance(prompt, str)):
         # Some sets repeat the first question as text beside two whole conversations.
@@ -169,75 +118,13 @@ def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dic
 
 
 def _read_side(field: str, value: Any) -> str | list[dict[str, Any]]:
-    turns = read_turns(field, value)
+    # A single message is a list of one.
+    turns = read_turns(field, [value] if isinstance(value, Mapping) else value)
     if not turns:
         raise bad_field("empty completion", field, "an answer with content", "an empty one")
     if isinstance(turns, list):
         check_last_role(field, turns)
     return turns
-
-
-def check_last_role(field: str, turns: list[dict[str, Any]]) -> None:
-    """Raise ``BadRow`` where the last message is not one of the model."""
-    if turns[-1]["role"] not in _ANSWERING:
-        got = f"one from {turns[-1]['role']!r}"
-        raise bad_field("wrong messages", field, "a last message from 'assistant'", got)
-
-
-def check_content(field: str, turns: list[dict[str, Any]]) -> None:
-    """Raise ``BadRow`` where no message has content or calls a tool."""
-    if not any(_says_something(turn) for turn in turns):
-        raise bad_field("empty completion", field, "an answer with content", "an empty one")
-
-
-def read_turns(field: str, value: Any) -> str | list[dict[str, Any]]:
-    """Text as it is, or messages checked one by one.
-
-    Raises:
-        BadRow: it is neither.
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple):
-        expected = "text or a list of messages"
-        raise bad_field("neither text nor messages", field, expected, describe(value))
-    return [_read_message(f"{field}[{index}]", message) for index, message in enumerate(value)]
-
-
-def _read_message(field: str, message: Any) -> dict[str, Any]:
-    expected = "a message {'role': ..., 'content': ...}"
-    if not isinstance(message, Mapping):
-        raise bad_field("wrong messages", field, expected, describe(message))
-    message = without_nulls(message)
-    if "role" not in message:
-        got = f"one with only {sorted(message)}"
-        if message.keys() >= {"from", "value"}:
-            got += " (ShareGPT's: rename them to role and content, human to user, gpt to assistant)"
-        raise bad_field("wrong messages", field, expected, got)
-    if message["role"] not in ROLES:
-        raise bad_field(
-            "wrong messages",
-            f"{field}.role",
-            f"one of {', '.join(ROLES)}",
-            describe(message["role"]),
-        )
-    content = message.get("content")
-    if isinstance(content, str) or (content is None and message.get("tool_calls")):
-        return message
-    if isinstance(content, list) and all(_is_text_block(block) for block in content):
-        return message
-    raise bad_field("wrong messages", f"{field}.content", "text", describe(content))
-
-
-def _is_text_block(block: Any) -> bool:
-    return isinstance(block, Mapping) and isinstance(block.get("text"), str)
-
-
-def _says_something(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(block["text"] for block in content)
-    return bool(content or message.get("tool_calls"))
 
 
 def template_fields(record: Mapping[str, Any]) -> dict[str, Any]:

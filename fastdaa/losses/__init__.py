@@ -7,6 +7,7 @@ lists formulas and papers.
 
 from fastdaa.losses.completion import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
 from fastdaa.losses.coupled import aot, aot_unpaired, kto
+from fastdaa.losses.custom import custom_loss
 from fastdaa.losses.margin import (
     MARGIN_FUNCTIONS,
     MarginFunction,
@@ -15,6 +16,7 @@ from fastdaa.losses.margin import (
     dpo,
     exo_pair,
     exponential,
+    f_dpo,
     ipo,
     robust,
     savage,
@@ -44,11 +46,13 @@ __all__ = [
     "awr_pairs",
     "bco_pair",
     "cpo",
+    "custom_loss",
     "daa",
     "discopop",
     "dpo",
     "exo_pair",
     "exponential",
+    "f_dpo",
     "get_loss",
     "implicit_rewards",
     "ipo",

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastdaa.losses.margin import MARGIN_FUNCTIONS
+from fastdaa.losses.custom import is_custom
+from fastdaa.losses.margin import F_DIVERGENCES, MARGIN_FUNCTIONS
 from fastdaa.losses.registry import LOSSES, Loss
 
 _Range = tuple[Callable[[float], bool], str]
@@ -30,6 +31,7 @@ _RANGES: dict[str, _Range] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("standard", "unified"),
+    "f_divergence_type": F_DIVERGENCES,
     "g": tuple(MARGIN_FUNCTIONS),
 }
 
@@ -67,6 +69,8 @@ def check_value(loss: Loss, name: str, value: Any) -> None:
     else:
         unbounded: _Range = (lambda v: True, "finite")
         in_range, words = _RANGES.get(f"{loss.name}.{name}") or _RANGES.get(name, unbounded)
+        if is_custom(loss):
+            in_range, words = unbounded
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         valid = number and math.isfinite(value) and in_range(value)
         expected = f"a finite number {words}" if words != "finite" else "a finite number"

@@ -22,6 +22,9 @@ from fastdaa.outputs import PairLogps
 EXPONENT_LIMIT = 30.0
 """Below ``x = -EXPONENT_LIMIT``, ``exp(-x)`` continues as its tangent: finite and never flat."""
 
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""Divergences of :func:`f_dpo`, by TRL's names."""
+
 
 def logratios(policy: PairLogps, ref: PairLogps) -> tuple[Tensor, Tensor]:
     """Log-ratios ``[B]`` of the chosen and of the rejected completions, in nats."""
@@ -69,6 +72,50 @@ def dpo(
         longer = (policy.chosen_lengths - policy.rejected_lengths).to(x.dtype)
         x = x + length_alpha * longer
     return smoothed_logistic(x, label_smoothing)
+
+
+def f_dpo(
+    policy: PairLogps,
+    ref: PairLogps,
+    *,
+    beta: float = 0.1,
+    f_divergence_type: str = "js_divergence",
+    f_alpha_divergence_coef: float = 0.5,
+) -> Tensor:
+    """f-DPO (arXiv 2309.16240, eq. 9): DPO under another divergence from the reference than KL.
+
+    ``-log sigmoid(beta (f'(u_w) - f'(u_l)))`` with the ratios ``u = policy / ref`` of the two
+    completions. ``f'(u)`` is ``log u`` for ``"reverse_kl"``, which is DPO, ``1 - 1/u`` for
+    ``"forward_kl"``, ``log(2 u / (1 + u))`` for ``"js_divergence"``, and
+    ``(u^(alpha - 1) - 1) / (alpha - 1)`` for ``"alpha_divergence"`` with ``alpha`` of
+    ``f_alpha_divergence_coef``: forward KL at 0, reverse KL at 1. TRL's names and derivatives;
+    powers ``u^p`` above ``exp(EXPONENT_LIMIT)`` continue as their tangent in ``log u``.
+    """
+    if f_divergence_type not in F_DIVERGENCES:
+        raise ValueError(
+            f"expected f_divergence_type in {list(F_DIVERGENCES)}, got {f_divergence_type!r}"
+        )
+    chosen, rejected = logratios(policy, ref)
+    alpha = divergence_alpha(f_divergence_type, f_alpha_divergence_coef)
+    if alpha is None:
+        x = F.logsigmoid(chosen) - F.logsigmoid(rejected)
+    elif alpha == 1:
+        x = chosen - rejected
+    else:
+        powers = [_exponential((1 - alpha) * ratio) for ratio in (chosen, rejected)]
+        x = (powers[0] - powers[1]) / (alpha - 1)
+    return -F.logsigmoid(beta * x)
+
+
+def divergence_alpha(f_divergence_type: str, f_alpha_divergence_coef: float) -> float | None:
+    """The alpha that a divergence is in the family of alpha divergences; None outside it.
+
+    Within 1e-6 of 1 it is 1, as with TRL.
+    """
+    if f_divergence_type == "alpha_divergence":
+        near = abs(f_alpha_divergence_coef - 1) < 1e-6
+        return 1.0 if near else f_alpha_divergence_coef
+    return {"reverse_kl": 1.0, "forward_kl": 0.0}.get(f_divergence_type)
 
 
 def robust(

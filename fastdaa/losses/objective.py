@@ -6,16 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from fastdaa.losses.custom import is_custom
 from fastdaa.losses.hyperparameters import check_accepted, check_value
 from fastdaa.losses.registry import Loss, get_loss
 from fastdaa.outputs import BatchTotals, PairLogps
 
 _BY_KEY: dict[str, Objective] = {}
+_OWN: WeakValueDictionary[str, Objective] = WeakValueDictionary()
+"""Those with a function of the caller's, as long as somebody holds them."""
+_COUNT = count()
 _PLAIN = (str, int, float, type(None))
 
 
@@ -23,9 +29,12 @@ def _register(objective: Objective) -> str:
     """A key that equal objectives share; one with a function of the caller's has its own."""
     key = str(objective)
     values = (value for term in objective.terms for value in term.values.values())
-    if not all(isinstance(value, _PLAIN) for value in values):
-        key = f"{key} #{len(_BY_KEY)}"
-    _BY_KEY[key] = objective
+    plain = all(isinstance(value, _PLAIN) for value in values)
+    if not plain or any(is_custom(term.loss) for term in objective.terms):
+        key = f"{key} #{next(_COUNT)}"
+        _OWN[key] = objective
+    else:
+        _BY_KEY[key] = objective
     return key
 
 
@@ -76,6 +85,9 @@ class Objective:
             raise ValueError("expected at least one loss with a weight above 0, got none")
         object.__setattr__(self, "key", _register(self))
 
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, so that another process registers it, too.
         return type(self), (self.terms,)
@@ -83,27 +95,29 @@ class Objective:
     @staticmethod
     def by_key(key: str) -> Objective:
         """The objective that has this ``key``."""
-        return _BY_KEY[key]
+        found = _BY_KEY.get(key)
+        return _OWN[key] if found is None else found
 
     @classmethod
     def parse(
         cls,
-        losses: str | Sequence[str],
+        losses: str | Loss | Sequence[str | Loss],
         *,
         weights: Sequence[float] | None = None,
         **hyperparameters: Any,
     ) -> Objective:
-        """Build a mixture from names or aliases.
+        """Build a mixture from names, aliases, or losses of :func:`fastdaa.losses.custom_loss`.
 
         Each hyperparameter goes to every chosen loss that has it; a value of None means the loss's
         own default. Weights default to 1. Raises ``ValueError`` for unknown losses, for
         hyperparameters that no chosen loss uses, and for values out of range.
         """
-        names = [losses] if isinstance(losses, str) else list(losses)
+        names = [losses] if isinstance(losses, (str, Loss)) else list(losses)
         weights = [1.0] * len(names) if weights is None else list(weights)
         if len(weights) != len(names):
-            raise ValueError(f"expected {len(names)} weights for {names}, got {len(weights)}")
-        chosen = [get_loss(name) for name in names]
+            shown = [getattr(name, "name", name) for name in names]
+            raise ValueError(f"expected {len(names)} weights for {shown}, got {len(weights)}")
+        chosen = [name if isinstance(name, Loss) else get_loss(name) for name in names]
         check_accepted(chosen, hyperparameters)
         given = {name: value for name, value in hyperparameters.items() if value is not None}
         terms = (
@@ -162,7 +176,8 @@ class Objective:
 
         ``totals`` describes the whole batch when these pairs are a chunk of it. An objective with
         token-level terms needs the result of ``token_losses`` for the same pairs, which is added.
-        Raises ``ValueError`` if a reference or the token losses are missing or superfluous.
+        Raises ``ValueError`` if a reference or the token losses are missing or superfluous, or if a
+        function of the caller's does not give one loss a pair.
         """
         if self.has_token_level != (token_losses is not None):
             wanted = "token_losses" if self.has_token_level else "no token_losses"
@@ -171,7 +186,13 @@ class Objective:
         for term in self.pair_terms:
             _require_ref(term, ref)
             values = {**term.values, "totals": totals} if term.loss.takes_totals else term.values
-            parts.append(_weighted(term, term.loss.fn(policy, ref, **values)))
+            losses = term.loss.fn(policy, ref, **values)
+            if losses.shape != policy.chosen.shape:
+                raise ValueError(
+                    f"{term.loss.name}: expected one loss a pair, {list(policy.chosen.shape)}, "
+                    f"got {list(losses.shape)}"
+                )
+            parts.append(_weighted(term, losses))
         return reduce(torch.add, parts)
 
     def token_losses(

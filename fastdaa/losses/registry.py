@@ -58,6 +58,12 @@ _APA = "Zhu et al., Advantage-Induced Policy Alignment, arXiv 2306.02231"
 _TABLE = (
     Loss("dpo", margin.dpo, _DPO, "logistic loss of the margin"),
     Loss(
+        "f_dpo",
+        margin.f_dpo,
+        "Wang et al., Beyond Reverse KL, arXiv 2309.16240",
+        "DPO under another divergence from the reference",
+    ),
+    Loss(
         "robust",
         margin.robust,
         "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409",

@@ -10,6 +10,7 @@ from fastdaa.benchmarks import cost_model
 from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.contenders import ALL
 from fastdaa.benchmarks.cost_model import Cost
+from fastdaa.benchmarks.gpu.targets import TARGETS, Target
 from fastdaa.benchmarks.roof import Roof, measure_roof
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost_model.md"
@@ -42,10 +43,20 @@ def test_single_pass_by_hand() -> None:
 def test_single_pass_in_chunks_by_hand() -> None:
     n, v, d = 16384, 128256, 4096  # 4 GiB of half-precision gradients come in two chunks
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
-    sums = (v + n) * d * (4 + 6)
-    chunks = v * d * 8 * 2 + n * d * (8 + 4)
+    sums = v * d * 6 + n * d * (4 + 6)  # the first product writes the weight's sum
+    chunks = v * d * 8 + n * d * (8 + 4)
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 4 + 2) * n * v + sums + chunks, "bfloat16")
+
+
+@pytest.mark.parametrize(("n", "weight"), [(8192, 0), (32768, 8 * 2 + 6)])
+def test_recompute_by_hand(n: int, weight: int) -> None:
+    """8 slices of up to 16384 columns by all of 8192 tokens; 16 of 8192 columns by 12288."""
+    v, d, slices = 128256, 4096, 8 if n == 8192 else 16
+    cost = cost_model.tiled(Case("llama3-8b", n, dtype="bfloat16"), "recompute", "triton", "cuda")
+    hidden = n * d * (8 * (slices - 1) + 6)
+    total = (4 + 4 + 2) * n * v + hidden + weight * v * d
+    assert cost == Cost(4 * 2 * n * v * d, total, "bfloat16")
 
 
 def test_the_fused_engine_has_no_tile() -> None:
@@ -93,6 +104,28 @@ def test_the_page_shows_these_numbers(line: str, contender: str, case: Case) -> 
     )
     (found,) = (text for text in PAGE.read_text().splitlines() if text.startswith(f"| {line}"))
     assert found.endswith(numbers)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.path)
+def test_the_page_shows_what_is_predicted_of_the_targets(target: Target) -> None:
+    """By plain division: floor and TRL's time over ours."""
+    work = {"score": "score", "single_pass": "dpo"}.get(target.path, "logps")
+    case = Case("llama3-8b", 8192, work, "bfloat16", target.path != "frozen")
+
+    def seconds(cost: Cost | None) -> float:
+        assert cost is not None
+        return cost.flop / 790e12 + cost.bytes / 4.3e12
+
+    floor = target.products * case.unit / 790e12
+    trl = seconds(cost_model.vocabulary_chunks(case, "cuda"))
+    ours = [
+        seconds(cost_model.tiled(case, target.path, engine, "cuda"))
+        for engine in ("triton", "torch")
+    ]
+    row = [f"at most {target.over_floor:.2f}", *(f"{t / floor:.2f}" for t in ours)]
+    row += [f"{target.against_trl:.2f}", *(f"{trl / t:.2f}" for t in ours)]
+    line = f"| {target.path.replace('_', ' ')} | {' | '.join(row)} |"
+    assert line in PAGE.read_text().splitlines()
 
 
 def test_the_model_counts_the_products_of_the_contender() -> None:

@@ -108,3 +108,26 @@ def make_dpo(
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ours(trl: Any) -> Any:
+    """The drop-in's trainer."""
+    from fastdaa.drop_in.trl import DPOTrainer
+
+    return DPOTrainer
+
+
+@pytest.fixture
+def saved(
+    new_model: Callable[..., transformers.PreTrainedModel], tmp_path: Path
+) -> Callable[..., transformers.PreTrainedModel]:
+    """A model that TRL can load its reference from."""
+
+    def build(**options: Any) -> transformers.PreTrainedModel:
+        model = new_model(**options)
+        model.save_pretrained(tmp_path / "model")
+        model.config._name_or_path = str(tmp_path / "model")
+        return model
+
+    return build

@@ -29,29 +29,41 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     So every loss of TRL works, with ``ld_alpha``, f-divergences, precomputed reference log-probs, a
     ``ref_model`` of its own, synchronised references, PEFT adapters and reference adapters. Where
     ``U = 2 x scored tokens x vocabulary x hidden size`` FLOP, the head takes 1U without gradient,
-    2U frozen, as under LoRA (TRL's takes 3U), and 4U trained.
+    2U frozen, as under LoRA (TRL's takes 3U), and 3U trained, whatever the loss (TRL's takes 4U):
+    the gradients of the logits wait for it (:mod:`fastdaa.kept_logps`). 4U where they do not fit
+    in memory, and with ``activation_offloading``, which would send them to the host.
+    ``use_weighting`` takes 1U more.
 
     Args:
         args, kwargs: those of ``trl.DPOTrainer``.
+        head_max_bytes: memory that a call of the head may take, as ``max_bytes`` of
+            :func:`fastdaa.plan_head`; half of it may be kept gradients. None for the default.
 
     Raises:
-        ValueError: what this head does not serve: ``use_weighting`` (it has no sum of squared
-            probabilities), a weighted ``router_aux_loss_coef``, vision models, FSDP, DeepSpeed
-            ZeRO-3, tensor, context and sequence parallelism, ``torch_compile``,
-            ``use_liger_kernel``, a head with further layers; and whatever TRL refuses.
+        TypeError: ``head_max_bytes`` is no integer.
+        ValueError: what this head does not serve: a weighted ``router_aux_loss_coef``, vision
+            models, FSDP, DeepSpeed ZeRO-3, tensor, context and sequence parallelism,
+            ``torch_compile``, ``use_liger_kernel``, a head with further layers; and whatever TRL
+            refuses.
         RuntimeError: TRL did not ask for a head.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_max_bytes: int | None = None, **kwargs: Any) -> None:
         given = inspect.signature(dpo_trainer.DPOTrainer.__init__).bind(self, *args, **kwargs)
         _check_settings(given.arguments.get("args"), given.arguments.get("processing_class"))
+        if head_max_bytes is not None and (
+            isinstance(head_max_bytes, bool) or not isinstance(head_max_bytes, int)
+        ):
+            raise TypeError(f"head_max_bytes: expected an integer or None, got {head_max_bytes!r}")
         heads = 0
 
         def add_checked(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
             nonlocal heads
             if not heads:
                 _check_trainer(self)
-            add_head(model, outputs)
+            # Its hooks would offload what is kept.
+            keep = not getattr(self.args, "activation_offloading", False)
+            add_head(model, outputs, keep=keep, max_bytes=head_max_bytes)
             heads += 1
 
         with _names_of_trl(add_fused_lm_head=add_checked, hash_module=_hash_module):
@@ -85,7 +97,7 @@ def _check_settings(args: Any, processing_class: Any) -> None:
     """Raise ``ValueError`` for what can be refused before anything is loaded."""
     if isinstance(processing_class, ProcessorMixin):
         raise _refused("processing_class", "a tokenizer", type(processing_class).__name__)
-    for name in ("use_weighting", "use_liger_kernel", "torch_compile"):
+    for name in ("use_liger_kernel", "torch_compile"):
         if getattr(args, name, False):
             raise _refused(name, "False", "True")
 

@@ -1,0 +1,93 @@
+"""Tiles of recompute's backward pass: slices of the vocabulary for as many tokens as fit.
+
+Every tile adds to the gradient of the hidden states, once for every slice. Where one tile holds all
+tokens its product is a slice of the weight's gradient. Where it does not, a slice is a wide sum
+that every tile adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from fastdaa.call_size import CallSize, gradient_entry
+
+_COLUMN_MULTIPLE = 256
+# Products are rounded in slices of so many bytes of fp32, which a GPU's cache holds and whose
+# products fill it twice over.
+PRODUCT_BYTES = 32 << 20
+# A product with so many results fills a GPU four times over, so none of their sums is split: parts
+# would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
+UNSPLIT_ENTRIES = 1 << 24
+
+
+class Slices(NamedTuple):
+    """Tiles of a backward pass."""
+
+    rows: int
+    columns: int
+    held: int
+    """Bytes of a tile, of the sum that it adds to, and of a result before it is rounded."""
+    additions: float
+    """Entries of gradients that are read and written again, for each of a logit and of ``D``."""
+
+
+def plan_slices(
+    size: CallSize, engine: str, budget: int, most_columns: int, rows_in: Callable[[int, int], int]
+) -> Slices:
+    """The tiles that move the fewest bytes of gradients.
+
+    Args:
+        budget: bytes for them.
+        most_columns: columns that are enough for an efficient product.
+        rows_in: how many rows of so many bytes to take for a budget, first argument.
+    """
+    columns = min(size.width, most_columns)
+    found = [
+        *_at_once(size, engine, budget, columns),
+        *_summed(size, engine, budget, columns, rows_in),
+    ]
+    return min(found, key=lambda slices: slices.additions)
+
+
+def _at_once(size: CallSize, engine: str, budget: int, columns: int) -> Iterator[Slices]:
+    """Tiles with all tokens, if they are known."""
+    budget -= size.tokens * size.row_copy
+    entry = gradient_entry(size, engine) * size.tokens + size.slice_copy * size.hidden_size
+    if not size.tokens:
+        return
+    # Results wait for their rounding, a slice of the product at a time, or the product rounds them.
+    rounded = size.head_grad and size.own_weight.itemsize != size.wide
+    result = size.wide * size.hidden_size * rounded
+    own = _whole_columns(min(columns, budget // entry))
+    if size.own_weight == size.operand and own * size.hidden_size >= UNSPLIT_ENTRIES:
+        result = 0
+    most = max(budget // (entry + result), (budget - PRODUCT_BYTES) // entry)
+    if most < 1:
+        return
+    columns = _whole_columns(min(columns, most))
+    held = entry * columns + min(result * columns, PRODUCT_BYTES)
+    yield Slices(size.tokens, columns, held + size.tokens * size.row_copy, 1 / columns)
+
+
+def _summed(
+    size: CallSize, engine: str, budget: int, columns: int, rows_in: Callable[[int, int], int]
+) -> Iterator[Slices]:
+    """Tiles with some of the tokens; fewer columns leave room for more of them."""
+    entry = size.slice_entry * size.hidden_size
+    while True:
+        row = gradient_entry(size, engine) * columns + size.row_copy
+        rest = budget - entry * columns
+        rows = rows_in(max(rest, 0), row)
+        if size.tokens:
+            rows = min(rows, size.tokens)
+        if rest >= row or columns == 1:
+            yield Slices(rows, columns, entry * columns + row * rows, 1 / columns + 1 / rows)
+        if columns == 1:
+            return
+        columns = _whole_columns(columns // 2)
+
+
+def _whole_columns(columns: int) -> int:
+    """As many columns, or a few less, as products like."""
+    return columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE or max(columns, 1)
