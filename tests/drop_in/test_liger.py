@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdaa.drop_in import liger as ours
 
@@ -186,6 +187,29 @@ def test_dpo_by_hand():
     assert nll.item() == pytest.approx(math.log(4 / 3), rel=1e-6)
     assert good.item() == pytest.approx(math.log(1.5), rel=1e-6)
     assert bad.item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        pytest.param(
+            ours.LigerFusedLinearDPOLoss,
+            {"average_log_prob": True, "use_ref_model": False},
+            id="dpo-means",
+        ),
+        pytest.param(ours.LigerFusedLinearDPOLoss, {"use_ref_model": False}, id="dpo-sums"),
+        pytest.param(ours.LigerFusedLinearORPOLoss, {"compute_nll_loss": False}, id="orpo"),
+    ],
+)
+def test_a_trained_head_costs_three_products(loss, options):
+    """Counted; logits computed again would make it four."""
+    tokens, d, v = 64, 16, 512
+    weight = torch.randn(v, d, requires_grad=True)
+    hidden = torch.randn(4, tokens // 4, d, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        value, _ = loss(**options)(weight, hidden, torch.randint(v, hidden.shape[:2]))
+        value.backward()
+    assert counter.get_total_flops() / (2 * tokens * v * d) == pytest.approx(3, abs=0.3)
 
 
 def test_bf16_inputs_keep_fp32_results():

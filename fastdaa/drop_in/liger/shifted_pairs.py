@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps, pair_logps, sequence_logps
+from fastdaa.logps import head_logps, head_logps_and_stats, pair_logps, sequence_logps
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.validation import check_floating, check_head_inputs, check_indices, check_shape
 
@@ -47,12 +47,17 @@ def check_hidden_states(name: str, hidden_states: Tensor, target: Tensor) -> Non
 def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> PairLogps:
     """Summed log-probs of the pairs of ``hidden_states [2B, T, D]``; differentiable.
 
+    3U with a trained head, where the gradients of all logits fit in memory, else 4U.
+
     Raises:
         TypeError, ValueError: tensors that do not fit together.
     """
     rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
     check_head_inputs(rows, head.weight, selection.targets, head.bias)
-    logps = head_logps(rows, head, selection.targets)
+    if torch.compiler.is_compiling():
+        logps = head_logps(rows, head, selection.targets)
+    else:
+        logps, _ = head_logps_and_stats(rows, head, selection.targets, keep=True, selected=True)
     return pair_logps(sequence_logps(logps, selection.lengths), selection.lengths)
 
 
