@@ -63,7 +63,7 @@ $(DEV_READY): $(TEST_READY) requirements/dev.txt
 	@touch $@
 
 $(BENCH_READY): $(TEST_READY) requirements/bench.txt
-	@echo "[setup peers] liger-kernel, cut-cross-entropy"
+	@echo "[setup peers] liger-kernel, cut-cross-entropy, bitsandbytes"
 	@$(PIP_INSTALL) --no-deps -r requirements/bench.txt
 	@touch $@
 

@@ -93,7 +93,13 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_NAMES_OF_MODULES})
+    """Public names and their modules, packages that are loaded, and what every module has."""
+    loaded = (
+        name
+        for name, value in globals().items()
+        if name.startswith("__") or getattr(value, "__package__", "").startswith(f"{__name__}.")
+    )
+    return sorted({*__all__, *_NAMES_OF_MODULES, *loaded})
 
 
 class _Package(ModuleType):

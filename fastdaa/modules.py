@@ -152,29 +152,129 @@ class FusedLinearPairLoss(nn.Module):
 
 
 class FusedLinearDPOLoss(FusedLinearPairLoss):
-    """DPO on hidden states. Hyperparameters: ``beta``, ``label_smoothing`` and the others of
-    :func:`fastdaa.losses.dpo`."""
+    """DPO on hidden states, see :func:`fastdaa.losses.dpo`.
 
-    def __init__(self, **options: Any):
-        super().__init__("dpo", **options)
+    Args:
+        beta: strength of the KL term, above 0.
+        label_smoothing: probability that a label is flipped, in [0, 0.5).
+        length_alpha: R-DPO's weight on the difference in length.
+        length_norm: per-token means of the log-probs in the place of their sums.
+        softcap, logit_scale, temperature, order, ignore_index, impl, engine, max_bytes: see
+            :class:`FusedLinearPairLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        length_alpha: float = 0.0,
+        length_norm: bool = False,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        order: str = "chosen_first",
+        ignore_index: int = -100,
+        impl: str = "auto",
+        engine: str = "auto",
+        max_bytes: int | None = None,
+    ):
+        super().__init__(
+            "dpo", beta=beta, label_smoothing=label_smoothing, length_alpha=length_alpha,
+            length_norm=length_norm,
+            softcap=softcap, logit_scale=logit_scale, temperature=temperature, order=order,
+            ignore_index=ignore_index, impl=impl, engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip
 
 
 class FusedLinearIPOLoss(FusedLinearPairLoss):
-    """IPO on hidden states. Hyperparameters: those of :func:`fastdaa.losses.ipo`."""
+    """IPO on hidden states, see :func:`fastdaa.losses.ipo`.
 
-    def __init__(self, **options: Any):
-        super().__init__("ipo", **options)
+    Args:
+        beta: strength of the KL term (tau of the paper), above 0.
+        target: ``"standard"`` for a margin of ``1 / (2 beta)``, ``"unified"`` for ``1 / beta``.
+        length_norm: per-token means of the log-probs in the place of their sums.
+        softcap, logit_scale, temperature, order, ignore_index, impl, engine, max_bytes: see
+            :class:`FusedLinearPairLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        target: str = "standard",
+        length_norm: bool = False,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        order: str = "chosen_first",
+        ignore_index: int = -100,
+        impl: str = "auto",
+        engine: str = "auto",
+        max_bytes: int | None = None,
+    ):
+        super().__init__(
+            "ipo", beta=beta, target=target, length_norm=length_norm,
+            softcap=softcap, logit_scale=logit_scale, temperature=temperature, order=order,
+            ignore_index=ignore_index, impl=impl, engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip
 
 
 class FusedLinearSLiCLoss(FusedLinearPairLoss):
-    """SLiC on hidden states. Hyperparameters: those of :func:`fastdaa.losses.slic`."""
+    """SLiC on hidden states: a hinge, see :func:`fastdaa.losses.slic`.
 
-    def __init__(self, **options: Any):
-        super().__init__("slic", **options)
+    Args:
+        beta: strength of the KL term, above 0.
+        delta: margin of the hinge, not negative.
+        softcap, logit_scale, temperature, order, ignore_index, impl, engine, max_bytes: see
+            :class:`FusedLinearPairLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        delta: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        order: str = "chosen_first",
+        ignore_index: int = -100,
+        impl: str = "auto",
+        engine: str = "auto",
+        max_bytes: int | None = None,
+    ):
+        super().__init__(
+            "slic", beta=beta, delta=delta,
+            softcap=softcap, logit_scale=logit_scale, temperature=temperature, order=order,
+            ignore_index=ignore_index, impl=impl, engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip
 
 
 class FusedLinearAPALoss(FusedLinearPairLoss):
-    """APA on hidden states. Hyperparameters: those of :func:`fastdaa.losses.apa_pairs`."""
+    """APA on hidden states, offline on pairs, see :func:`fastdaa.losses.apa_pairs`.
 
-    def __init__(self, **options: Any):
-        super().__init__("apa", **options)
+    Args:
+        lam: divisor of the advantages, above 0.
+        softcap, logit_scale, temperature, order, ignore_index, impl, engine, max_bytes: see
+            :class:`FusedLinearPairLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        lam: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        order: str = "chosen_first",
+        ignore_index: int = -100,
+        impl: str = "auto",
+        engine: str = "auto",
+        max_bytes: int | None = None,
+    ):
+        super().__init__(
+            "apa", lam=lam,
+            softcap=softcap, logit_scale=logit_scale, temperature=temperature, order=order,
+            ignore_index=ignore_index, impl=impl, engine=engine, max_bytes=max_bytes,
+        )  # fmt: skip

@@ -239,6 +239,12 @@ def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, s
     return "torch", "the Triton kernels are not yet measured on a GPU"
 
 
+def check_engine(engine: str, device: torch.device) -> None:
+    """Raise ``ValueError`` or ``ImportError`` for an engine that cannot train on a device."""
+    if engine != "torch":
+        _check_triton(engine, "recompute", device)
+
+
 def _check_triton(engine: str, path: str, device: torch.device) -> None:
     if engine == "fused" and path != "score":
         raise ValueError("engine='fused': expected a call without gradient (path 'score'), got "

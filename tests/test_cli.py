@@ -222,6 +222,7 @@ eval_strategy: no
 max_length: null
 loss_weights: [2]
 loss_kwargs: {target: unified}
+use_peft: true
 lora_target_modules: [q_proj, v_proj]
 lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr: 1e-7}

@@ -62,6 +62,24 @@ def test_names_for_type_checkers_are_those_of_the_run() -> None:
         assert name in dir(fastdaa)
 
 
+@pytest.mark.parametrize("package", ["fastdaa", "fastdaa.train", "fastdaa.study.track"])
+def test_completion_offers_public_names_and_nothing_foreign(package: str) -> None:
+    """What a notebook offers, before and after a name was used."""
+    code = f"""if True:
+        import json, {package} as package
+        before = dir(package)
+        [getattr(package, name) for name in package.__all__]
+        print(json.dumps([before, dir(package), package.__all__, sorted(package.__dict__)]))
+    """
+    before, after, public, everything = python(code)
+    for names in (before, after):
+        assert set(public) <= set(names)
+        foreign = {"Any", "ModuleType", "TYPE_CHECKING", "annotations", "import_module", "sys"}
+        assert not foreign & set(names)
+        assert all(name.startswith("__") or not name.startswith("_") for name in names)
+    assert "__doc__" in everything and "__doc__" in before
+
+
 @pytest.mark.parametrize(
     "line",
     ["from fastdaa.pair_loss import pair_loss", "import fastdaa.modules"],

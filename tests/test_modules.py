@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from fastdaa import (
     FusedLinearPairLoss,
     FusedLinearSLiCLoss,
 )
+from fastdaa.losses import get_loss
 
 B, T, D, V = 3, 7, 12, 31
 
@@ -302,8 +304,50 @@ def test_wrong_arguments(change, message):
 
 
 def test_a_hyperparameter_that_the_loss_does_not_have():
-    with pytest.raises(ValueError, match="delta"):
+    with pytest.raises(TypeError, match="delta"):
         FusedLinearDPOLoss(delta=1.0)
+    with pytest.raises(ValueError, match="delta"):
+        FusedLinearPairLoss("dpo", delta=1.0)
+
+
+NAMED = {
+    "dpo": FusedLinearDPOLoss,
+    "ipo": FusedLinearIPOLoss,
+    "slic": FusedLinearSLiCLoss,
+    "apa": FusedLinearAPALoss,
+}
+
+
+@pytest.mark.parametrize("loss", NAMED)
+def test_signatures_are_those_of_the_registry_and_of_the_general_module(loss):
+    """What ``help()`` and editors show: real keywords, with the defaults of the loss itself."""
+    own = inspect.signature(NAMED[loss]).parameters
+    assert all(p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty for p in own.values())
+    general = inspect.signature(FusedLinearPairLoss).parameters
+    shared = {
+        name: p.default
+        for name, p in general.items()
+        if p.kind is p.KEYWORD_ONLY and name != "weights"
+    }
+    assert {name: p.default for name, p in own.items()} == {
+        **get_loss(loss).hyperparameters, **shared,
+    }  # fmt: skip
+    documented = inspect.getdoc(NAMED[loss])
+    assert all(name in documented for name in own)
+
+
+@pytest.mark.parametrize("loss", NAMED)
+def test_every_option_of_a_named_loss_arrives(loss):
+    values = {"beta": 0.25, "label_smoothing": 0.125, "length_alpha": 0.5, "length_norm": True,
+              "target": "unified", "delta": 2.0, "lam": 3.0}  # fmt: skip
+    values = {name: values[name] for name in get_loss(loss).hyperparameters}
+    shared = {"softcap": 5.0, "logit_scale": 0.5, "temperature": 2.0, "order": "interleaved",
+              "ignore_index": -1, "impl": "recompute", "engine": "torch",
+              "max_bytes": 10**9}  # fmt: skip
+    named, general = NAMED[loss](**values, **shared), FusedLinearPairLoss(loss, **values, **shared)
+    assert str(named.objective) == str(general.objective)
+    kept = ("head_options", "order", "ignore_index", "impl", "engine", "max_bytes")
+    assert [getattr(named, name) for name in kept] == [getattr(general, name) for name in kept]
 
 
 def test_dpo_at_zero_margin_is_ln_2_for_any_beta():

@@ -85,11 +85,7 @@ def _step(results: Sequence[Result]) -> list[Headline]:
     if plain:
         span = _span([duel.gain for duel in plain])
         text = f"fastdaa trains {span} times as many pairs a second as TRL's DPOTrainer as it comes"
-        if any(duel.theirs.contender != "trl" for duel in fastest):
-            text += (
-                f", and {_span([duel.gain for duel in fastest])} times as many as TRL at its best"
-            )
-        text += f" ({_cases(len(plain))})."
+        text += f" ({_cases(len(plain))}){_at_its_best(fair)}."
         lines.append(Headline(text, _tone(min(duel.gain for duel in fastest))))
     weighed = [duel for duel in plain if duel.ours.peak and duel.theirs.peak]
     if weighed:
@@ -100,6 +96,21 @@ def _step(results: Sequence[Result]) -> list[Headline]:
         text = f"{duel.title}: {duel.ours.contender} {_pace_words(duel.gain)}"
         lines.append(Headline(f"{text} {duel.theirs.contender}.", _tone(duel.gain)))
     return lines
+
+
+def _at_its_best(results: Sequence[Result]) -> str:
+    """Against TRL's fastest variant, of the cases in which there is more than the plain one."""
+    variants = [r for r in results if r.peer and r.ok and r.contender != "trl"]
+    cases = {result.case for result in variants}
+    duels = _duels([r for r in results if r.case in cases], lambda result: result.peer)
+    if not duels:
+        return ""
+    names = join(sorted({result.contender for result in variants}))
+    which = "the case" if len(duels) == 1 else f"the {len(duels)} cases"
+    return (
+        f", and {_span([duel.gain for duel in duels])} times as many as TRL at its best "
+        f"({which} in which {names} was run as well)"
+    )
 
 
 def _against_peers(results: Sequence[Result]) -> list[Headline]:

@@ -21,8 +21,9 @@ _COMMANDS = {
 }
 _INTERRUPTED = 130
 _USAGE_ERROR = 2
-# What a user can cause: wrong values, missing files, an unreachable hub, a missing extra.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+# What a user can cause: wrong values, missing files, an unreachable hub, a missing extra, weights
+# that a learning rate has blown up.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

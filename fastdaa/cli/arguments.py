@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from fastdaa.cli.options import OptionParser, build, option_parser, read_options
 from fastdaa.cli.track_arguments import TrackArguments
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.options import check_count
+from fastdaa.train.quantization import QuantizationOptions
+from fastdaa.validation import shown
 
 _WHAT = "Trains a policy on preference pairs. MODEL and DATASET are local paths or hub ids."
 
@@ -21,20 +23,47 @@ class ModelArguments:
     _argument_group_name = "model and data"
 
     model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
-    dataset: str = field(
+    dataset: list[str] = field(
         metadata={
             "help": "Preference pairs: a .jsonl, .json, .csv or .parquet file, a folder of "
-            "such files, a saved dataset, or a hub id."
+            "such files, a saved dataset, or a hub id; several are mixed. Configuration and split "
+            "may stand behind it: owner/name:config:split, path::split."
         }
     )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "One a dataset, how often its rows are used: 0.25 a random quarter, 2 twice. "
+            "Default: 1."
+        },
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
+        default=None, metadata={"help": "Configuration of hub datasets that name none."}
     )
     dataset_split: str | None = field(
-        default=None, metadata={"help": "Split to train on. Default: the only one, or train."}
+        default=None,
+        metadata={
+            "help": "Split to train on, of datasets that name none. Default: the only one, or "
+            "train."
+        },
     )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on. Default: none."}
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the prompt. Default: recognised."}
+    )
+    chosen_column: str | None = field(
+        default=None, metadata={"help": "Column with the better answer. Default: recognised."}
+    )
+    rejected_column: str | None = field(
+        default=None, metadata={"help": "Column with the worse answer. Default: recognised."}
+    )
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column with the only answer. Default: recognised."}
+    )
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column with the conversation. Default: recognised."}
+    )
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": "Pairs to evaluate on; several are mixed. Default: none."}
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split of eval_dataset, or else of dataset."}
@@ -44,7 +73,8 @@ class ModelArguments:
         metadata={"help": "Evaluate on that share (below 1) or number of the training pairs."},
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on the first so many pairs."}
+        default=None,
+        metadata={"help": "Train on the first so many pairs; of a mixture, on a random choice."},
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "dtype of the weights; auto: as they are stored."}
@@ -60,6 +90,11 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        from fastdaa.data.mixture import check_sources
+
+        check_sources(self.dataset, self.dataset_weights)
+        if self.eval_dataset is not None:
+            check_sources(self.eval_dataset, None)
         if self.test_size is not None:
             if self.eval_dataset or self.eval_split:
                 raise ValueError(
@@ -75,14 +110,25 @@ class ModelArguments:
         check_count("max_train_samples", self.max_train_samples, optional=True)
 
     @property
+    def columns(self) -> dict[str, str]:
+        """From fields to the columns that the options name."""
+        from fastdaa.data.named_columns import COLUMN_FIELDS
+
+        named = {name: getattr(self, f"{name}_column") for name in COLUMN_FIELDS}
+        return {name: column for name, column in named.items() if column is not None}
+
+    @property
     def evaluates(self) -> bool:
         """Whether there are pairs to evaluate on."""
         return bool(self.eval_dataset or self.eval_split or self.test_size)
 
 
 @dataclass
-class AdapterArguments(ModelArguments):
-    """And adapters, which not every model takes."""
+class AdapterArguments(QuantizationOptions, ModelArguments):
+    """And adapters, which not every model takes, on a base that may be quantised."""
+
+    continues_adapters: ClassVar[bool] = True
+    """Whether an adapter as the model is trained further where no new one is asked for."""
 
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -98,6 +144,20 @@ class AdapterArguments(ModelArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("lora_r", self.lora_r)
+        self._check_lora()
+        self.check_quantization()
+
+    def _check_lora(self) -> None:
+        """Raise ``ValueError`` for options of an adapter where no new one is asked for."""
+        own = [entry for entry in fields(AdapterArguments) if entry.name.startswith("lora_")]
+        given = [entry for entry in own if getattr(self, entry.name) != entry.default]
+        if given and not self.use_peft:
+            value = getattr(self, given[0].name)
+            raise ValueError(
+                f"{given[0].name}: expected use_peft beside it, without which no new adapter is "
+                f"made, got {shown(value)}; add --use_peft, or leave it out (an adapter that is "
+                "trained further keeps its own rank and targets)"
+            )
 
 
 @dataclass

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.cli.arguments import AdapterArguments, ModelArguments
 from fastdaa.cli.paths import check_paths
+from fastdaa.cli.runs import hold_folder
+from fastdaa.train.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastdaa.data.kinds import RecordKind
+    from fastdaa.train.adapter_files import Adapter
     from fastdaa.train.packed_config import PackedConfig
 
 logger = logging.getLogger(__name__)
@@ -29,17 +32,17 @@ class Start(NamedTuple):
     evaluation: Dataset | None
 
 
-def start_stage(
-    arguments: ModelArguments, config: PackedConfig, load: Callable[..., Dataset]
-) -> Start:
+def start_stage(arguments: ModelArguments, config: PackedConfig, kind: RecordKind) -> Start:
     """Checks paths, sets the seed, and reads tokenizer and data."""
     from transformers import set_seed
+
+    from fastdaa.cli.load_data import load_splits
 
     checkpoint = check_paths(arguments, str(config.output_dir), config.resume_from_checkpoint)
     set_seed(config.seed)
     tokenizer = load_tokenizer(arguments)
     seed = config.sampling_seed
-    data = load_splits(arguments, load, on_bad_row=config.on_bad_row, seed=seed)
+    data = load_splits(arguments, kind, on_bad_row=config.on_bad_row, seed=seed)
     return Start(checkpoint, tokenizer, *data)
 
 
@@ -62,33 +65,6 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_splits(
-    arguments: ModelArguments, load: Callable[..., Dataset], *, on_bad_row: str, seed: int
-) -> tuple[Dataset, Dataset | None]:
-    """Data to train on, and to evaluate on if the options name any.
-
-    Args:
-        load: reads one of them, as :func:`fastdaa.data.load_pairs` does.
-        seed: decides which rows ``test_size`` takes.
-
-    Raises:
-        DataError: data that cannot be used.
-    """
-    train = load(
-        arguments.dataset, split=arguments.dataset_split, name=arguments.dataset_name,
-        limit=arguments.max_train_samples, on_bad_row=on_bad_row,
-    )  # fmt: skip
-    if arguments.test_size is not None:
-        return _split(train, arguments.test_size, seed)
-    if not arguments.evaluates:
-        return train, None
-    evaluation = load(
-        arguments.eval_dataset or arguments.dataset, split=arguments.eval_split,
-        name=None if arguments.eval_dataset else arguments.dataset_name, on_bad_row=on_bad_row,
-    )  # fmt: skip
-    return train, evaluation
-
-
 def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
     """Raises ``ValueError`` where conversations meet a tokenizer without a chat template."""
     conversations = isinstance(pairs[0]["chosen"], list)
@@ -100,11 +76,14 @@ def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
         )
 
 
-def load_model(source: str, arguments: ModelArguments, name: str = "model") -> Any:
-    """A causal language model in ``--dtype``; of an adapter its base with it.
+def load_model(
+    source: str, arguments: ModelArguments, name: str = "model", *, device: Any = None
+) -> Any:
+    """A causal language model in ``--dtype``, perhaps quantised; of an adapter its base with it.
 
     Args:
         name: of the option that names it.
+        device: of this process, where quantised weights go at once.
 
     Raises:
         OSError, ValueError: there is none, or it cannot be read.
@@ -112,7 +91,8 @@ def load_model(source: str, arguments: ModelArguments, name: str = "model") -> A
     from fastdaa.train.adapter_files import load_causal_lm
 
     try:
-        return load_causal_lm(source, **model_options(arguments))
+        quantized = quantized_options(source, arguments, device) or {}
+        return load_causal_lm(source, **model_options(arguments), **quantized)
     except (OSError, ValueError) as error:
         expected = f"{name}: expected a causal language model, got {source!r}"
         raise type(error)(f"{expected}: {error}") from error
@@ -125,6 +105,7 @@ def load_policy(
     checkpoint: str | None,
     *,
     main_process: bool = True,
+    device: Any = None,
 ) -> Any:
     """The model that is trained, before ``--use_peft`` puts a new adapter on it.
 
@@ -136,6 +117,7 @@ def load_policy(
         output_dir: of the run.
         checkpoint: that it continues from.
         main_process: this process writes files.
+        device: of this process, where quantised weights go at once.
 
     Raises:
         OSError, ValueError: there is no such model, or it cannot be read or merged.
@@ -145,17 +127,20 @@ def load_policy(
 
     adapter = adapter_of("model", arguments.model)
     if adapter is None or not arguments.use_peft:
-        model = load_model(arguments.model, arguments)
+        model = load_model(arguments.model, arguments, device=device)
         if adapter is not None:
             logger.info("model: trains the %s further", adapter)
     else:
         options = {"tokenizer": tokenizer, "write": main_process, **model_options(arguments)}
+        options["quantized"] = quantized_options(adapter.base, arguments, device)
+        hold_folder(output_dir)
         model = merged_base(adapter, output_dir, checkpoint, **options)
         logger.info(
             "model: a new LoRA starts on the base with the %s merged into it, which is in %s",
             adapter, model.name_or_path,
         )  # fmt: skip
     check_vocabulary(model, tokenizer)
+    _say_quantization(model, adapter, merged=arguments.use_peft)
     return model
 
 
@@ -167,6 +152,55 @@ def model_options(arguments: ModelArguments) -> dict[str, Any]:
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     return options
+
+
+def quantized_options(
+    source: str, arguments: ModelArguments, device: Any = None
+) -> dict[str, Any] | None:
+    """What ``--load_in_4bit`` and its like add to :func:`model_options`; None without them.
+
+    Args:
+        source: what is loaded: ``--dtype auto`` asks it for the dtype of products.
+        device: of this process.
+    """
+    if not isinstance(arguments, QuantizationOptions) or arguments.quantizes is None:
+        return None
+    import torch
+
+    from fastdaa.train.adapter_files import find_adapter
+
+    dtype = getattr(torch, arguments.dtype, None)
+    if dtype is None:
+        from transformers import AutoConfig
+
+        adapter = find_adapter(source)
+        base = source if adapter is None else adapter.base
+        config = AutoConfig.from_pretrained(base, trust_remote_code=arguments.trust_remote_code)
+        dtype = config.get_text_config().dtype or torch.float32
+    options: dict[str, Any] = {"quantization_config": arguments.quantization_config(dtype)}
+    if device is not None:
+        # Each process of several quantises onto its own device.
+        options["device_map"] = {"": device}
+    return options
+
+
+def _say_quantization(model: PreTrainedModel, adapter: Adapter | None, *, merged: bool) -> None:
+    from fastdaa.train.quantization import quantization_of
+    from fastdaa.train.run_record import read_record
+
+    quantization = quantization_of(model)
+    if quantization is not None:
+        logger.info("model: the base is quantised, %s", quantization)
+    run = None if adapter is None else read_record(adapter.source)
+    if adapter is None or run is None:
+        return
+    before, now = run.facts.get("quantization"), None if merged else quantization
+    if before != now:
+        logger.warning(
+            "model: the adapter %s was trained on a base that was %s, %s", adapter.source,
+            f"quantised, {before}" if before else "not quantised",
+            "and was merged into the whole one" if merged else "and goes on with another one",
+        )  # fmt: skip
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,8 +215,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def lora_config(arguments: AdapterArguments) -> Any | None:
+def lora_config(arguments: AdapterArguments, task: str = "CAUSAL_LM") -> Any | None:
     """The PEFT configuration that the ``lora_*`` options describe, or None without ``use_peft``.
+
+    Args:
+        task: what PEFT calls the kind of the model; of ``"SEQ_CLS"`` the output is trained whole.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -197,7 +234,7 @@ def lora_config(arguments: AdapterArguments) -> Any | None:
     if targets == ["all-linear"]:
         targets = "all-linear"
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
@@ -214,11 +251,3 @@ def _read_template(given: str) -> str:
             f"chat_template: expected a Jinja file or a template, there is no file {given}"
         )
     return path.read_text(encoding="utf-8")
-
-
-def _split(rows: Dataset, test_size: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    size = test_size if test_size < 1 else int(test_size)
-    if (size * len(rows) if size < 1 else size) >= len(rows):
-        raise ValueError(f"test_size: expected less than all {len(rows)} pairs, got {size}")
-    parts = rows.train_test_split(size, seed=seed)
-    return parts["train"], parts["test"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OPTIONAL = {
     "triton": "GPU kernels",
     "peft": "LoRA",
+    "bitsandbytes": "LoRA on a base in 4 or 8 bits",
     "flash-attn": "attention over packed rows on CUDA",
     "liger-kernel": "layer kernels, benchmarks",
     "trl": "comparisons",
@@ -162,13 +163,39 @@ def model_rows(model: PreTrainedModel) -> list[Row]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = f"{model.num_parameters() / 1e6:,.1f} M parameters"
-    rows = [Row("model", f"{type(model).__name__}, {size}"), *_head_rows(model, device)]
+    rows = [Row("model", f"{type(model).__name__}, {size}"), _base_row(model)]
+    rows += _head_rows(model, device)
     support = supports_segments(model)
     layout = "prefix_shared" if support.ok else "padded"
     rows.append(Row("layout", f"{layout}: {support.reason}"))
     if support.ok:
         rows.append(Row("attention", _attention(model, device)))
     return rows
+
+
+def _base_row(model: PreTrainedModel) -> Row:
+    """What the weights take under LoRA, in GiB."""
+    from torch import nn
+
+    from fastdaa.train.quantization import describe
+
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        return Row("base under LoRA", f"is quantised: {describe(config)}")
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    coded = sum(layer.weight.numel() for layer in layers)
+    rest = model.num_parameters() - coded
+    # Scales: fp32 for each block of 64, or 8 bits and an fp32 for 256 of them; fp32 for each row.
+    rows = sum(layer.out_features for layer in layers)
+    sizes = {
+        "bfloat16": 2.0 * coded,
+        "8 bits": coded + 4.0 * rows,
+        "4 bits": coded * (4 + 32 / 64) / 8,
+        "4 bits, nested": coded * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
+    }
+    texts = [f"{name} {(size + 2.0 * rest) / 2**30:,.2f}" for name, size in sizes.items()]
+    return Row("base under LoRA", f"GiB: {'; '.join(texts)} (embeddings and head in bfloat16)")
 
 
 def _adapter_rows(source: str) -> list[Row]:

@@ -13,6 +13,7 @@ PACKAGES = {
             "scipy", "tokenizers", "torch", "tqdm", "transformers", "vllm",
         )
     },
+    "bitsandbytes": "'fastdaa[quantization]'",
     "cut_cross_entropy": "cut-cross-entropy",
     "flash_attn": "'fastdaa[flash]'",
     "huggingface_hub": "huggingface-hub",

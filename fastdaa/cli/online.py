@@ -90,11 +90,14 @@ def build(
         arguments.reward, tokenizer, data.original, ending=ending, device=device,
         dtype=getattr(torch, arguments.dtype, arguments.dtype),
     )  # fmt: skip
-    policy = building.load_policy(arguments, tokenizer, str(config.output_dir), checkpoint)
-    policy, reference = policy.to(device), None
+    policy = building.load_policy(
+        arguments, tokenizer, str(config.output_dir), checkpoint, device=device
+    )
+    policy, reference = _on(device, policy), None
     if arguments.ref_model is not None:
-        given: Any = building.load_model(arguments.ref_model, arguments, "ref_model")
-        reference = given.to(device)
+        reference = _on(
+            device, building.load_model(arguments.ref_model, arguments, "ref_model", device=device)
+        )
     peft_config = building.lora_config(arguments)
     if peft_config is not None:
         from peft import get_peft_model
@@ -112,14 +115,19 @@ def build(
     )  # fmt: skip
 
 
+def _on(device: Any, model: Any) -> Any:
+    """A model on a device; a quantised one was loaded there."""
+    from fastdaa.train.quantization import is_quantized
+
+    return model if is_quantized(model) else model.to(device)
+
+
 def _load_prompts(arguments: OnlineArguments, config: OnlineConfig, tokenizer: Any) -> _Data:
-    from fastdaa.data.examples import load_examples
+    from fastdaa.cli.load_data import load_splits
+    from fastdaa.data.examples import PROMPTS
     from fastdaa.online.prompts import read_prompts
 
-    def load(source: Any, **options: Any) -> Any:
-        return load_examples(source, prompts_only=True, **options)
-
-    parts = building.load_splits(arguments, load, on_bad_row=arguments.on_bad_row, seed=config.seed)
+    parts = load_splits(arguments, PROMPTS, on_bad_row=arguments.on_bad_row, seed=config.seed)
     read: dict[str, Any] = {
         "max_length": arguments.max_prompt_length, "on_bad_row": arguments.on_bad_row,
     }  # fmt: skip
@@ -144,6 +152,13 @@ def _rollouts(
     sampling = Sampling(tuple(sorted(ends)), pad, config.max_new_tokens, config.temperature)
     if arguments.rollouts == "vllm":
         from fastdaa.online.vllm_rollouts import VllmRollouts
+        from fastdaa.train.quantization import quantization_of
+
+        if quantization_of(policy) is not None:
+            raise ValueError(
+                "rollouts: expected transformers for a quantised policy "
+                f"({quantization_of(policy)}), got vllm, which wants its adapter merged"
+            )
 
         # Of an adapter, the base; the policy's weights follow.
         path = causal_lm(policy).name_or_path or arguments.model

@@ -27,10 +27,10 @@ class OnlineArguments(AdapterArguments):
     _argument_group_name = "models and prompts"
 
     model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
-    dataset: str = field(
+    dataset: list[str] = field(
         metadata={
             "help": "Prompts: a file, folder or hub id of prompts, prompts with completions, "
-            "preference pairs or conversations."
+            "preference pairs or conversations; several are mixed."
         }
     )
     reward: str | None = field(

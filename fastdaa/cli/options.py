@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option
+from fastdaa.validation import shown
 
 _NONE_WORDS = ("none", "null")
 _TRAINER_HELP = " Every option of transformers.TrainingArguments is here under its own name, too."
@@ -51,7 +53,7 @@ def read_options(
             raise ValueError(f"unknown option {given!r}{nearest_option(parser, given[2:], '--')}")
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
-        raise ValueError(f"expected options such as --model, got {rest[0]!r}")
+        raise ValueError(f"expected options such as --model, got {shown(rest[0])}")
     values = vars(namespace)
     return [build(kind, values) for kind in kinds[:-1]], values
 
@@ -85,8 +87,13 @@ def option_parser(
     resume.help = "A checkpoint, or nothing for the last complete one in output_dir."
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for action in parser._actions:
-        if hints.get(action.dest) in (int | None, float | None):
+        hint = hints.get(action.dest)
+        if hint in (int | None, float | None):
             action.type = _or_none(action.type)
+        elif dict in (action.type, get_origin(action.type)):
+            action.type = _object
+        elif hint in (str | bool, bool | str):
+            action.type = _word_or_bool
     return parser
 
 
@@ -169,3 +176,21 @@ def _or_none(convert: Any) -> Callable[[str], Any]:
     # argparse names the type in its message.
     read.__name__ = convert.__name__
     return read
+
+
+def _object(text: str) -> dict[str, Any]:
+    """An option of mappings, which `dict` itself cannot read."""
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"expected a JSON object, got {shown(text)} ({error})"
+        raise argparse.ArgumentTypeError(message) from error
+    if not isinstance(read, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shown(text)}")
+    return read
+
+
+def _word_or_bool(text: str) -> str | bool:
+    """An option that is a switch and has words, too."""
+    known = {"true": True, "yes": True, "false": False}
+    return known.get(text.lower(), text)

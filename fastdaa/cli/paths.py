@@ -9,6 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdaa.cli.quantization import check_quantized
+from fastdaa.cli.runs import hold_folder
+from fastdaa.data.sources import parse_source
 from fastdaa.train.checkpoints import complete, is_complete, to_continue
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # What the Trainer itself understands as "the last checkpoint".
 _TRUE_WORDS = ("true", "yes", "1", "last")
 
@@ -30,14 +34,14 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
         resume: what ``--resume_from_checkpoint`` says.
 
     Raises:
-        OSError: a path or hub id of nothing, or an ``output_dir`` that cannot be written.
+        OSError: a path or hub id of nothing, or an ``output_dir`` that cannot be written or is in
+            use by another run.
         ValueError: a folder without a model, an incomplete checkpoint, or an ``output_dir`` that
             holds another run or model.
     """
     for name in ("dataset", "eval_dataset"):
-        value = getattr(arguments, name)
-        if value is not None:
-            _check_exists(name, value, _DATA_SUFFIXES)
+        for source in getattr(arguments, name) or ():
+            _check_exists(name, parse_source(source).path, _DATA_SUFFIXES)
     folder = Path(output_dir)
     _check_writable(folder)
     _check_other_models(arguments, folder)
@@ -48,6 +52,10 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
         if value is not None:
             check_model(name, value)
     _check_adapters(arguments, folder)
+    _check_no_model(folder, checkpoint)
+    check_quantized(arguments)
+    if folder.is_dir():
+        hold_folder(output_dir)
     return checkpoint
 
 
@@ -130,6 +138,8 @@ def _check_exists(name: str, value: str, suffixes: tuple[str, ...]) -> None:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
+    if suffixes and "," in value:
+        hint = " (several are separated by spaces)"
     raise FileNotFoundError(f"{name}: expected a path or a hub id, there is no {value!r}{hint}")
 
 
@@ -179,7 +189,8 @@ def _check_adapters(arguments: ModelArguments, folder: Path) -> None:
     if new or not _holds_adapter(folder):
         return
     # Commands without the option make a whole model of an adapter and its base.
-    if not hasattr(arguments, "use_peft") or adapter_of("model", arguments.model) is None:
+    continues = getattr(arguments, "continues_adapters", False)
+    if not continues or adapter_of("model", arguments.model) is None:
         # `from_pretrained` would take the adapter and pass by the weights beside it.
         raise ValueError(
             f"output_dir: expected a folder without an adapter, {folder} holds one, which would be "
@@ -232,4 +243,17 @@ def _check_fresh(output_dir: str) -> None:
             f"output_dir: expected a folder without checkpoints for a new run, {output_dir} holds "
             f"{found[-1][1].name} of an earlier one; add --resume_from_checkpoint to continue "
             "that, choose another folder, or delete this one"
+        )
+
+
+def _check_no_model(folder: Path, checkpoint: str | None) -> None:
+    """Keeps a run from writing over what another one has made, unless it is its continuation."""
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+        return
+    weights = sorted(p.name for p in folder.glob("*model*") if p.suffix in _WEIGHT_SUFFIXES)
+    if weights:
+        raise ValueError(
+            f"output_dir: expected a folder without a model for a new run, {folder} holds "
+            f"{weights[0]} of an earlier one, which would be written over; choose another folder, "
+            "or delete this one"
         )

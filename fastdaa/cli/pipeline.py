@@ -25,7 +25,8 @@ DONE_FILE = "stage.json"
 # Options that name data and how models are loaded, which all stages share.
 _SHARED = (
     "dataset_name", "dataset_split", "eval_dataset", "eval_split", "test_size",
-    "max_train_samples", "dtype", "attn_implementation", "chat_template",
+    "max_train_samples", "dtype", "attn_implementation", "chat_template", "dataset_weights",
+    "prompt_column", "chosen_column", "rejected_column", "completion_column", "messages_column",
 )  # fmt: skip
 
 
@@ -75,6 +76,9 @@ def _run_online(
     words = [arguments.model, str(arguments.reward), json.dumps(fixed, sort_keys=True)]
     if arguments.use_peft:
         words.append(f"use_peft {arguments.lora_r} {arguments.lora_alpha}")
+    if arguments.quantizes is not None:
+        kind, nested = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
+        words.append(f"{arguments.quantizes} {kind} {nested}")
     if _is_done(folder, words):
         return 0
     # Its continuation is the pipeline's own command.
@@ -110,9 +114,7 @@ def _stage_argv(
                 f"{folder.name}_options: expected no {name!r}: the pipeline sets models, data and "
                 "folders"
             )
-    if folder.name == "reward" and options.get("use_peft"):
-        raise ValueError("reward_options: expected no 'use_peft': reward models are trained whole")
-    words = ["--model", model, "--dataset", arguments.dataset, "--output_dir", str(folder)]
+    words = ["--model", model, "--dataset", *arguments.dataset, "--output_dir", str(folder)]
     for name, value in values.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]

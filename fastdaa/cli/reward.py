@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fastdaa.cli import building
-from fastdaa.cli.arguments import ModelArguments, trainer_config
+from fastdaa.cli.arguments import AdapterArguments, trainer_config
 from fastdaa.cli.options import option_parser, read_options
-from fastdaa.cli.runs import command_run, train_and_save
-from fastdaa.cli.summary import STAGE, print_summary
-from fastdaa.data import load_pairs
+from fastdaa.cli.runs import command_run, hold_folder, train_and_save
+from fastdaa.cli.summary import STAGE, print_run
+from fastdaa.data.pairs import PAIRS
 from fastdaa.train.stage_config import RewardConfig
 
 _WHAT = (
@@ -21,8 +21,10 @@ _WHAT = (
 
 
 @dataclass
-class RewardArguments(ModelArguments):
+class RewardArguments(AdapterArguments):
     """What ``fastdaa reward`` builds before it calls the trainer."""
+
+    continues_adapters: ClassVar[bool] = False
 
     model: str = field(
         metadata={"help": "A causal language model, whose backbone is taken, or a reward model."}
@@ -41,17 +43,52 @@ def run(argv: Sequence[str]) -> int:
 
 def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
     from fastdaa.train.reward import RewardTrainer
-    from fastdaa.train.reward_models import load_reward_model
 
-    start = building.start_stage(arguments, config, load_pairs)
+    start = building.start_stage(arguments, config, PAIRS)
     building.check_template(start.tokenizer, start.train)
-    options = building.model_options(arguments)
-    model = load_reward_model(arguments.model, start.tokenizer, **options)
+    peft_config = building.lora_config(arguments, "SEQ_CLS")
+    model = _load_model(arguments, config, start)
     building.check_vocabulary(model, start.tokenizer)
     trainer = RewardTrainer(
-        model, config, start.train, start.evaluation, processing_class=start.tokenizer
-    )
+        model, config, start.train, start.evaluation,
+        processing_class=start.tokenizer, peft_config=peft_config,
+    )  # fmt: skip
     code = train_and_save("reward", trainer, start.checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, config.output_dir, STAGE)
+        print_run(trainer, STAGE)
     return code
+
+
+def _load_model(arguments: RewardArguments, config: Any, start: building.Start) -> Any:
+    """The classifier; under a new adapter on a base of its own, to which that can point."""
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from fastdaa.cli.paths import adapter_of
+    from fastdaa.train.merged_base import merged_base
+    from fastdaa.train.reward_models import load_reward_model
+
+    source, options = arguments.model, building.model_options(arguments)
+    adapter = adapter_of("model", source)
+    if arguments.use_peft and adapter is not None:
+        if adapter.config.get("task_type") == "SEQ_CLS":
+            raise ValueError(
+                f"model: expected a whole model or an adapter of a causal language model under a "
+                f"new adapter (--use_peft), got the reward model {adapter}; leave --use_peft out "
+                "to train it whole"
+            )
+        folder = str(config.output_dir)
+        hold_folder(folder)
+        base = merged_base(
+            adapter, folder, start.checkpoint, tokenizer=start.tokenizer,
+            write=config.process_index == 0, **options,
+        )  # fmt: skip
+        source = base.name_or_path
+        del base
+        PartialState().wait_for_everyone()
+        # The new `score` is drawn as it was before an interruption, whatever else was drawn here.
+        set_seed(config.seed)
+    quantized = building.quantized_options(source, arguments, config.device) or {}
+    return load_reward_model(
+        source, start.tokenizer, resize=not arguments.use_peft, **options, **quantized
+    )

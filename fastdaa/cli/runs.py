@@ -11,14 +11,31 @@ from contextlib import contextmanager
 from typing import Any
 
 INTERRUPTED = 130
+# Locks of folders, until the command ends.
+_held: list[Any] = []
 
 
 @contextmanager
 def command_run(*, main_process: bool = True) -> Iterator[None]:
     """A run of a command: shows log lines, and leaves the process group where there is one."""
-    with log_lines(main_process=main_process):
-        yield
+    try:
+        with log_lines(main_process=main_process):
+            yield
+    finally:
+        _held.clear()
     _leave_process_group()
+
+
+def hold_folder(folder: str) -> None:
+    """Keep other runs out of an output folder until the command ends; the first process does.
+
+    Raises:
+        BlockingIOError: another process writes into it.
+    """
+    from fastdaa.train.folder_lock import lock_folder
+
+    if os.environ.get("RANK", "0") == "0":
+        _held.append(lock_folder(folder))
 
 
 @contextmanager
@@ -40,7 +57,21 @@ def log_lines(*, main_process: bool = True) -> Iterator[None]:
 
 
 def train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Sequence[str]) -> int:
-    """Trains and saves the model; 130 where a signal stopped the run, with the way to go on."""
+    """Trains and saves the model; 130 where a signal stopped the run, with the way to go on.
+
+    Raises:
+        OSError: the memory or the disk is full.
+        FloatingPointError: the loss, the gradient or the weights are no longer finite.
+    """
+    from fastdaa.train.full_disk import full_disk_named
+
+    with full_disk_named(str(trainer.args.output_dir), "what the run writes"):
+        return _train_and_save(command, trainer, checkpoint, argv)
+
+
+def _train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Sequence[str]) -> int:
+    import torch
+
     from fastdaa.train.interrupt import was_interrupted
 
     try:
@@ -48,6 +79,12 @@ def train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Seq
         interrupted = was_interrupted(trainer)
     except KeyboardInterrupt:
         interrupted = True
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OSError(
+            f"the memory of the device is full after step {trainer.state.global_step}: expected a "
+            f"--tokens_per_pack that fits (now {trainer.args.tokens_per_pack or 'a whole batch'}), "
+            f"--activation_checkpointing, or --use_peft; {error}"
+        ) from error
     if interrupted:
         if trainer.is_world_process_zero():
             folder, step = str(trainer.args.output_dir), trainer.state.global_step

@@ -10,8 +10,8 @@ from fastdaa.cli import building
 from fastdaa.cli.arguments import AdapterArguments, trainer_config
 from fastdaa.cli.options import option_parser, read_options
 from fastdaa.cli.runs import command_run, train_and_save
-from fastdaa.cli.summary import STAGE, print_summary
-from fastdaa.data.examples import load_examples
+from fastdaa.cli.summary import STAGE, print_run
+from fastdaa.data.examples import EXAMPLES
 from fastdaa.train.stage_config import SftConfig
 
 _WHAT = "Teaches a causal language model the completions of a dataset."
@@ -22,7 +22,7 @@ class SftArguments(AdapterArguments):
     """What ``fastdaa sft`` builds before it calls the trainer."""
 
     model: str = field(metadata={"help": "Model to train: a local folder or a hub id."})
-    dataset: str = field(
+    dataset: list[str] = field(
         metadata={
             "help": "A file, folder or hub id of prompts with completions, preference pairs (the "
             "chosen side is learnt), conversations (messages) or plain text."
@@ -43,11 +43,11 @@ def run(argv: Sequence[str]) -> int:
 def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
     from fastdaa.train.sft import SftTrainer
 
-    start = building.start_stage(arguments, config, load_examples)
+    start = building.start_stage(arguments, config, EXAMPLES)
     peft_config = building.lora_config(arguments)
     model = building.load_policy(
         arguments, start.tokenizer, str(config.output_dir), start.checkpoint,
-        main_process=config.process_index == 0,
+        main_process=config.process_index == 0, device=config.device,
     )  # fmt: skip
     trainer = SftTrainer(
         model, config, start.train, start.evaluation,
@@ -55,5 +55,5 @@ def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
     )  # fmt: skip
     code = train_and_save("sft", trainer, start.checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, config.output_dir, STAGE)
+        print_run(trainer, STAGE)
     return code

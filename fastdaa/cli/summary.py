@@ -38,8 +38,17 @@ def print_summary(
     output_dir: str | Path,
     shown: Sequence[tuple[str, str]],
     heading: str = "",
+    best: object = None,
 ) -> None:
-    """Prints the last training and evaluation values of ``rows``, and the files of the run."""
+    """Prints the last training and evaluation values of ``rows``, and the files of the run.
+
+    Args:
+        rows: logged, up to the step whose model is saved.
+        output_dir: of the run.
+        shown: keys of values and their titles.
+        heading: above the table.
+        best: the checkpoint that the saved model is, where that is not the last step.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -56,6 +65,8 @@ def print_summary(
     console = Console(markup=False)
     if heading:
         console.print(heading, highlight=False, soft_wrap=True)
+    if best is not None:
+        console.print(f"saved model: that of {best}", highlight=False, soft_wrap=True)
     if table.row_count:
         console.print(table)
     runtime = next((row["train_runtime"] for row in reversed(rows) if "train_runtime" in row), None)
@@ -66,6 +77,14 @@ def print_summary(
     for file, what in _FILES:
         if (folder / file).is_file():
             console.print(f"{what}: {folder / file}", highlight=False, soft_wrap=True)
+
+
+def print_run(trainer: Any, shown: Sequence[tuple[str, str]], heading: str = "") -> None:
+    """:func:`print_summary` of the model that a trainer has saved."""
+    from fastdaa.train.best_model import best_model, rows_of_saved
+
+    folder = str(trainer.args.output_dir)
+    print_summary(rows_of_saved(trainer), folder, shown, heading, best_model(trainer))
 
 
 def last_values(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float]:

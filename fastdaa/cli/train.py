@@ -25,27 +25,31 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     from transformers import set_seed
 
     from fastdaa.cli import building, paths
-    from fastdaa.cli.summary import ALIGNMENT, print_summary
+    from fastdaa.cli.load_data import load_splits
+    from fastdaa.cli.summary import ALIGNMENT, print_run
     from fastdaa.cli.tracking import Tracking
-    from fastdaa.data import load_pairs
+    from fastdaa.data.pairs import PAIRS
 
     folder = str(config.output_dir)
     checkpoint = paths.check_paths(arguments, folder, config.resume_from_checkpoint)
     tracking = Tracking(arguments, config)
     set_seed(config.seed)
     tokenizer = building.load_tokenizer(arguments)
-    train_pairs, eval_pairs = building.load_splits(
-        arguments, load_pairs, on_bad_row=config.on_bad_row, seed=config.sampling_seed
+    train_pairs, eval_pairs = load_splits(
+        arguments, PAIRS, on_bad_row=config.on_bad_row, seed=config.sampling_seed
     )
     tracking.load_pairs(eval_pairs)
     building.check_template(tokenizer, train_pairs)
     peft_config = building.lora_config(arguments)
     model = building.load_policy(
-        arguments, tokenizer, folder, checkpoint, main_process=config.process_index == 0
-    )
+        arguments, tokenizer, folder, checkpoint,
+        main_process=config.process_index == 0, device=config.device,
+    )  # fmt: skip
     ref_model = None
     if arguments.ref_model is not None:
-        ref_model = building.load_model(arguments.ref_model, arguments, "ref_model")
+        ref_model = building.load_model(
+            arguments.ref_model, arguments, "ref_model", device=config.device
+        )
     trainer = _trainer_class()(
         model=model,
         ref_model=ref_model,
@@ -59,8 +63,7 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     code = train_and_save("train", trainer, checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
         trainer.create_model_card()
-        rows, objective = trainer.state.log_history, str(config.objective())
-        print_summary(rows, folder, ALIGNMENT, heading=objective)
+        print_run(trainer, ALIGNMENT, heading=str(config.objective()))
         tracking.print_summary()
     return code
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from fastdaa.validation import shown
+
 
 def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Makes the values of a YAML file the defaults of ``parser``.
@@ -42,15 +44,20 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         try:
             action.default = _from_yaml(action, value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{path}: {key}: got {value!r}: {error}") from error
+            raise ValueError(f"{path}: {key}: got {shown(value)}: {error}") from error
         action.required = False
 
 
 def nearest_option(parser: argparse.ArgumentParser, given: str, prefix: str = "") -> str:
     """`` (did you mean ...?)`` with the option most like ``given``, or nothing."""
+    wanted = given.replace("-", "_")
+    for action in parser._actions:
+        # What was a switch once and is a choice now, such as group_by_length.
+        if wanted in (action.choices or ()):
+            return f" (did you mean {f'{prefix}{action.dest} {wanted}'!r}?)"
     names = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     spelled = [name for name in names if "-" not in name]
-    near = difflib.get_close_matches(given.replace("-", "_"), spelled, n=1)
+    near = difflib.get_close_matches(wanted, spelled, n=1)
     return f" (did you mean {prefix + near[0]!r}?)" if near else ""
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdaa.demo.table import best_lines, fit_lines, results_table
+from fastdaa.demo.table import best_lines, fit_lines, fits_table, results_table
+from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.full import closing_steps, run_full, sweep_step
 from fastdaa.study.kept_runs import POINTS
 from fastdaa.study.language import Language
 from fastdaa.study.plan import LOSSES, Run, grid
 from fastdaa.study.presets import GLIMPSE, PRESETS
-from fastdaa.study.table import read_table
+from fastdaa.study.table import Table, read_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,15 +101,25 @@ def _show(output: Path, fast: bool, console: Console) -> None:
     if not (output / POINTS).is_file():
         console.print("No run was finished.")
         return
-    final = read_table(output / POINTS).final()
+    table = read_table(output / POINTS)
+    final = table.final()
     console.print(results_table(final))
-    lines = list(best_lines(final))
-    if (output / "fits.json").is_file():
-        fits = json.loads((output / "fits.json").read_text(encoding="utf-8"))
-        lines += fit_lines(fits)
-    for line in lines:
+    for line in best_lines(final):
         console.print(line, highlight=False)
+    if (output / "fits.json").is_file():
+        _show_fits(json.loads((output / "fits.json").read_text(encoding="utf-8")), table, console)
     if fast:
         console.print(_FAST_WORDS, highlight=False)
     if (output / "index.html").is_file():
         console.print(f"page: {output / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_fits(fits: Mapping[str, Any], table: Table, console: Console) -> None:
+    """The law of all checkpoints beside that of the ends of training."""
+    used = fits["settings"]
+    ends = fit_table(
+        table, FitSettings(score=used["score"], group=tuple(used["group"]), final_only=True)
+    )
+    console.print(fits_table(fits, ends))
+    for line in fit_lines(fits, ends):
+        console.print(line, highlight=False)

@@ -7,7 +7,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from fastdaa.study.curves import LOSS_NAMES, curve, distance, hump, series_name, split
+from fastdaa.study.fit_words import contradiction, through_origin
 from fastdaa.study.table import Table
+from fastdaa.study.wording import count, join
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -68,31 +70,73 @@ def best_lines(final: Table) -> Iterator[str]:
         yield line
 
 
-def fit_lines(fits: Mapping[str, Any]) -> Iterator[str]:
-    """The law R(d) = d (alpha - beta log d) of every curve, beside a quadratic in KL.
+def fits_table(fits: Mapping[str, Any], ends: Mapping[str, Any]) -> RichTable:
+    """The law R(d) = d (alpha - beta log d) of every curve, beside the best point measured.
 
     Args:
-        fits: the content of ``fits.json``.
+        fits: the content of ``fits.json``, of all checkpoints.
+        ends: the same of the last checkpoints alone.
     """
-    for group in fits["groups"]:
-        labels = {**group["group"]}
-        loss = labels.pop("loss", None)
-        others = "".join(f", {name} {value}" for name, value in labels.items())
-        name = LOSS_NAMES.get(loss, loss or "all runs") + others
-        if not group["fits"]:
-            yield f"{name}: no fit, {group['message']}"
-            continue
-        log, kl = (_through_origin(group, law) for law in ("log", "kl"))
-        alpha, beta = (log["coefficients"][name] for name in ("alpha", "beta"))
-        if log["peak"] is None:
-            peak = f"no peak reported: {log['peak_reason']}"
-        else:
-            peak = f"peak {log['peak']['gain']:+.2f} at d {log['peak']['d']:.2f}"
-        sign = "-" if beta >= 0 else "+"
-        yield (
-            f"{name}: R(d) = d ({alpha:.2f} {sign} {abs(beta):.2f} log d), RMSE {log['rmse']:.3f} "
-            f"(quadratic in KL {kl['rmse']:.3f}); {peak}"
+    from rich.table import Table as RichTable
+
+    table = RichTable(title="fitted: R(d) = d (alpha - beta log d), d = sqrt(KL)")
+    table.add_column("loss")
+    table.add_column("fitted to")
+    for name in ("alpha", "beta", "RMSE", "peak", "best measured"):
+        table.add_column(name, justify="right")
+    for all_of_them, last in zip(fits["groups"], ends["groups"], strict=True):
+        name = _curve_name(all_of_them)
+        table.add_row(name, f"all {all_of_them['points']} checkpoints", *_law_cells(all_of_them))
+        table.add_row(
+            "", f"the {count(last['points'], 'end')}", *_law_cells(last), end_section=True
         )
+    return table
+
+
+def fit_lines(fits: Mapping[str, Any], ends: Mapping[str, Any]) -> Iterator[str]:
+    """What the table cannot show: why a fit or a peak is missing, and what does not fit.
+
+    Args:
+        fits, ends: as in :func:`fits_table`.
+    """
+    against: dict[str, list[str]] = {}
+    for kind, content in (("all checkpoints", fits), ("the ends", ends)):
+        for group in content["groups"]:
+            name = _curve_name(group)
+            if not group["fits"]:
+                yield f"{name}, {kind}: no fit, {group['message']}"
+                continue
+            log = through_origin(group, "log")
+            if log["peak"] is None:
+                yield f"{name}, {kind}: no peak reported, {log['peak_reason']}"
+            elif contradiction(log, group["observed_peak"]):
+                against.setdefault(kind, []).append(name)
+    if against:
+        told = "; ".join(f"{join(names)} (fitted to {kind})" for kind, names in against.items())
+        yield (
+            "The law contradicts the best measured (its peak is apart from it by more than a third "
+            f"in d, or its curve by two RMSE): {told}. It does not describe these curves."
+        )
+
+
+def _curve_name(group: Mapping[str, Any]) -> str:
+    labels = {**group["group"]}
+    loss = labels.pop("loss", None)
+    others = "".join(f", {name} {value}" for name, value in labels.items())
+    return str(LOSS_NAMES.get(loss, loss or "all runs")) + others
+
+
+def _law_cells(group: Mapping[str, Any]) -> list[str]:
+    """Coefficients, error, peak and best point of one fit."""
+    if not group["fits"]:
+        return ["", "", "", "no fit", _place(group["observed_peak"])]
+    log = through_origin(group, "log")
+    alpha, beta = (f"{log['coefficients'][name]:.2f}" for name in ("alpha", "beta"))
+    return [alpha, beta, f"{log['rmse']:.3f}", _place(log["peak"]), _place(group["observed_peak"])]
+
+
+def _place(point: Mapping[str, Any] | None) -> str:
+    return "none in range" if point is None else f"{point['gain']:+.2f} at {point['d']:.2f}"
 
 
 def _by_beta(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float, float, float]]:
@@ -104,7 +148,3 @@ def _by_beta(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float, 
             mean(row["gold"] for row in same),
             mean(row["win_rate"] for row in same),
         )
-
-
-def _through_origin(group: Mapping[str, Any], law: str) -> Mapping[str, Any]:
-    return next(fit for fit in group["fits"] if fit["law"] == law and not fit["intercept"])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from fastdaa.online.config import OnlineConfig
@@ -25,6 +25,7 @@ from fastdaa.online.types import Experience, Rollouts
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.quantization import is_quantized
 
 CONFIG_FILE, STATE_FILE, COMPLETE_FILE = "online_config.json", "state.pt", "trainer_state.json"
 # What may differ from the run that is resumed: it changes no number but by rounding.
@@ -68,9 +69,10 @@ def save_checkpoint(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(models["policy"], str(partial / "model.safetensors"), metadata={"format": "pt"})
-    save_model(models["critic"], str(partial / "critic.safetensors"))
     policy: Any = models["policy"]
+    save = _save_trained if is_quantized(policy) else save_model
+    save(policy, str(partial / "model.safetensors"), metadata={"format": "pt"})
+    save(models["critic"], str(partial / "critic.safetensors"))
     # An adapter also as PEFT saves it: the weights that it has together with its base have other
     # names than those of a model, which would be loaded without them.
     (policy if is_adapted(policy) else causal_lm(policy).config).save_pretrained(partial)
@@ -95,6 +97,26 @@ def save_checkpoint(
         os.rename(partial, target)
     _remove_old(config)
     return target
+
+
+def _save_trained(model: nn.Module, path: str, metadata: dict[str, str] | None = None) -> None:
+    """What a quantised base carries: the base itself is loaded and compared when a run goes on."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, path, metadata=metadata)
+
+
+@torch.no_grad()
+def _load_trained(model: nn.Module, path: str, device: str) -> None:
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = load_file(path, device=device)
+    if saved.keys() != weights.keys():
+        wrong = sorted(saved.keys() ^ weights.keys())
+        raise ValueError(
+            f"resume: expected the adapters of the run in {path}, but {len(wrong)} tensors are "
+            f"only in one of them, such as {wrong[0]}"
+        )
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
 
 
 def tidy(output_dir: str | Path) -> None:
@@ -133,8 +155,9 @@ def load_checkpoint(
         raise FileNotFoundError(f"resume: expected a complete checkpoint, got {folder}")
     _check_config(folder, config)
     device = str(causal_lm(models["policy"]).device)
-    load_model(models["policy"], str(folder / "model.safetensors"), device=device)
-    load_model(models["critic"], str(folder / "critic.safetensors"), device=device)
+    load = _load_trained if is_quantized(models["policy"]) else load_model
+    load(models["policy"], str(folder / "model.safetensors"), device=device)
+    load(models["critic"], str(folder / "critic.safetensors"), device=device)
     content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     restore_random_states(content.pop("random"))
     saved = content.pop("experience")

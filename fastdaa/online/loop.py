@@ -26,7 +26,10 @@ from fastdaa.online.update import Updater, minibatches
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.folder_lock import lock_folder
+from fastdaa.train.positions import check_length, positions_of
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
+from fastdaa.train.quantization import check_adapted, compute_as_in_training
 from fastdaa.train.references import check_reference, frozen_copy
 from fastdaa.train.run_record import remove_record, weights_fact
 from fastdaa.train.support import supports_segments
@@ -101,10 +104,20 @@ class OnlineTrainer:
             raise ValueError("prompts: expected at least one, of at least one token each")
         self.config, self.sources, self.prompts = config, (rollouts, rewards), prompts
         self.tokenizer, self.evaluate = tokenizer, evaluate
+        check_adapted(policy, adapted=is_adapted(policy))
+        for model in (policy, reference):
+            if model is not None:
+                compute_as_in_training(model)
         if is_adapted(policy):
             check_adapters(policy)
         reference = frozen_copy(policy) if reference is None else reference
         check_reference(reference, policy, same_vocabulary=True)
+        asked = [*prompts, *getattr(evaluate, "prompts", ())]
+        check_length(
+            map(positions_of, (policy, reference)), max(map(len, asked)) + config.max_new_tokens,
+            "prompts with their completions",
+            "max_prompt_length, max_new_tokens: expected at most {limit} together",
+        )  # fmt: skip
         for model in (policy, reference):
             _prepare(model, config)
         if critic is None:
@@ -270,6 +283,7 @@ class OnlineTrainer:
         """Loads what is to be resumed, if anything is."""
         output_dir = self.config.output_dir
         if output_dir is not None:
+            self._lock = lock_folder(output_dir)
             tidy(output_dir)
         found = [] if output_dir is None else checkpoints.complete(output_dir)
         last = found[-1][1] if found else None

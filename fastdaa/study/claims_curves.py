@@ -17,12 +17,11 @@ from fastdaa.study.curves import (
     split,
 )
 from fastdaa.study.figures.beta_kl import mean_kl
+from fastdaa.study.fit_words import SIMILAR
 from fastdaa.study.presets import PRESETS
 from fastdaa.study.verdicts import Seen, each_preset
 from fastdaa.study.wording import join, number
 
-SIMILAR = 4 / 3
-"""Distances are called similar up to this ratio."""
 NEAR_TIE = 1.05
 WIDE = 0.8
 """A run is wide if it ends at this part of the largest distance of its loss, or beyond."""

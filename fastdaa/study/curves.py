@@ -32,6 +32,33 @@ def distance(row: Row) -> float:
     return math.sqrt(max(float(row["kl"]), 0.0))
 
 
+def score_error(row: Row) -> float | None:
+    """Standard error of a row's score, where its table has one."""
+    return _known(row, "score_stderr")
+
+
+def kl_error(row: Row) -> float | None:
+    """Standard error of a row's KL, in nats: that of the estimator that ``kl`` is."""
+    for estimate in ("kl_rb", "kl_k1"):
+        if row.get(estimate) is not None and row[estimate] == row["kl"]:
+            return _known(row, f"{estimate}_stderr")
+    return _known(row, "kl_stderr")
+
+
+def distance_errors(row: Row) -> tuple[float, float] | None:
+    """From ``sqrt(KL)`` down and up to that of a KL one standard error away."""
+    error = kl_error(row)
+    if error is None:
+        return None
+    low, high = max(row["kl"] - error, 0.0), max(row["kl"] + error, 0.0)
+    return distance(row) - math.sqrt(low), math.sqrt(high) - distance(row)
+
+
+def _known(row: Row, column: str) -> float | None:
+    value = row.get(column)
+    return None if value is None else float(value)
+
+
 def series_name(row: Row) -> str:
     """What a row's curve is called: its loss, else its algorithm, else ``all runs``."""
     loss = row.get("loss") or row.get("algorithm")

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fastdaa.study.laws import LAWS
+
 Fit = Mapping[str, Any]
 TITLES = {
     "log": "the log law d (alpha - beta log d)",
     "d": "the quadratic in d",
     "kl": "the quadratic in KL",
 }
+
+SIMILAR = 4 / 3
+"""Distances are called similar up to this ratio."""
+_ROUNDING = 1e-9
 
 
 def group_name(group: Mapping[str, Any]) -> str:
@@ -44,6 +50,7 @@ def describe_fits(content: Mapping[str, Any]) -> list[str]:
         sentences.append(_log_against_kl(fitted))
     sentences += _winner(fitted, laws)
     sentences += _peaks(fitted, content["settings"]["confidence"])
+    sentences += _contradictions(fitted)
     sentences += _few_points(fitted)
     return sentences
 
@@ -51,6 +58,46 @@ def describe_fits(content: Mapping[str, Any]) -> list[str]:
 def through_origin(group: Mapping[str, Any], law: str) -> Fit:
     """The group's fit of a law without intercept."""
     return next(fit for fit in group["fits"] if fit["law"] == law and not fit["intercept"])
+
+
+def contradiction(fit: Fit, observed: Mapping[str, Any] | None) -> str | None:
+    """The best measured point, if the peak of a fit contradicts it; else None.
+
+    They contradict each other if their distances differ by more than a third, or if the best
+    point is farther from the fitted curve than two RMSE.
+
+    Args:
+        fit: one of a group's ``fits``.
+        observed: the group's ``observed_peak``.
+    """
+    peak = fit["peak"]
+    if peak is None or observed is None:
+        return None
+    near, far = sorted((peak["d"], observed["d"]))
+    fitted = float(LAWS[fit["law"]].value(observed["d"], **fit["coefficients"]))
+    noise = 2 * fit["rmse"] + _ROUNDING
+    if far <= SIMILAR * near and abs(observed["gain"] - fitted) <= noise:
+        return None
+    return f"{observed['gain']:+.2f} at d {observed['d']:.2f}"
+
+
+def _contradictions(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Groups whose log law has its peak somewhere else than the best checkpoint."""
+    found = []
+    for group in groups:
+        for fit in group["fits"]:
+            if fit["law"] != "log" or fit["intercept"]:
+                continue
+            best = contradiction(fit, group["observed_peak"])
+            if best is not None:
+                peak = f"{fit['peak']['gain']:+.2f} at d {fit['peak']['d']:.2f}"
+                found.append(f"{group_name(group['group'])} (law {peak}, measured {best})")
+    if not found:
+        return []
+    return [
+        f"The log law's peak contradicts the best checkpoint in {len(found)} of {len(groups)} "
+        f"{'group' if len(groups) == 1 else 'groups'}: {_listed(found)}."
+    ]
 
 
 def _errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page as HTML. All text is escaped; nothing is loaded from elsewhere."""
-    warning = f'<p class="warning">{_text(page.warning)}</p>\n' if page.warning else ""
+    warning = f'<p class="warning">{_prose(page.warning)}</p>\n' if page.warning else ""
     sections = [
         _claims(page.claims),
         _figures(page.figures),
@@ -66,13 +67,18 @@ def render_page(page: Page) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(page.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<header>\n{warning}<h1>{_text(page.title)}</h1>\n<p>{_text(page.lead)}</p>\n"
+        f"<header>\n{warning}<h1>{_text(page.title)}</h1>\n<p>{_prose(page.lead)}</p>\n"
         f"{_contents(page)}</header>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def _text(value: str) -> str:
     return html.escape(value, quote=True)
+
+
+def _prose(value: str) -> str:
+    """Text in which what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(value))
 
 
 def _contents(page: Page) -> str:
@@ -106,7 +112,7 @@ def _claims(claims: Sequence[Judged]) -> str:
         kind = claim.verdict.replace(" ", "-")
         badge = f'<span class="verdict {kind}">{_SYMBOLS[claim.verdict]} {claim.verdict}</span>'
         rows.append(
-            f"<tr><td>{_text(claim.paper)}</td><td>{_text(claim.measured)}</td><td>{badge}</td></tr>"
+            f"<tr><td>{_prose(claim.paper)}</td><td>{_prose(claim.measured)}</td><td>{badge}</td></tr>"
         )
     head = "<tr><th>Paper's claim</th><th>What we measured</th><th>Reproduced or not</th></tr>"
     table = f'<table class="claims"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
@@ -121,10 +127,10 @@ def _claims(claims: Sequence[Judged]) -> str:
 def _figures(figures: Sequence[PageFigure]) -> str:
     parts = []
     for figure in figures:
-        alt = f"{figure.title}. {figure.sentence}"
+        alt = f"{figure.title}. {figure.sentence}".replace("`", "")
         parts.append(
             f'<section id="{_text(figure.name)}">\n<h2>{_text(figure.title)}</h2>\n'
-            f"<p>{_text(figure.sentence)}</p>\n<picture>"
+            f"<p>{_prose(figure.sentence)}</p>\n<picture>"
             f'<source media="(max-width: 640px)" srcset="{_data(figure.narrow_svg)}">'
             f'<img alt="{_text(alt)}" src="{_data(figure.wide_svg)}"></picture>\n</section>'
         )
@@ -148,7 +154,7 @@ def _tables(tables: Sequence[PageTable]) -> str:
         inner = (
             f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         )
-        note = f"<p>{_text(table.note)}</p>\n" if table.note else ""
+        note = f"<p>{_prose(table.note)}</p>\n" if table.note else ""
         parts.append(
             f"<details>\n<summary>{_text(table.title)}</summary>\n{note}"
             f"{_box(table.title, inner)}\n</details>"
@@ -160,7 +166,7 @@ def _missing(missing: Mapping[str, str], title: str) -> str:
     if not missing:
         return ""
     items = "".join(
-        f"<li><b>{_text(name)}</b>: needs {_text(needs)}.</li>" for name, needs in missing.items()
+        f"<li><b>{_text(name)}</b>: needs {_prose(needs)}.</li>" for name, needs in missing.items()
     )
     return f'<section id="missing">\n<h2>{_text(title)}</h2>\n<ul>{items}</ul>\n</section>'
 

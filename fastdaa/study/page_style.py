@@ -34,6 +34,7 @@ h2 {{ font-size: 1.25rem; line-height: 1.3; margin: 0 0 0.4em; }}
 p {{ max-width: 78ch; margin: 0 0 1em; overflow-wrap: break-word; }}
 section {{ border-top: 1px solid var(--line); padding-top: 24px; margin-top: 32px; }}
 a {{ color: var(--link); }}
+code {{ font: 0.88em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }}
 nav ul {{ list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: 4px 18px; }}
 nav li {{ font-size: 0.92rem; }}
 picture img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; }}

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from fastdaa.study.claims import Judged, judge_claims
 from fastdaa.study.curves import (
     distinct,
+    score_error,
     series_name,
     split,
 )
 from fastdaa.study.environment import environment
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Picture, render, save_png, to_svg
 from fastdaa.study.page import Page, PageFigure, render_page
 from fastdaa.study.report_tables import tables
 from fastdaa.study.results import Results, read_results
-from fastdaa.study.wording import join, number
+from fastdaa.study.wording import count, join, number, with_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +46,11 @@ _GLIMPSE_WARNING = (
     "A glimpse (--fast) of a much smaller world: these numbers mean nothing, and no claim is "
     "judged by them."
 )
+
+_PRESET_WORDS = {
+    "H": "is the world whose reward punishes what the preference pairs hardly show harshly",
+    "M": "is the world whose reward punishes it mildly",
+}
 
 
 def build_report(
@@ -107,8 +114,17 @@ def collect_pictures(results: Results) -> tuple[list[Picture], dict[str, str]]:
         pictures = module.pictures(results)
         found += pictures
         if not pictures:
-            missing[module.TITLE] = module.NEEDS
+            missing[module.TITLE] = _needs(name, module.NEEDS, results)
     return found, missing
+
+
+def _needs(name: str, needs: Needs, results: Results) -> str:
+    if results.is_study or not results.rows:
+        return needs.of_study()
+    reasons = [group["message"] for group in results.fits.get("groups", ()) if group["message"]]
+    if name == "fitted" and reasons:
+        return reasons[0].removeprefix("expected ")
+    return needs.of_table()
 
 
 def _draw_all(
@@ -146,19 +162,16 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
     if rows:
         runs = len({row["run"] for row in rows})
         losses = join(list(split(rows, series_name)))
-        text = f"{runs} runs with {len(rows)} checkpoints ({losses}"
+        text = f"{count(runs, 'run')} with {count(len(rows), 'checkpoint')} ({losses}"
         betas, seeds = distinct(rows, "beta"), distinct(rows, "seed")
-        if betas:
+        if len(betas) > 1:
             text += f"; beta from {betas[0]:g} to {betas[-1]:g}"
-        if seeds:
-            text += f"; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        elif betas:
+            text += f"; beta {betas[0]:g}"
+        if len(seeds) > 1:
+            text += f"; {len(seeds)} seeds"
         parts.append(text + ").")
-        best = max(rows, key=lambda row: row["score"])
-        parts.append(
-            f"The best checkpoint, {best['run']} at step {best['checkpoint']}, scores "
-            f"{number(best['score'], sign=results.in_world)} at a KL of {number(best['kl'])} nats "
-            "a sequence."
-        )
+        parts.append(_best_sentence(results))
     judged = [claim for claim in claims if claim.verdict != "no data"]
     if judged:
         counts = [
@@ -171,7 +184,25 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
             "KL and gold reward are exact, by enumeration; gold is 0 for the reference policy, and "
             "its unit is the standard deviation of the reward under that policy."
         )
+        known = [preset for preset in distinct(rows, "preset") if preset in _PRESET_WORDS]
+        parts += [f"Preset {preset} {_PRESET_WORDS[preset]}." for preset in known]
     return " ".join(parts)
+
+
+def _best_sentence(results: Results) -> str:
+    """The checkpoint with the highest score, which may be the start of a run."""
+    best = max(results.rows, key=lambda row: row["score"])
+    score = (
+        number(best["score"], sign=True)
+        if results.in_world
+        else with_error(best["score"], score_error(best), 3)
+    )
+    if best["checkpoint"] == 0:
+        return f"No checkpoint scores more than the start of {best['run']} (step 0): {score}."
+    return (
+        f"The best checkpoint, {best['run']} at step {best['checkpoint']}, scores {score} at a KL "
+        f"of {number(best['kl'])} nats a sequence."
+    )
 
 
 def _missing_claims(claims: Sequence[Judged]) -> dict[str, str]:

@@ -16,6 +16,12 @@ def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
     return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
 
 
+def with_error(value: float, error: float | None, digits: int = 2) -> str:
+    """``0.170 ± 0.013`` on one line; the number alone without an error."""
+    text = number(value, digits)
+    return text if error is None else f"{text}\u00a0±\u00a0{number(error, digits)}"
+
+
 def count(number_of: int, thing: str) -> str:
     """``1 fit``, ``2 fits``; ``2 policies`` for ``policy``."""
     if number_of == 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdaa.train.adapters import check_prompt_learning
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.quantization import compute_as_in_training, is_quantized, quantization_of
 
 MERGED_BASE = "base_model"
 """Folder of a merged base, in the output folder of the run that trains an adapter on it."""
@@ -102,7 +103,9 @@ def load_causal_lm(source: str, *, trainable: bool = True, **options: Any) -> An
         folder = Path(source).expanduser()
         # Adapters that are trained on it note the path, and may be loaded from anywhere.
         whole = str(folder.absolute()) if folder.is_dir() else source
-        return AutoModelForCausalLM.from_pretrained(whole, **options)
+        model = AutoModelForCausalLM.from_pretrained(whole, **options)
+        compute_as_in_training(model)
+        return model
     return load_adapter(adapter, AutoModelForCausalLM, trainable=trainable, **options)
 
 
@@ -135,6 +138,7 @@ def load_adapter(adapter: Adapter, kind: Any, *, trainable: bool = False, **opti
         raise type(error)(
             f"expected the base model {adapter.base} of the adapter {adapter.source}: {error}"
         ) from error
+    compute_as_in_training(model)
     try:
         adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         # Again, for what it returns: tensors that have no place would be left out in silence.
@@ -169,6 +173,13 @@ def load_merged(adapter: Adapter, kind: Any, **options: Any) -> Any:
 
     model = load_adapter(adapter, kind, **options).eval()
     core: Any = causal_lm(model)
+    if is_quantized(core):
+        raise ValueError(
+            f"expected an adapter that can be merged, the base {adapter.base} of {adapter.source} "
+            f"is quantised ({quantization_of(core)}), and merging would round its weights anew; "
+            "train the adapter further without use_peft, or name the unquantised base in its "
+            f"{_CONFIG}"
+        )
     ends = (core.get_input_embeddings(), core.get_output_embeddings())
     tied = getattr(core.config.get_text_config(), "tie_word_embeddings", False)
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):

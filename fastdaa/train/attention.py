@@ -30,6 +30,8 @@ _PLACEHOLDER = (1, 1, 1, 1)
 
 def register_attention() -> None:
     """Make ``ATTENTION_NAME`` known to transformers; calling it again changes nothing."""
+    if ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS:
+        return
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     # A 4-D mask is taken as it is before this is asked, so a packed row builds no mask at all.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -22,6 +22,9 @@ from fastdaa.train.attention import placeholder_mask
 HeadTask = Callable[[Tensor], Any]
 """From hidden states ``[R, L, D]``, after the final norm, to anything made of tensors."""
 
+BACKBONE_CALL = "_fastdaa_backbone_call"
+"""Attribute of a model under which another way to call its backbone may be put, see
+:mod:`fastdaa.train.compilation`."""
 _MARK = "_fastdaa_previous_forward"
 
 
@@ -190,7 +193,8 @@ def _forward_with_head_task(
     if balanced:
         inputs["output_router_logits"] = True
     inputs.pop("return_dict", None)
-    outputs = backbone_of(model)(**inputs)
+    backbone, call = backbone_of(model), getattr(model, BACKBONE_CALL, None)
+    outputs = backbone(**inputs) if call is None else call(backbone, inputs)
     aux_loss = _load_balancing_loss(model, outputs, inputs) if balanced else None
     return BackboneOutput(head_task(outputs.last_hidden_state), aux_loss)
 

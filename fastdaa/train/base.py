@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,16 @@ from fastdaa.data import PairRows
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted, saving_own_adapters
 from fastdaa.train.backbone import causal_lm
-from fastdaa.train.callbacks import restore_signals
+from fastdaa.train.best_model import best_model, say_best_model
+from fastdaa.train.callbacks import restore_signals, was_interrupted
+from fastdaa.train.finite import check_weights
+from fastdaa.train.folder_lock import FolderLock, lock_folder
+from fastdaa.train.full_disk import full_disk_named
 from fastdaa.train.packed_config import PackedConfig
 from fastdaa.train.prepare import config_values, dropout_values
+from fastdaa.train.quantization import check_adapted, quantization_of
 from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
+from fastdaa.train.steps_left import check_steps, steps_of
 
 
 class PairTrainer(Trainer):
@@ -36,11 +42,14 @@ class PairTrainer(Trainer):
     processing_class: Any
 
     def __init__(self, model: nn.Module, **options: Any):
+        check_adapted(model, adapted=is_adapted(model))
         config = causal_lm(model).config
         use_cache = getattr(config, "use_cache", None)
         self._new_tokens = 0
         self._parameters: int | None = None
         self._record: RunRecord | None = None
+        self._first_step: int | None = None
+        self._lock: FolderLock | None = None
         super().__init__(model=model, **options)
         # The Trainer has set it for its own forwards; nothing here asks it, and it would be saved.
         if use_cache is not None:
@@ -50,6 +59,9 @@ class PairTrainer(Trainer):
         self.frozen_facts: dict[str, Any] = {}
         if is_adapted(model):
             self.frozen_facts["base model"] = weights_fact(model, trainable=False)
+        quantization = quantization_of(model)
+        if quantization is not None:
+            self.frozen_facts["quantization"] = quantization
 
     def rows_of(self, dataset: Any, name: str) -> PairRows:
         """Any dataset of pairs as the loader wants it."""
@@ -93,16 +105,30 @@ class PairTrainer(Trainer):
 
         Raises:
             ValueError: the checkpoint to continue from was not written to its end or belongs to
-                another run, or ``save_total_limit`` would delete those of others.
+                another run, ``save_total_limit`` would delete those of others, or
+                ``dataloader_drop_last`` would leave no batch.
         """
+        self._check_batches()
         checkpoint = self._begin_run(resume_from_checkpoint)
-        self._new_tokens = 0
+        self._new_tokens, self._first_step = 0, None
         off = dict.fromkeys(self._dropout, 0.0)
         try:
             with config_values(causal_lm(self.model).config, off):
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             restore_signals(self)
+        self._end_run()
+        return output
+
+    def _check_batches(self) -> None:
+        args, rows = self.args, self.train_dataset
+        needed = args.train_batch_size * args.world_size
+        have = len(rows) if isinstance(rows, Sized) else needed
+        if args.dataloader_drop_last and have < needed:
+            raise ValueError(
+                f"dataloader_drop_last: expected at least {needed} rows, a batch of every process, "
+                f"got {have}; nothing would be left to train on"
+            )
 
     def _begin_run(self, resume: str | bool | None) -> str | None:
         """Find the checkpoint to continue from and put down whose output folder it is."""
@@ -111,7 +137,11 @@ class PairTrainer(Trainer):
         found: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
+                self._lock = lock_folder(output_dir)
                 found = [*checkpoints.begin(output_dir, resume, facts, rotates=rotates)]
+                if found[0] is not None and self.train_dataset is not None:
+                    rows: Any = self.train_dataset
+                    check_steps(found[0], self.args, steps_of(self.args, len(rows)))
             except (ValueError, OSError) as error:
                 found = [None, str(error)]
         # One process decides: the others would see what it writes, and wait for one that fails.
@@ -123,6 +153,15 @@ class PairTrainer(Trainer):
         self._record = record
         return checkpoint
 
+    def _end_run(self) -> None:
+        """Say and put down which checkpoint the model is now."""
+        best = best_model(self)
+        if not was_interrupted(self) and self.args.should_log:
+            say_best_model(self)
+        if best is not None and self._record is not None and self.args.should_save:
+            self._record = self._record._replace(best=best.step)
+            write_record(str(self.args.output_dir), self._record)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with contextlib.ExitStack() as stack:
             core = causal_lm(self.model)
@@ -131,7 +170,28 @@ class PairTrainer(Trainer):
                 stack.enter_context(saving_own_adapters(self.model))
             super()._save(output_dir, state_dict)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, by default as the end of the run.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing is written.
+            OSError: the disk is full.
+        """
+        if _internal_call:
+            # Part of a checkpoint, which is looked at as a whole.
+            super().save_model(output_dir, _internal_call)
+            return
+        check_weights(self)
+        with full_disk_named(str(self.args.output_dir), "the model"):
+            super().save_model(output_dir)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_weights(self)
+        step = self.state.global_step
+        with full_disk_named(str(self.args.output_dir), f"the checkpoint of step {step}"):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._settle_tokens()
         if self.args.should_save:
             folder, step = self._get_output_dir(trial=trial), self.state.global_step

@@ -130,7 +130,7 @@ def _continued(output_dir: Path, checkpoint: Path, new: RunRecord) -> RunRecord:
     here = {path.resolve(): step for step, path in complete(output_dir)}
     step = here.get(checkpoint.resolve())
     if step is not None and now is not None and step in now.steps:
-        return now._replace(facts=new.facts)
+        return now._replace(facts=new.facts, best=None)
     # Another run was started in the folder since, or this one left no record.
     started = None if run is None else run.started
     steps = [

@@ -11,6 +11,7 @@ from fastdaa.losses.objective import Objective
 from fastdaa.losses.registry import LOSSES
 from fastdaa.train.options import HeadOptions, check_count, read_mapping
 from fastdaa.train.packed_config import PackedConfig
+from fastdaa.validation import shown
 
 
 @dataclass
@@ -176,6 +177,6 @@ def _read_loss_kwargs(given: dict[str, Any] | str | None) -> dict[str, Any]:
         json.dumps(read)
     except TypeError as error:
         raise ValueError(
-            f"loss_kwargs: expected values that JSON can hold, got {read!r} ({error})"
+            f"loss_kwargs: expected values that JSON can hold, got {shown(read)} ({error})"
         ) from error
     return read

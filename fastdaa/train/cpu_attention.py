@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fastdaa.first_order import first_order
 
 _BLOCK = 64
 _ATEN = torch.ops.aten
@@ -158,7 +159,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, stats = ctx.saved_tensors
         groups = key.shape[1]

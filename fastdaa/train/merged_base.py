@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from fastdaa.train.adapter_files import (
     MERGED_BASE,
     MERGED_RECORD,
@@ -20,6 +22,7 @@ from fastdaa.train.adapter_files import (
     load_merged,
     merged_record,
 )
+from fastdaa.train.quantization import compute_as_in_training
 
 
 def merged_base(
@@ -29,11 +32,14 @@ def merged_base(
     *,
     tokenizer: Any = None,
     write: bool = True,
+    quantized: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A causal language model with an adapter merged into it, saved as ``output_dir/base_model``.
 
     Its ``name_or_path`` is that folder: PEFT notes it in the configuration of a new adapter.
+    Where it is to be quantised, it is merged and saved before that: codes could not take the
+    changes of the adapter up without rounding.
 
     Args:
         adapter: what is merged into its base.
@@ -41,6 +47,8 @@ def merged_base(
         checkpoint: that the run continues from; the base that was saved then is loaded.
         tokenizer: is saved beside it.
         write: this process saves; the others only need the path.
+        quantized: further options of ``from_pretrained``, with which the saved base is loaded. With
+            them every process waits for the one that saves.
         options: passed on to ``from_pretrained`` of the base.
 
     Raises:
@@ -58,14 +66,22 @@ def merged_base(
     }
     # The finished adapter there needs the base that is there.
     needed = folder.is_dir() and (folder.parent / "adapter_config.json").is_file()
-    if checkpoint is None and not needed:
-        model: Any = load_merged(adapter, AutoModelForCausalLM, **options)
-        saved = None
-    else:
+    model: Any = None
+    saved = None
+    if checkpoint is not None or needed:
         saved = _saved_base(folder, None if checkpoint is None else Path(checkpoint), record)
-        model = AutoModelForCausalLM.from_pretrained(str(saved), **options)
+    if quantized is None or (write and saved != folder):
+        if saved is None:
+            model = load_merged(adapter, AutoModelForCausalLM, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(saved), **options)
     if write and saved != folder:
         _save(model, folder, record, tokenizer)
+    if quantized is not None:
+        del model
+        PartialState().wait_for_everyone()
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **options, **quantized)
+        compute_as_in_training(model)
     model.name_or_path = model.config._name_or_path = str(folder)
     return model
 

@@ -34,6 +34,8 @@ class MetricsWriter(TrainerCallback):
             return
         path = metrics_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if 0 < state.max_steps <= state.global_step:
+            return  # nothing is left to do
         if state.global_step > 0:
             truncate_metrics(path, state.global_step)
         else:

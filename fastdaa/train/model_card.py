@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdaa import __version__
 from fastdaa.losses.objective import Objective
+from fastdaa.train.best_model import BestModel
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,6 +58,7 @@ def model_card(
     layout: str | None = None,
     settings: Mapping[str, Any] | None = None,
     peft: bool = False,
+    best: BestModel | None = None,
 ) -> str:
     """The text of a model card, with front matter that the hub understands.
 
@@ -69,6 +71,7 @@ def model_card(
         layout: the batch layout that was used.
         settings: fields of the configuration, by name; the usual ones are shown.
         peft: the model is an adapter.
+        best: the checkpoint that it is, where that was chosen; ``rows`` end there.
     """
     losses = list(dict.fromkeys(term.loss.name for term in objective.terms))
     sections = [
@@ -76,7 +79,7 @@ def model_card(
         f"# {name}\n",
         _opening(base_model, dataset),
         f"## Objective\n\n`{objective}`\n\n{_papers(objective)}",
-        _results(rows),
+        _results(rows, best),
         _training(layout, settings or {}),
         _versions(),
         _citation(),
@@ -115,7 +118,7 @@ def _papers(objective: Objective) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def _results(rows: Sequence[Mapping[str, Any]]) -> str:
+def _results(rows: Sequence[Mapping[str, Any]], best: BestModel | None) -> str:
     last: dict[str, float] = {}
     for row in rows:
         last |= {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -127,8 +130,11 @@ def _results(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
     if not lines:
         return ""
-    head = "| last value of | training | evaluation |\n|---|---|---|\n"
-    return f"## Results\n\n{head}" + "\n".join(lines) + "\n"
+    chosen, what = "", "last value of"
+    if best is not None:
+        chosen, what = f"The model is the checkpoint of {best}.\n\n", f"at step {best.step}"
+    head = f"| {what} | training | evaluation |\n|---|---|---|\n"
+    return f"## Results\n\n{chosen}{head}" + "\n".join(lines) + "\n"
 
 
 def _training(layout: str | None, settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdaa.planner import PATHS
 from fastdaa.train.segment_backends import BACKENDS
-from fastdaa.validation import check_choice
+from fastdaa.validation import check_choice, shown
 
 ATTENTION_CHOICES = ("auto", *BACKENDS)
 # The path `score` gives no gradient, so nothing could be trained with it.
@@ -72,7 +72,7 @@ def check_count(name: str, value: object, *, optional: bool = False) -> None:
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer above 0, got {value!r}")
+        raise ValueError(f"{name}: expected an integer above 0, got {shown(value)}")
 
 
 def read_mapping(name: str, given: Any, what: str, example: str) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def read_mapping(name: str, given: Any, what: str, example: str) -> dict[str, An
             given = json.loads(given)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{name}: expected a JSON object such as '{example}', got {given!r} ({error})"
+                f"{name}: expected a JSON object such as '{example}', got {shown(given)} ({error})"
             ) from error
     given = {} if given is None else given
     if not isinstance(given, dict):
-        raise TypeError(f"{name}: expected a mapping of {what}, got {given!r}")
+        raise TypeError(f"{name}: expected a mapping of {what}, got {shown(given)}")
     return given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +17,25 @@ from transformers import TrainerCallback
 from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.base import PairTrainer
+from fastdaa.train.best_metric import check_best_metric, running_metrics
 from fastdaa.train.callbacks import default_callbacks, use_progress
+from fastdaa.train.compilation import compile_backbone, take_over_compilation
+from fastdaa.train.finite import check_row
 from fastdaa.train.metrics import MetricStore
+from fastdaa.train.positions import check_length, longest, positions_of
 from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
 from fastdaa.train.sharding import check_parallelism
 
 logger = logging.getLogger(__name__)
+_PREDICTIONS = "since no logits are made that it could be given"
+_UNUSED = {
+    "compute_metrics": _PREDICTIONS,
+    "preprocess_logits_for_metrics": _PREDICTIONS,
+    "compute_loss_func": "since the loss is the trainer's own",
+    "data_collator": "since batches of packs are collated by the trainer's own",
+    "model_init": "give the model itself",
+}
+"""What the Trainer takes and nothing here would ask, and why."""
 
 
 class PackLoop(PairTrainer):
@@ -45,10 +58,14 @@ class PackLoop(PairTrainer):
     def __init__(
         self, model: nn.Module, callbacks: list[TrainerCallback] | None = None, **options: Any
     ):
+        for name in _UNUSED:
+            if options.get(name) is not None:
+                raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
         self._stores = {"train": MetricStore(), "eval": self.store_type()}
         own = default_callbacks(curves=self.draws_curves)
         super().__init__(model=model, callbacks=[*own, *(callbacks or [])], **options)
         check_parallelism(self)
+        self.compilation = take_over_compilation(self.args, self.accelerator)
         use_progress(self)
 
     @property
@@ -68,7 +85,14 @@ class PackLoop(PairTrainer):
             )
 
     def settle_layout(self, *references: nn.Module) -> None:
-        """Choose the layout that the policy and ``references`` can take; prepare the policy."""
+        """Choose the layout that the policy and ``references`` can take; prepare the policy.
+
+        Raises:
+            ValueError: a layout that one of them cannot take, or ``metric_for_best_model`` is none
+                of the metrics that there will be.
+        """
+        check_best_metric(self.args, self.metric_names(), self.eval_dataset)
+        self._positions = [positions_of(model) for model in (self.model, *references)]
         wanted, layouts = self.args.layout, self.args.layouts
         choice = list(choose_layout([self.model, *references], wanted, layouts))
         # Ranks that wait for the weights of rank 0 could not look as closely.
@@ -76,8 +100,29 @@ class PackLoop(PairTrainer):
         if self.layout == "padded" and wanted == "auto" and self.args.should_log:
             logger.warning("layout: padded, because of %s", self.layout_reason)
         prepare_model(self.model, self.layout)
+        compile_backbone(self.model, self.compilation)
         if self.args.disable_dropout:
             disable_dropout(self.model)
+
+    def check_lengths(self, dataset: Any, name: str, *sequences: Sequence[str]) -> None:
+        """Raise ``ValueError`` where the models have no positions for the longest sequence.
+
+        Args:
+            dataset: tokenised.
+            name: of it.
+            sequences: the columns whose tokens make one sequence, of every kind of sequence.
+        """
+        what = f"max_length: expected at most {{limit}}, got {self.args.max_length}"
+        check_length(self._positions, longest(dataset, sequences), name, what)
+
+    def metric_names(self) -> list[str]:
+        """What an evaluation has, without ``eval_``."""
+        return ["loss", *self.own_metric_names(), *running_metrics(self.unit)]
+
+    def own_metric_names(self) -> list[str]:
+        """Those of them that are about what is learnt; a subclass adds its own."""
+        config = causal_lm(self.model).config.get_text_config()
+        return ["aux_loss"] if getattr(config, "output_router_logits", False) else []
 
     def with_backend(self, pack: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pack, with the attention backend that the settings name."""
@@ -92,7 +137,35 @@ class PackLoop(PairTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward, pack by pack, so that one pack's activations live at a time."""
+        """Forward and backward, pack by pack, so that one pack's activations live at a time.
+
+        Raises:
+            MemoryError: the memory is full, and ``auto_find_batch_size`` would start again from
+                weights that have been trained.
+        """
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        try:
+            return self._train_on(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            if self.args.auto_find_batch_size:
+                self._check_restart(error)
+            raise
+
+    def _check_restart(self, error: torch.OutOfMemoryError) -> None:
+        """The Trainer starts over with smaller batches, and leaves weights and sums as they are."""
+        step = self.state.global_step
+        if step != self._first_step:
+            raise MemoryError(
+                f"auto_find_batch_size: expected the memory to do for all batches once it did for "
+                f"the first, it is full after step {step}; start again with tokens_per_pack or a "
+                "smaller per_device_train_batch_size"
+            ) from error
+        self._stores["train"], self._new_tokens = MetricStore(), 0
+
+    def _train_on(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
         store = self._stores["train"]
         store.begin_batch()
         packs, left = self._evened(inputs["packs"]), len(inputs["packs"])
@@ -150,25 +223,29 @@ class PackLoop(PairTrainer):
         output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
         values = self._named(store.read(self.accelerator))
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
-        self._stores["train"].throughput.leave_out(time.perf_counter() - began)
+        self.leave_out(time.perf_counter() - began)
         return output
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        wanted = self.args.metric_for_best_model
-        if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
-            names = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_")]
-            raise ValueError(
-                f"metric_for_best_model: expected one of {', '.join(names)}, got {wanted!r}"
-            )
-        return super()._determine_best_metric(metrics, trial)
+    def leave_out(self, seconds: float) -> None:
+        """Something else than training took so long: the logged rates leave it out."""
+        self._stores["train"].throughput.leave_out(seconds)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the interval to a row with a training loss."""
-        if "loss" in logs:
+        """Add the metrics of the interval to a row with a training loss.
+
+        Raises:
+            FloatingPointError: the loss or the gradient norm is not finite; the row is written.
+        """
+        if "train_runtime" in logs and self._first_step is None:
+            return  # of no step: the summary of the run that is finished already stays
+        trained = "loss" in logs
+        if trained:
             logs.update(self._named(self._stores["train"].read(self.accelerator)))
             self._settle_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
+        if trained:
+            check_row(self, logs)
 
     def _named(self, values: dict[str, float]) -> dict[str, float]:
         old, new = "throughput/pairs_per_second", f"throughput/{self.unit}_per_second"

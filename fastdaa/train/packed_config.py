@@ -10,12 +10,15 @@ import torch
 from transformers import TrainingArguments
 
 from fastdaa.data.collate import Layout
+from fastdaa.train.device_options import check_needs, check_ways
 from fastdaa.train.options import PackOptions, check_count
+from fastdaa.train.trainer_options import check_after, check_before
 from fastdaa.validation import check_choice
 
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 ON_BAD_ROW = ("error", "skip")
+_OF_OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 @dataclass
@@ -25,12 +28,14 @@ class PackedConfig(PackOptions, TrainingArguments):
     Other defaults than there: ``logging_steps`` 10, ``logging_nan_inf_filter`` False (a broken loss
     shows, and no step waits for the device), ``remove_unused_columns`` False, and ``bf16`` None,
     which means True on a CUDA device that has bf16, unless ``fp16`` is set or accelerate was
-    launched with another mixed precision.
+    launched with another mixed precision. Without an ``accelerator_config``, pinned batches are
+    copied to a CUDA device without waiting (``non_blocking``).
 
     The fields of its own are described in :class:`fastdaa.train.PreferenceConfig`.
 
     Raises:
         ValueError: a value that cannot be used.
+        ImportError: a tracker of ``report_to`` is not installed.
     """
 
     layouts: ClassVar[tuple[str, ...]] = LAYOUTS
@@ -90,38 +95,37 @@ class PackedConfig(PackOptions, TrainingArguments):
         check_choice("layout", self.layout, ("auto", *self.layouts))
         check_count("max_length", self.max_length, optional=True)
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            check_count(name, getattr(self, name))
         self.check_packs()
-        self._check_without_effect()
+        check_before(self)
         if self.layout == "padded" and self.attention != "auto":
             raise ValueError(
                 "attention: expected 'auto' with layout 'padded', which has no segments to attend "
                 f"over, got {self.attention!r}; the model's own attn_implementation is used there"
             )
+        check_needs(self)
+        own_config = self.accelerator_config is None
         super().__post_init__()
-
-    def _check_without_effect(self) -> None:
-        """Refuse what the Trainer would take, and nothing here could follow."""
-        if self.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor: expected 0, it is for the labels of classifiers, got "
-                f"{self.label_smoothing_factor}; the label_smoothing of preference losses is an "
-                "option of its own"
-            )
-        if self.use_liger_kernel and (self.use_cpu or not torch.accelerator.is_available()):
-            raise ValueError("use_liger_kernel: expected a GPU for its Triton kernels, got the CPU")
+        if own_config and self.dataloader_pin_memory and self.device.type == "cuda":
+            # Or the host would wait at every batch until the device has done all before it.
+            self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
+        check_after(self)
+        check_ways(self)
 
     def identity(self) -> dict[str, Any]:
         """Settings without which a run would be another one, as JSON can hold them.
 
-        A checkpoint is continued only with the same: rate and schedule come out of it, whatever
-        the settings say, and seeds decide which rows a run has seen.
+        A checkpoint is continued only with the same: rate, schedule and what the optimizer is set
+        to come out of it, whatever the settings say, and seeds decide which rows a run has seen.
         """
-        schedule = self.lr_scheduler_type
+        schedule, optimizer = self.lr_scheduler_type, self.optim
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": str(getattr(schedule, "value", schedule)),
+            "lr_scheduler_kwargs": self.lr_scheduler_kwargs or None,
+            "warmup_steps": self.warmup_steps,
+            "optim": str(getattr(optimizer, "value", optimizer)),
+            "optim_args": self.optim_args,
+            **{name: getattr(self, name) for name in _OF_OPTIMIZER},
             "seed": self.seed,
             "data_seed": self.data_seed,
         }

@@ -17,6 +17,7 @@ from fastdaa.head import LmHead
 from fastdaa.train.adapter_files import load_causal_lm
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
+from fastdaa.train.quantization import compute_as_in_training
 from fastdaa.train.support import supports_segments
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
 
     Raises:
         TypeError: neither a name nor a model of transformers.
+        ValueError: a quantised model that can no longer be trained.
     """
     if isinstance(model, nn.Module):
         try:
             causal_lm(model)
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from None
+        compute_as_in_training(model)
         return model
     if not isinstance(model, str):
         raise TypeError(

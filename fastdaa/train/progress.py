@@ -50,6 +50,8 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
+            if self._bar is not None:
+                self._bar.close()  # of a training that has failed
             self._bar = _bar(args, state.max_steps, "training")
             self._bar.update(state.global_step)
             self._postfix = {}

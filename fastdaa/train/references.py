@@ -14,6 +14,7 @@ from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, sequence_logps
 from fastdaa.train.adapters import is_adapted, keep_starting_adapter, starting_point
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.compilation import compile_backbone
 from fastdaa.train.prepare import prepare_model
 from fastdaa.train.sharding import head_afterwards, head_in_force, prepare_reference
 
@@ -114,6 +115,7 @@ def online_reference(trainer: PreferenceTrainer, given: nn.Module | None) -> Ref
         return AdapterReference(lambda: trainer.model, *options)
     ref = frozen_copy(trainer.model) if given is None else given
     prepare_model(ref, trainer.layout)
+    compile_backbone(ref, trainer.compilation)
     return ModelReference(prepare_reference(ref, trainer.accelerator), *options)
 
 

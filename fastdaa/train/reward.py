@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdaa.data import PairCollator, PairRows
+from fastdaa.data.fields import PAIR_SEQUENCES
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.best_metric import REWARD_METRICS
 from fastdaa.train.metrics import MetricStore, Sums
 from fastdaa.train.prepare import (
     check_config,
     check_dataset,
     check_datasets,
     check_tokens,
+    load_policy,
     tokenize_dataset,
 )
+from fastdaa.train.quantization import compute_as_in_training
 from fastdaa.train.reward_models import (
     check_padding,
     check_reward_model,
@@ -45,6 +49,7 @@ class RewardTrainer(StageTrainer):
             are taken as they are.
         eval_dataset: the same to evaluate on, or a dictionary of such.
         processing_class: the tokenizer.
+        peft_config: wraps ``model`` in a new adapter, with a copy of ``score`` (``SEQ_CLS``).
         options: ``callbacks``, and anything else that ``Trainer`` takes.
 
     Raises:
@@ -62,6 +67,7 @@ class RewardTrainer(StageTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        peft_config: Any = None,
         **options: Any,
     ):
         args = RewardConfig(output_dir="reward_output") if args is None else args
@@ -69,11 +75,17 @@ class RewardTrainer(StageTrainer):
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
         if isinstance(model, str):
-            model = load_reward_model(model, processing_class)
+            model = load_reward_model(model, processing_class, resize=peft_config is None)
+        compute_as_in_training(model)
         check_reward_model(model)
         check_padding(model, processing_class)
+        policy = load_policy(model, peft_config)
+        if peft_config is not None:
+            # PEFT leaves the copy of `score` in the dtype of the base, where bf16 loses updates.
+            for weight in policy.parameters():
+                weight.data = weight.data.float() if weight.requires_grad else weight.data
         super().__init__(
-            model,
+            policy,
             args,
             train_dataset,
             eval_dataset,
@@ -92,6 +104,7 @@ class RewardTrainer(StageTrainer):
         check_dataset(dataset, name)
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
         check_tokens(dataset, self.vocabulary, name)
+        self.check_lengths(dataset, name, *PAIR_SEQUENCES)
         self._check_padding(dataset, name)
         return PairRows(dataset)
 
@@ -110,6 +123,10 @@ class RewardTrainer(StageTrainer):
                         f"padding token, got one in {field}; give the model another pad_token_id, "
                         "or its path and a tokenizer, and one is added"
                     )
+
+    def own_metric_names(self) -> list[str]:
+        """What an evaluation tells about rewards; the balance of experts is not logged."""
+        return [*REWARD_METRICS]
 
     def items_of(self, pack: Mapping[str, Any]) -> int:
         """Pairs."""
@@ -136,7 +153,8 @@ class RewardTrainer(StageTrainer):
 def _read(core: Any, hidden_states: Tensor, pack: Mapping[str, Any]) -> Tensor:
     """Rewards ``[S]`` fp32 at the last tokens of the sequences of a pack."""
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return core.score(flat.index_select(0, last_tokens(pack)))[:, 0].float()
+    rows = flat.index_select(0, last_tokens(pack))
+    return core.score(rows.to(core.score.weight.dtype))[:, 0].float()
 
 
 def _metrics(chosen: Tensor, rejected: Tensor) -> Sums:

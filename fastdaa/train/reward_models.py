@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from transformers import PreTrainedModel
 
 from fastdaa.train.adapter_files import find_adapter, load_merged
 from fastdaa.train.backbone import backbone_of, causal_lm
+from fastdaa.train.quantization import compute_as_in_training
 
 PAD_TOKEN = "<|pad|>"
 _PROBE_TOKENS = 5
 
 
 def load_reward_model(
-    source: str, tokenizer: Any = None, *, dtype: Any = torch.float32, **options: Any
+    source: str,
+    tokenizer: Any = None,
+    *,
+    dtype: Any = torch.float32,
+    resize: bool = True,
+    **options: Any,
 ) -> PreTrainedModel:
     """A sequence classifier with one output, from a causal language model or from such a one.
 
@@ -32,6 +39,7 @@ def load_reward_model(
         source: a folder or hub id, of a whole model or an adapter.
         tokenizer: is changed where it has no padding token of its own.
         dtype: of the weights.
+        resize: the embedding may get a row for a new padding token; under LoRA it must not.
         options: passed on to ``from_pretrained``.
 
     Raises:
@@ -44,11 +52,14 @@ def load_reward_model(
     if adapter is not None and adapter.config.get("task_type") == "SEQ_CLS":
         model = load_classifier(source, dtype=dtype, **options)
         if tokenizer is not None:
-            give_padding(model, tokenizer)
+            give_padding(model, tokenizer, resize=resize)
         return model
+    folder = Path(source).expanduser()
+    # Adapters that are trained on it note the path, and may be loaded from anywhere.
+    whole = str(folder.absolute()) if folder.is_dir() else source
     with _quiet_about_missing_weights():
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source if adapter is None else adapter.base,
+            whole if adapter is None else adapter.base,
             num_labels=1, dtype=dtype, output_loading_info=True, **options,
         )  # fmt: skip
     missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
@@ -58,10 +69,11 @@ def load_reward_model(
             f"output, got none for {', '.join(missing[:3]) or 'its own number of outputs'}"
         )
     if adapter is not None:
-        whole = load_merged(adapter, AutoModelForCausalLM, dtype=dtype, **options)
-        backbone_of(model).load_state_dict(backbone_of(whole).state_dict())
+        merged = load_merged(adapter, AutoModelForCausalLM, dtype=dtype, **options)
+        backbone_of(model).load_state_dict(backbone_of(merged).state_dict())
+    compute_as_in_training(model)
     if tokenizer is not None:
-        give_padding(model, tokenizer)
+        give_padding(model, tokenizer, resize=resize)
     return model
 
 
@@ -85,13 +97,26 @@ def load_classifier(source: str, **options: Any) -> PreTrainedModel:
         return load_merged(adapter, AutoModelForSequenceClassification, num_labels=1, **options)
 
 
-def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
-    """A padding token that ends nothing, the same in model and tokenizer."""
+def give_padding(model: PreTrainedModel, tokenizer: Any, *, resize: bool = True) -> None:
+    """A padding token that ends nothing, the same in model and tokenizer.
+
+    Args:
+        resize: the embedding may get a row for a new one.
+
+    Raises:
+        ValueError: there is none, and it may not.
+    """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == eos:
-        unknown = tokenizer.unk_token
-        if unknown is not None and unknown != tokenizer.eos_token:
-            tokenizer.pad_token = unknown
+        there = [tokenizer.unk_token, *([] if resize else [tokenizer.bos_token])]
+        ends_nothing = [t for t in there if t is not None and t != tokenizer.eos_token]
+        if ends_nothing:
+            tokenizer.pad_token = ends_nothing[0]
+        elif not resize:
+            raise ValueError(
+                "model: expected a tokenizer with a token for padding that ends nothing, got "
+                f"{tokenizer.pad_token!r}; under LoRA the embedding cannot get a new one"
+            )
         else:
             tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
         pad = tokenizer.pad_token_id
@@ -112,6 +137,8 @@ def check_reward_model(model: nn.Module) -> None:
     """
     core: Any = causal_lm(model)
     name, score = type(core).__name__, getattr(core, "score", None)
+    # Under PEFT, which trains a copy of it.
+    score = getattr(score, "original_module", score)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
         raise ValueError(
             f"model: expected a sequence classifier with a linear `score` of 1 output, got {name}"

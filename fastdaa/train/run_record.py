@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 RUN_FILE = "fastdaa_run.json"
 _SAMPLED_ROWS, _SAMPLED_WEIGHTS = 256, 64
@@ -31,6 +31,8 @@ class RunRecord(NamedTuple):
     """What may not change while it is interrupted, by name; JSON values."""
     steps: list[int]
     """Of the checkpoints that it has begun to write."""
+    best: int | None = None
+    """Of the checkpoint that was loaded at its end, where that is not the last."""
 
 
 def new_record(facts: Mapping[str, Any]) -> RunRecord:
@@ -42,7 +44,7 @@ def read_record(folder: str | Path) -> RunRecord | None:
     """The record in a folder, or None where there is none that can be read."""
     try:
         read = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-        return RunRecord(read["started"], read["facts"], read["steps"])
+        return RunRecord(read["started"], read["facts"], read["steps"], read.get("best"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -99,7 +101,7 @@ def rows_fact(rows: Any) -> str | None:
 
 @torch.no_grad()
 def weights_fact(model: nn.Module, *, trainable: bool = True) -> str:
-    """The dtype of a model and a digest of some weights, spread over all.
+    """The dtype of a model and a digest of some weights, spread over all, also of quantised ones.
 
     Args:
         trainable: count those that require a gradient, too.
@@ -107,11 +109,19 @@ def weights_fact(model: nn.Module, *, trainable: bool = True) -> str:
     digest, dtypes = hashlib.sha256(), set()
     for name, weight in model.named_parameters():
         counts = trainable or not weight.requires_grad
-        if not counts or weight.is_meta or not weight.is_floating_point():
+        if not counts or weight.is_meta:
             continue
-        count = min(weight.numel(), _SAMPLED_WEIGHTS)
-        places = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long()
-        values = weight.flatten()[places.to(weight.device)].float().cpu().numpy()
-        digest.update(f"{name} {list(weight.shape)}".encode() + values.tobytes())
+        digest.update(f"{name} {list(weight.shape)}".encode() + _sample(weight))
         dtypes.add(str(weight.dtype).removeprefix("torch."))
+        # Codes of 4 bits mean something with their scales alone.
+        scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
+        if scales is not None:
+            digest.update(_sample(scales))
     return f"{'+'.join(sorted(dtypes))} {digest.hexdigest()[:12]}"
+
+
+def _sample(tensor: Tensor) -> bytes:
+    count = min(tensor.numel(), _SAMPLED_WEIGHTS)
+    places = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).long()
+    values: np.ndarray = tensor.detach().flatten()[places.to(tensor.device)].float().cpu().numpy()
+    return values.tobytes()

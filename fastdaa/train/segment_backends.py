@@ -88,6 +88,14 @@ def choose_backend(
     return BackendChoice(name, "; ".join(passed_over) or "it is the fastest one")
 
 
+def missing_for(name: str, device_type: str) -> str | None:
+    """What keeps a backend from serving any call on such a device, as the rest of a sentence.
+
+    Calls of a common kind are asked about: without softcap and dropout, in bf16.
+    """
+    return _obstacle(name, _Call(device_type, torch.bfloat16, 64, 64, None, 0.0))
+
+
 def varlen_runner(name: str) -> Callable[..., Tensor]:
     """The function behind ``"flash_attn"`` or ``"torch_varlen"``, on ``[tokens, heads, d]``."""
     return {"flash_attn": _run_flash_attn, "torch_varlen": _run_torch_varlen}[name]

@@ -14,6 +14,7 @@ from fastdaa.data.fields import SEQUENCE_FIELDS
 from fastdaa.data.rows import SequenceRows
 from fastdaa.data.tokenise import tokenize_examples
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.best_metric import TOKEN_METRICS
 from fastdaa.train.completion_loss import CompletionLoss, completion_loss
 from fastdaa.train.metrics import MetricStore, Sums
 from fastdaa.train.prepare import (
@@ -91,6 +92,7 @@ class SftTrainer(StageTrainer):
         if not len(dataset):
             raise ValueError(f"{name}: expected at least one example, got none")
         check_tokens(dataset, self.vocabulary, name, SEQUENCE_FIELDS)
+        self.check_lengths(dataset, name, SEQUENCE_FIELDS)
         return SequenceRows(dataset)
 
     def _tokenize(self, dataset: Any, name: str) -> Any:
@@ -105,8 +107,12 @@ class SftTrainer(StageTrainer):
             on_bad_row=args.on_bad_row,
         )  # fmt: skip
         if args.should_log:
-            logger.info("%s: %s", name, str(report).replace("pairs", "examples"))
+            logger.info("%s: %s", name, report)
         return tokenized
+
+    def own_metric_names(self) -> list[str]:
+        """What an evaluation tells about tokens."""
+        return [*super().own_metric_names(), *(TOKEN_METRICS if self.args.log_token_stats else ())]
 
     def items_of(self, pack: Mapping[str, Any]) -> int:
         """Scored tokens."""

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastdaa.head import LmHead
+from fastdaa.train.quantization import is_quantized, quantization_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,6 +59,11 @@ def check_parallelism(trainer: PairTrainer) -> None:
         )
     if trainer.is_fsdp_enabled and getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError("FSDP: expected version 2 (fsdp_version: 2), got version 1")
+    if trainer.is_fsdp_enabled and is_quantized(trainer.model):
+        raise ValueError(
+            f"FSDP: expected a model whose weights can be cut, got a quantised one "
+            f"({quantization_of(trainer.model)}); train with DDP, which needs it whole on every GPU"
+        )
 
 
 @contextlib.contextmanager
@@ -90,7 +96,7 @@ def head_afterwards(core: PreTrainedModel) -> LmHead:
 
 def place_early(model: nn.Module, trainer: PairTrainer) -> None:
     """Put a whole model on the device before it is checked, where checks are fast."""
-    quantized = getattr(model, "quantization_method", None) is not None
+    quantized = is_quantized(model)
     mapped = getattr(model, "hf_device_map", None) is not None
     if not (quantized or mapped or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         model.to(trainer.args.device)

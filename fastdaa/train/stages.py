@@ -93,7 +93,8 @@ class StageTrainer(PackLoop):
         items = sum(self.items_of(pack) for batch in batch_samples for pack in batch["packs"])
         if self.accelerator.num_processes == 1:
             return max(items, 1)
-        everywhere = self.accelerator.gather(torch.tensor(items, device=device))
+        # Filled on the device: a copy of a number would wait for it.
+        everywhere = self.accelerator.gather(torch.full((), items, device=device))
         return everywhere.sum().clamp(min=1)
 
     def compute_loss(

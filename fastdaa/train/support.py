@@ -101,6 +101,9 @@ def check_layout(model: PreTrainedModel) -> LayoutCheck:
         for module in training:
             module.training = True
     tolerance = _TOLERANCES.get(model.dtype, _TOLERANCES[torch.bfloat16])
+    if getattr(model, "is_loaded_in_8bit", False):
+        # LLM.int8() rounds activations, by what is in the same batch.
+        tolerance = max(tolerance, _TOLERANCES[torch.bfloat16])
     ok = error <= tolerance
     reason = f"hidden states differ by {error:.1e}, {'within' if ok else 'above'} {tolerance:.0e}"
     return LayoutCheck(ok, error, reason)

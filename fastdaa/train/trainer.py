@@ -15,11 +15,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdaa.data import PairCollator, PairRows
-from fastdaa.data.fields import REF_FIELDS
+from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
 from fastdaa.train.adapters import is_adapted
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.best_metric import (
+    KL_METRICS,
+    LOGIT_METRICS,
+    PAIR_METRICS,
+    REF_METRICS,
+    TOKEN_METRICS,
+)
+from fastdaa.train.best_model import best_model, rows_of_saved
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.metrics import pack_metrics
 from fastdaa.train.model_card import write_model_card
@@ -64,7 +72,8 @@ class PreferenceTrainer(PackLoop):
         processing_class: the tokenizer.
         peft_config: wraps ``model`` in a new adapter.
         callbacks: further callbacks.
-        options: anything else that ``Trainer`` takes.
+        options: ``optimizers`` and what else ``Trainer`` takes, but nothing that makes or reads
+            logits.
 
     Raises:
         ValueError, TypeError: settings, datasets and models that do not fit together; all of them
@@ -111,11 +120,14 @@ class PreferenceTrainer(PackLoop):
         """Check the models and set up the policy; the reference model, if one was given."""
         self.check_policy()
         check_head(self.model)
-        if ref_model is None or ref_model is self.model:
+        starting_point = ref_model is None or ref_model is self.model
+        self._has_ref = self.objective.needs_ref or not starting_point
+        if starting_point:
             if self.objective.needs_ref and not is_adapted(self.model):
                 self.frozen_facts["reference"] = weights_fact(self.model)
             self.settle_layout()
             return None
+        assert ref_model is not None
         given = load_model(ref_model, "ref_model")
         self.frozen_facts["reference"] = weights_fact(given)
         check_reference(given, self.model, same_vocabulary=self.args.log_exact_kl)
@@ -129,7 +141,7 @@ class PreferenceTrainer(PackLoop):
         train = each(self.train_dataset, self._tokenize, "train_dataset")
         evaluation = each(self.eval_dataset, self._tokenize, "eval_dataset")
         self.reference: Reference | None = None
-        if self.objective.needs_ref or given is not None:
+        if self._has_ref:
             if self.args.precompute_ref_log_probs:
                 precompute = Precompute(self, *reference_for_cache(self, given))
                 train = each(train, precompute, "train_dataset")
@@ -145,7 +157,20 @@ class PreferenceTrainer(PackLoop):
     def _tokenize(self, dataset: Any, name: str) -> Any:
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
         check_tokens(dataset, self.vocabulary, name)
+        self.check_lengths(dataset, name, *PAIR_SEQUENCES)
         return dataset
+
+    def own_metric_names(self) -> list[str]:
+        """What an evaluation tells about pairs."""
+        args = self.args
+        exact = self._has_ref and args.log_exact_kl and not args.precompute_ref_log_probs
+        return [
+            *super().own_metric_names(),
+            *PAIR_METRICS,
+            *(REF_METRICS if self._has_ref else ()),
+            *(KL_METRICS if exact else ()),
+            *((*TOKEN_METRICS, *LOGIT_METRICS) if args.log_token_stats else ()),
+        ]
 
     def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The sizes of the micro-batch, by which its mean loss is taken."""
@@ -222,7 +247,8 @@ class PreferenceTrainer(PackLoop):
             folder,
             objective=self.objective,
             name=Path(folder).resolve().name,
-            rows=self.state.log_history,
+            rows=rows_of_saved(self),
+            best=best_model(self),
             base_model=getattr(causal_lm(self.model).config, "_name_or_path", "") or None,
             dataset=kwargs.get("dataset"),
             layout=self.layout,

@@ -142,8 +142,9 @@ def test_says_what_the_rows_say(page: str) -> None:
     words = words_of(page)
     for expected in (
         # The step is compared with references computed in the step on both sides.
-        "fastdaa trains 3.00 times as many pairs a second as TRL's DPOTrainer as it comes, and "
-        "1.50 times as many as TRL at its best (1 case).",
+        "fastdaa trains 3.00 times as many pairs a second as TRL's DPOTrainer as it comes (1 "
+        "case), and 1.50 times as many as TRL at its best (the case in which trl-sorted was run as "
+        "well).",
         "fastdaa is the fastest right contender in 2 of 2 cases; in the median it is 1.33 times "
         "as fast as the fastest peer of the case.",
         "Largest error of a log-probability, in nats: 1.0e-06 for fastdaa and 1.0e-06 for plain "
@@ -210,6 +211,17 @@ def test_defeats_are_said() -> None:
     assert "takes 2.00 times as long as the fastest peer" in first.text
     assert "trl is 2.00 times as fast" in second.text
     assert (first.tone, second.tone) == ("bad", "bad")
+
+
+def test_trl_at_its_best_counts_only_cases_in_which_a_variant_was_run() -> None:
+    both = [step("trl", 1.0), step("trl-sorted", 2.0), step("fastdaa", 6.0)]
+    plain = [
+        step(name, rate) | {"case": "other"} for name, rate in (("trl", 1.0), ("fastdaa", 8.0))
+    ]
+    first = said.headlines("step", map(Result, [*both, *plain]))[0].text
+    assert "6.00 to 8.00 times as many pairs a second" in first and "it comes (2 cases)" in first
+    assert "3.00 times as many as TRL at its best (the case in which trl-sorted was run" in first
+    assert "at its best" not in said.headlines("step", map(Result, plain))[0].text
 
 
 def test_the_floor_is_no_peer() -> None:

@@ -158,9 +158,9 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "math:sqrt", "eval_steps": 0}, "eval_steps"),
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
-        ({"pipeline": True, "reward_options": '{"use_peft": true}'}, "expected no 'use_peft'"),
+        ({"pipeline": True, "reward_options": '{"model": "other"}'}, "expected no 'model'"),
     ],
-    ids=["no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "peft"],
+    ids=["no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "set"],
 )
 def test_errors_in_one_line(files, tmp_path, capsys, options, message):
     assert main(arguments(files, tmp_path / "out", **options)) == 2
@@ -179,7 +179,7 @@ def test_stages_are_commands_of_their_own(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "token accuracy" in printed and "centre of rewards" in printed
     assert rows_of(Path(reward))[-1]["train_runtime"] > 0
-    assert main(["reward", f"--model={sft}", f"--output_dir={reward}", "--lora_r=1"]) == 2
+    assert main(["reward", f"--model={sft}", f"--output_dir={reward}", "--beta=1"]) == 2
 
 
 def test_a_file_of_defaults(files, tmp_path):

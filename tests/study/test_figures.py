@@ -14,7 +14,16 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fastdaa.study.figures import beta_kl, correlations, frontier, hump, length, likelihood, paths
+from fastdaa.study.figures import (
+    beta_kl,
+    correlations,
+    course,
+    frontier,
+    hump,
+    length,
+    likelihood,
+    paths,
+)
 from fastdaa.study.figures.fitted import fits, fitted_curves
 from fastdaa.study.figures.style import DARK, WIDTHS, Layout, Picture, render, save_png, to_svg
 from fastdaa.study.fit import FitSettings, fit_table
@@ -104,7 +113,7 @@ def test_modules_say_what_they_need() -> None:
     for name in FIGURES:
         module = import_module(f"fastdaa.study.figures.{name}")
         assert module.pictures(Results()) == []
-        assert module.TITLE and "by `fastdaa study" in module.NEEDS
+        assert module.TITLE and "by `fastdaa study" in module.NEEDS.of_study()
 
 
 def test_svg_follows_the_reader(pictures: dict[str, Picture]) -> None:
@@ -156,7 +165,11 @@ SENTENCES: list[tuple[str, Callable[[], str], str]] = [
         "No fall beyond noise inside the range for DPO (best +1.50 at √KL 3.00, farthest +1.50 at "
         "3.00).",
     ),
-    ("one run", lambda: hump.sentence(FALLING[:1]), "Too few runs to tell for DPO."),
+    ("too few", lambda: hump.sentence(FALLING[:2]), "Too few runs to tell for DPO."),
+    (
+        "one checkpoint", lambda: hump.sentence(FALLING[:1]),
+        "0 was measured once, at √KL 1.00 with 0.500.",
+    ),
     (
         "frontier", lambda: frontier.sentence({"a": RISING, "b": FALLING}),
         "Best mean quality: a +1.50 at √KL 3.00 and b +1.00 at √KL 2.00.",
@@ -243,3 +256,76 @@ def test_run_without_a_world_has_no_zero_line() -> None:
     assert pictures[0].sentence == (
         "a is best at √KL 1.00 with 49.000 and ends at √KL 2.00 with 46.000."
     )
+
+
+def tracked(steps: int = 3, **columns: Any) -> list[dict[str, Any]]:
+    """One run as tracking writes it: the starting point, and standard errors."""
+    return [
+        {"run": "mine", "checkpoint": 2 * k, "kl": 0.25 * k, "kl_rb": 0.25 * k, "loss": "dpo",
+         "kl_rb_stderr": 0.0625 * k, "score": 0.5 - 0.05 * k, "score_stderr": 0.125, "beta": 0.1,
+         "seed": 42, "declined": False, **columns}
+        for k in range(steps)
+    ]  # fmt: skip
+
+
+def test_a_single_run_is_a_line_from_its_start_with_error_bars() -> None:
+    (picture,) = hump.pictures(Results(rows=Table(tracked())))
+    ax = render(picture, "wide").axes[0]
+    assert ax.get_title(loc="left") == "DPO, beta 0.1"
+    line = next(
+        line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3
+    )
+    assert list(line.get_xdata()) == pytest.approx([0.0, 0.5, 0.5**0.5])
+    # The starting point at distance 0 lies inside the panel.
+    assert ax.get_xlim()[0] < 0
+    bars = [segment for bar in ax.collections if hasattr(bar, "get_segments")
+            for segment in bar.get_segments()]  # fmt: skip
+    upright = sorted(s[1][1] - s[0][1] for s in bars if s[0][0] == s[1][0] and s[1][1] > s[0][1])
+    assert upright == pytest.approx([0.25, 0.25, 0.25])
+    # KL 0.25 and one standard error: from 0.1875 to 0.3125.
+    across = next(s for s in bars if s[0][1] == s[1][1] == pytest.approx(0.45))
+    assert [across[0][0], across[1][0]] == pytest.approx([0.1875**0.5, 0.3125**0.5])
+    labels = [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert labels == ["start of training", "during training", "end of training"]
+
+
+def test_sentences_of_a_single_run() -> None:
+    assert course.quality_sentence(tracked()).replace("\u00a0", " ") == (
+        "mine is best at its start, before any training, with 0.500 ± 0.125 and ends at √KL 0.71 "
+        "with 0.400 ± 0.125. Bars are standard errors over prompts. Compared prompt by prompt, no "
+        "checkpoint has declined beyond noise."
+    )
+    assert "mine at step 4." in course.quality_sentence(
+        [*tracked(2), *tracked(3, declined=True)[2:]]
+    )
+    assert course.time_sentence(tracked()).replace("\u00a0", " ") == (
+        "mine is best at step 0 of 4, and its KL is 0.500 ± 0.125 nats at the end."
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_of_one_setting_are_told_apart(layout: Layout) -> None:
+    rows = [*tracked(), *tracked(4, run="other")]
+    for picture in collect_pictures(Results(rows=Table(rows)))[0]:
+        figure = render(picture, layout)
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width
+        assert {"mine", "other"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_one_seed_has_no_mean_and_the_law_says_what_it_is_fitted_to() -> None:
+    rows = Table(synthetic["study_rows"](presets=("H",), seeds=1, regularised=False))
+    results = Results(rows=rows, fits=fit_table(rows, FitSettings(repeats=100)))
+    (picture,) = hump.pictures(results)
+    labels = [text.get_text() for text in render(picture, "wide").legends[0].get_texts()]
+    assert labels == [
+        "during training", "at its end", "ends of all betas", "log law of all checkpoints",
+    ]  # fmt: skip
+
+
+def test_beta_kl_has_more_than_powers_of_ten(drawn: Callable[[str, Layout], Figure]) -> None:
+    ax = drawn("beta-kl", "wide").axes[0]
+    low, high = ax.get_ylim()
+    shown = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert sum(low <= float(text) <= high for text in shown if text) >= 3

@@ -211,6 +211,27 @@ def test_own_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.stem for path in written.parent.glob("figures/*.png")} == {"hump", "paths", "fits"}
 
 
+def test_a_single_run(tmp_path: Path) -> None:
+    """The main use of tracking: one run, one beta, one seed, few checkpoints."""
+    rows = [
+        {"run": "mine", "checkpoint": step, "kl": 0.01 * step, "score": 0.17, "score_stderr": 0.01,
+         "loss": "dpo", "beta": 0.1, "seed": 42}
+        for step in (0, 2, 4)
+    ]  # fmt: skip
+    table = tmp_path / "track.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = build_report(table).read_text(encoding="utf-8")
+    assert_self_contained(page)
+    text = Reader(page).text
+    assert (
+        "1 run with 3 checkpoints (DPO; beta 0.1). No checkpoint scores more than the start" in text
+    )
+    # No advice that would not help, and code as code.
+    assert "Which law fits : needs at least 6 points away from the reference, got 2." in text
+    assert "fastdaa study fit" not in text and "points.jsonl" not in text
+    assert "`" not in text and "<code>fastdaa study world</code>" in page
+
+
 def test_csv_and_output(tmp_path: Path) -> None:
     table = tmp_path / "mine.csv"
     lines = ["run,checkpoint,kl,score"] + [f"a,{k},{k}.5,{k % 3}" for k in range(1, 5)]
@@ -253,5 +274,5 @@ def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_figure_modules_are_known() -> None:
     folder = Path(__file__).resolve().parents[2] / "fastdaa" / "study" / "figures"
     # "online" has a command and a picture of its own.
-    others = {"__init__", "style", "end_labels", "online"}
+    others = {"__init__", "style", "end_labels", "online", "course", "needs"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(FIGURES)

@@ -301,3 +301,15 @@ def test_the_row_of_a_short_run_has_the_exact_kl(make_trainer):
     trainer.train()
     (row,) = (row for row in trainer.state.log_history if "loss" in row)
     assert row["step"] == 2 and row["kl/token"] > 0
+
+
+def test_time_that_training_did_not_take(make_trainer):
+    """What callbacks do between two steps, such as sampling, is no part of the rates."""
+    trainer = make_trainer()
+    throughput = trainer._stores["train"].throughput
+    trainer.leave_out(2.0)
+    assert throughput.since is None
+    throughput.begin()
+    began = throughput.since
+    trainer.leave_out(2.0)
+    assert throughput.since == began + 2.0

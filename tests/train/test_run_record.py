@@ -73,11 +73,21 @@ def test_a_run_without_a_checkpoint_does_not_continue_another(started, tmp_path)
         ({"learning_rate": 0.02}, r"learning_rate 0\.01 then, 0\.02 now"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type 'constant' then, 'cosine' now"),
         ({"seed": 7}, "seed 42 then, 7 now"),
+        ({"weight_decay": 0.5}, r"weight_decay 0\.0 then, 0\.5 now"),
+        ({"adam_beta1": 0.5}, r"adam_beta1 0\.9 then, 0\.5 now"),
+        ({"adam_beta2": 0.5}, r"adam_beta2 0\.999 then, 0\.5 now"),
+        ({"adam_epsilon": 0.5}, "adam_epsilon 1e-08 then, 0.5 now"),
+        ({"optim": "sgd"}, "optim 'adamw_torch_fused' then, 'sgd' now"),
+        ({"optim_args": "foreach=False"}, "optim_args None then, 'foreach=False' now"),
+        ({"warmup_steps": 3}, "warmup_steps 0 then, 3 now"),
         ({"beta": 0.3}, r"objective 'dpo\(beta=0\.1.* then, 'dpo\(beta=0\.3"),
         ({"loss_type": "ipo"}, r"objective 'dpo\(.* then, 'ipo\("),
     ],
-    ids=["rate", "schedule", "seed", "hyperparameter", "loss"],
-)
+    ids=[
+        "rate", "schedule", "seed", "weight decay", "beta 1", "beta 2", "epsilon", "optimizer",
+        "its options", "warm-up", "hyperparameter", "loss",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("named", [False, True], ids=["last", "named"])
 def test_other_settings_are_another_run(started, tmp_path, changed, message, named):
     started(max_steps=1)

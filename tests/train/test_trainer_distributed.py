@@ -44,10 +44,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+COMPILED = pytest.param({"torch_compile_backend": "eager"}, id="compiled", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "options", [*(pytest.param(options, id=name) for name, options in CASES.items()), COMPILED]
+)
 def test_ddp_is_one_process_with_twice_the_batch(run, run_two, tmp_path, pairs, options):
     data = {"pairs": pairs(24).to_list(), "save_strategy": "no", **options}
-    assert run(tmp_path / "one", per_device_train_batch_size=8, **data) == 0
+    alone = {name: value for name, value in data.items() if name != "torch_compile_backend"}
+    assert run(tmp_path / "one", per_device_train_batch_size=8, **alone) == 0
     assert run_two(tmp_path / "two", **data) == [0, 0]
     assert_agree(tmp_path / "two", tmp_path / "one")
 

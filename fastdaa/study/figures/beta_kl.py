@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastdaa.study.curves import Row, distinct, finals, series_name, split, sweeps
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     Layout,
     Picture,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "KL at a given beta"
-NEEDS = "points.jsonl with two or more betas, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep", "two or more betas")
 
 
 def pictures(results: Results) -> list[Picture]:
@@ -99,4 +100,7 @@ def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:
     betas = distinct(rows, "beta")
     ax.set_xticks(betas, [f"{beta:g}" for beta in betas], fontsize=8.5)
     ax.xaxis.set_minor_formatter(NullFormatter())
+    # 1, 2 and 5 of every power of ten: a range of one power has more than a single number.
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

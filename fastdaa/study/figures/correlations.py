@@ -14,6 +14,7 @@ from fastdaa.study.curves import (
     split,
     sweeps,
 )
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Layout, Picture, label_axes, look_of, panels
 from fastdaa.study.results import Results
 from fastdaa.study.wording import number
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Do training metrics predict quality?"
-NEEDS = "points.jsonl with accuracy and loss_value of held-out pairs, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep", "accuracy and loss_value of held-out pairs")
 METRICS = {
     "accuracy": "implicit-reward accuracy (share of held-out pairs)",
     "loss_value": "loss on held-out pairs (unit of the loss)",

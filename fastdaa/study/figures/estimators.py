@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     BLUE,
     GREEN,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Estimates of the KL from samples"
-NEEDS = "estimators.json, by `fastdaa study estimators`"
+NEEDS = Needs("fastdaa study estimators", file="estimators.json")
 LOOKS = {
     "k1": Look(BLUE, "o"),
     "rb": Look(GREEN, "s"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastdaa.study.curves import distinct, is_length_regularised, main_size, series_name, split
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Layout, Picture, label_axes, legend_below, look_of, panels
 from fastdaa.study.laws import LAWS
 from fastdaa.study.results import Results
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Which law fits"
-NEEDS = "fits.json, by `fastdaa study fit`"
+NEEDS = Needs("fastdaa study fit", file="fits.json")
 LAW_NAMES = {"log": "log law", "d": "quadratic in √KL", "kl": "quadratic in KL"}
 LAW_TICKS = {"log": "log\nlaw", "d": "quadratic\nin √KL", "kl": "quadratic\nin KL"}
 
@@ -86,6 +87,12 @@ def fitted_curves(
         x = np.linspace(max(fit.d_range[0], 1e-3), fit.d_range[1], 60)
         found.append((x, fit.offset + LAWS[law].value(x, **fit.coefficients)))
     return found
+
+
+def fitted_label(results: Results) -> str:
+    """What a legend calls the log law: it says to which checkpoints it was fitted."""
+    ends = results.fits.get("settings", {}).get("final_only")
+    return f"log law of {'the ends' if ends else 'all checkpoints'}"
 
 
 def mean_rmse(found: Sequence[Fit]) -> dict[tuple[str, bool], float]:

@@ -15,6 +15,7 @@ from fastdaa.study.curves import (
     split,
     sweeps,
 )
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     DISTANCE_LABEL,
     MUTED,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Quality for a KL budget"
-NEEDS = "points.jsonl with two losses, two model sizes, or R-DPO, by `fastdaa study full`"
+NEEDS = Needs("fastdaa study full", "two losses, two model sizes, or R-DPO")
 
 
 def pictures(results: Results) -> list[Picture]:

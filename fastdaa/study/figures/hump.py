@@ -11,11 +11,14 @@ from fastdaa.study.curves import (
     distance,
     finals,
     hump,
+    score_error,
     series_name,
     split,
     sweeps,
 )
-from fastdaa.study.figures.fitted import fitted_curves
+from fastdaa.study.figures.course import are_single_runs, draw_quality, quality_sentence
+from fastdaa.study.figures.fitted import fitted_curves, fitted_label
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     DISTANCE_LABEL,
     INK,
@@ -29,14 +32,14 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import count, join, number, preset_suffix
+from fastdaa.study.wording import join, number, preset_suffix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLE = "Quality against distance"
-NEEDS = "points.jsonl, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep")
 _SEED_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -59,8 +62,8 @@ def pictures(results: Results) -> list[Picture]:
 def sentence(rows: Sequence[Row]) -> str:
     """Which losses rise and fall, and where their best points lie."""
     humped, rising, unknown = [], [], []
-    if all(row.get("beta") is None for row in rows):
-        return _runs_sentence(rows)
+    if are_single_runs(rows):
+        return quality_sentence(rows)
     for name, group in split(rows, series_name).items():
         shape = hump(curve(group))
         if shape is None:
@@ -88,23 +91,12 @@ def sentence(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _runs_sentence(rows: Sequence[Row]) -> str:
-    """For runs that are no sweep: the best and the last checkpoint of those that went farthest."""
-    runs = {name: sorted(run, key=distance) for name, run in split(rows, "run").items()}
-    told = []
-    for name in sorted(runs, key=lambda name: -distance(runs[name][-1]))[:3]:
-        best = max(runs[name], key=lambda row: row["score"])
-        last = finals(runs[name])[0]
-        told.append(
-            f"{name} is best at √KL {number(distance(best))} with {number(best['score'], 3)} and "
-            f"ends at √KL {number(distance(last))} with {number(last['score'], 3)}"
-        )
-    rest = len(runs) - len(told)
-    return "; ".join(told) + (f" ({count(rest, 'nearer run')} not told)." if rest else ".")
-
-
 def _drawing(results: Results, preset: Any, rows: Sequence[Row]) -> Callable[[Layout], Figure]:
     groups = split(rows, series_name)
+    laws = {name: fitted_curves(results, preset, name) for name in groups}
+    law_label = fitted_label(results)
+    if are_single_runs(rows):
+        return draw_quality(results, rows, laws, law_label)
 
     def draw(layout: Layout) -> Figure:
         figure, axes = panels(layout, len(groups), height=3.2, share_y=True, share_x=True)
@@ -113,9 +105,9 @@ def _drawing(results: Results, preset: Any, rows: Sequence[Row]) -> Callable[[La
             if results.in_world:
                 ax.axhline(0, color=MUTED, linewidth=0.8)
             _draw_panel(ax, group, looks[name].colour)
-            for x, y in fitted_curves(results, preset, name):
+            for x, y in laws[name]:
                 ax.plot(x, y, color=INK, linewidth=1.1, linestyle=(0, (1, 1.6)), alpha=0.75,
-                        label="fitted log law", zorder=4)  # fmt: skip
+                        label=law_label, zorder=4)  # fmt: skip
             ax.set_title(name)
         axes[0].set_xlim(left=0)
         label_axes(axes, DISTANCE_LABEL, results.score_label)
@@ -128,23 +120,29 @@ def _drawing(results: Results, preset: Any, rows: Sequence[Row]) -> Callable[[La
 def _draw_panel(ax: Axes, rows: Sequence[Row], colour: str) -> None:
     last = {id(row) for row in finals(rows)}
     early = [row for row in rows if id(row) not in last]
-    ax.scatter(
-        [distance(row) for row in early],
-        [row["score"] for row in early],
-        s=9, color=colour, alpha=0.3, linewidth=0, label="during training",
-    )  # fmt: skip
-    for place, (seed, ends) in enumerate(split(finals(rows), "seed").items()):
+    if early:
         ax.scatter(
-            [distance(row) for row in ends],
-            [row["score"] for row in ends],
-            s=26, color=colour, linewidth=0, alpha=0.85, zorder=3,
-            marker=_SEED_MARKERS[place % len(_SEED_MARKERS)],
-            label="at its end" if seed is None else f"at its end, seed {seed}",
+            [distance(row) for row in early],
+            [row["score"] for row in early],
+            s=13, color=colour, alpha=0.4, linewidth=0, label="during training",
         )  # fmt: skip
+    seeds = split(finals(rows), "seed")
+    for place, (seed, ends) in enumerate(seeds.items()):
+        x, y = [distance(row) for row in ends], [row["score"] for row in ends]
+        ax.scatter(
+            x, y, s=26, color=colour, linewidth=0, alpha=0.85, zorder=3,
+            marker=_SEED_MARKERS[place % len(_SEED_MARKERS)],
+            label="at its end" if len(seeds) == 1 else f"at its end, seed {seed}",
+        )  # fmt: skip
+        errors = [score_error(row) or 0.0 for row in ends]
+        if any(errors):
+            ax.errorbar(x, y, yerr=errors, fmt="none", ecolor=colour, elinewidth=0.9, capsize=2,
+                        alpha=0.6)  # fmt: skip
     points = curve(rows)
-    if any(point.beta is not None for point in points):
+    if sum(point.beta is not None for point in points) > 1:
         ax.plot(
             [point.distance for point in points],
             [point.score for point in points],
-            color=colour, linewidth=1.8, zorder=2, label="mean of the seeds",
+            color=colour, linewidth=1.8, zorder=2,
+            label="mean of the seeds" if len(seeds) > 1 else "ends of all betas",
         )  # fmt: skip

@@ -14,6 +14,7 @@ from fastdaa.study.curves import (
     split,
 )
 from fastdaa.study.figures.frontier import size_groups
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     DISTANCE_LABEL,
     Layout,
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Length in the implicit reward"
-NEEDS = "points.jsonl with length_r2_samples or length_r2_pairs, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep", "length_r2_samples or length_r2_pairs")
 KINDS = {"length_r2_samples": "the policy's own samples", "length_r2_pairs": "held-out pairs"}
+_FEW = 3
+"""With fewer runs all their checkpoints are shown, not the last ones alone."""
 
 
 def pictures(results: Results) -> list[Picture]:
@@ -46,6 +49,10 @@ def pictures(results: Results) -> list[Picture]:
         if kinds:
             name = "length" if preset is None else f"length-{preset}"
             title = TITLE + preset_suffix(preset)
+            if len(finals(rows)) < _FEW:
+                # As runs of their own, so that each is a last checkpoint.
+                single = [{**row, "run": place} for place, row in enumerate(rows)]
+                groups = {"all checkpoints": single}
             found.append(Picture(name, title, sentence(groups, kinds), _drawing(groups, kinds)))
     return found
 
@@ -86,6 +93,7 @@ def _drawing(
                            label=name)  # fmt: skip
             ax.set_title(f"on {KINDS[kind]}")
             ax.set_ylim(-0.03, 1.03)
+            ax.set_xlim(left=min(ax.get_xlim()[0], 0.0))
         label_axes(axes, DISTANCE_LABEL, "R² of log-ratio on length (0 to 1)")
         if len(groups) > 1:
             legend_below(figure, axes, columns=legend_columns(layout, 4), title="model size")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastdaa.study.curves import Row, column_pairs, finals, pearson, series_name, split, sweeps
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     INK,
     Layout,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Why chosen answers become less likely"
-NEEDS = "points.jsonl with chosen_logratio and kl_forward, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep", "chosen_logratio and kl_forward")
 
 
 def pictures(results: Results) -> list[Picture]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.study.curves import Row, distinct, mean_point, series_name, split, sweeps
+from fastdaa.study.figures.course import are_single_runs, draw_time, runs_of, time_sentence
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     DISTANCE_LABEL,
     MUTED,
+    STEP_MARKERS,
     Layout,
     Picture,
     label_axes,
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Within one training"
-NEEDS = "points.jsonl with checkpoints during training, by `fastdaa study sweep`"
+NEEDS = Needs("fastdaa study sweep", "checkpoints during training")
 
 
 class Path(NamedTuple):
@@ -45,6 +49,9 @@ def pictures(results: Results) -> list[Picture]:
     """One picture a preset, two panels a loss."""
     found = []
     for preset, rows in sweeps(results.rows).items():
+        if are_single_runs(rows):
+            found += _single_runs(results, preset, rows)
+            continue
         losses = {name: paths(group) for name, group in split(rows, series_name).items()}
         losses = {name: lines for name, lines in losses.items() if lines}
         if losses:
@@ -57,6 +64,16 @@ def pictures(results: Results) -> list[Picture]:
                 )
             )
     return found
+
+
+def _single_runs(results: Results, preset: Any, rows: Sequence[Row]) -> list[Picture]:
+    """Score and KL over the steps, of runs with two or more checkpoints."""
+    runs = [row for run in runs_of(rows).values() if len(run) > 1 for row in run]
+    if not runs:
+        return []
+    name = "paths" if preset is None else f"paths-{preset}"
+    title = TITLE + preset_suffix(preset)
+    return [Picture(name, title, time_sentence(runs), draw_time(results, runs))]
 
 
 def paths(rows: Sequence[Row]) -> list[Path]:
@@ -102,6 +119,7 @@ def _drawing(results: Results, losses: dict[str, list[Path]]) -> Callable[[Layou
     names = list(dict.fromkeys(line.name for lines in losses.values() for line in lines))
     betas = distinct((row for row in results.rows), "beta")
     colours = dict(zip(names, step_colours(len(names)), strict=True))
+    markers = dict(zip(names, cycle(STEP_MARKERS)))
     few = len(names) <= 12
 
     def draw(layout: Layout) -> Figure:
@@ -113,8 +131,13 @@ def _drawing(results: Results, losses: dict[str, list[Path]]) -> Callable[[Layou
             first = 2 * place if step == 1 else place
             near, time = axes[first], axes[first + step]
             for line in lines:
-                look: Any = {"color": colours[line.name], "linewidth": 1.5, "marker": "o",
-                             "markersize": 3.2, "label": line.name if few else None}  # fmt: skip
+                look: Any = {
+                    "color": colours[line.name],
+                    "linewidth": 1.5,
+                    "marker": markers[line.name],
+                    "markersize": 4,
+                    "label": line.name if few else None,
+                }
                 # In the world the reference is known to have gold 0.
                 start = [0.0] if results.in_world else []
                 near.plot([*start, *line.distances], [*start, *line.scores], **look)

@@ -29,10 +29,12 @@ INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dee4", "#ffffff"
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (
     "#0072b2", "#d55e00", "#009e73", "#b5598f", "#b38600", "#3f97c9",
 )  # fmt: skip
-# Viridis without its ends, so that every step is visible on both papers.
+# In the order of the spectrum, neighbours apart in hue and both papers apart from all.
 STEPS = (
-    "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#98bf1f", "#c9a800",
+    "#4b2a8c", "#2f5fb3", "#1b8bb0", "#149a80", "#4fa33a", "#a59c12", "#d98a1a", "#c4502c",
 )  # fmt: skip
+STEP_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+"""For eyes that cannot tell all steps apart."""
 DARK = {
     INK: "#e6e9ed",
     MUTED: "#9aa4b0",
@@ -44,14 +46,14 @@ DARK = {
     PINK: "#e58fc4",
     YELLOW: "#e8c547",
     SKY: "#8fd0f5",
-    STEPS[0]: "#a48be0",
-    STEPS[1]: "#8497dd",
-    STEPS[2]: "#5fa8c9",
-    STEPS[3]: "#45bdb6",
-    STEPS[4]: "#4fd39f",
-    STEPS[5]: "#84e087",
-    STEPS[6]: "#bfe04f",
-    STEPS[7]: "#f0d550",
+    STEPS[0]: "#a58ae6",
+    STEPS[1]: "#7ba0ee",
+    STEPS[2]: "#5cc0e6",
+    STEPS[3]: "#46cfb2",
+    STEPS[4]: "#86d86c",
+    STEPS[5]: "#d9d64a",
+    STEPS[6]: "#f5b955",
+    STEPS[7]: "#f58a66",
 }
 SERIES_COLOURS = {"DPO": BLUE, "IPO": ORANGE, "SLiC": GREEN}
 SERIES_MARKERS = {"DPO": "o", "IPO": "s", "SLiC": "^"}
@@ -127,7 +129,7 @@ def look_of(names: Sequence[str]) -> dict[str, Look]:
 
 
 def step_colours(count: int) -> list[str]:
-    """``count`` colours in order, from dark to light."""
+    """``count`` colours in order."""
     if count == 1:
         return [STEPS[0]]
     last = len(STEPS) - 1
@@ -190,7 +192,8 @@ def legend_below(
     if neutral:
         for entry in legend.legend_handles:
             if entry is not None:
-                entry.set(color=MUTED)
+                # What is pale among many points would be invisible alone.
+                entry.set(color=MUTED, alpha=max(entry.get_alpha() or 1.0, 0.6))
 
 
 def legend_columns(layout: Layout, wide: int) -> int:

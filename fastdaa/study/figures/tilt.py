@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.study.curves import distance, split
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     BLUE,
     DISTANCE_LABEL,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Without training a policy"
-NEEDS = "tilt.jsonl, by `fastdaa study world`"
+NEEDS = Needs("fastdaa study world", file="tilt.jsonl")
 NAMES = {"tilt": "tilting", "bon": "best of n"}
 _COLOURS = {"tilt": BLUE, "bon": ORANGE}
 Row = Mapping[str, Any]

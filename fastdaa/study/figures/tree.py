@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastdaa.study.curves import LOSS_NAMES
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     INK,
     Layout,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Mass outside the data, in the tree problem"
-NEEDS = "tree.json, by `fastdaa study tree`"
+NEEDS = Needs("fastdaa study tree", file="tree.json")
 Cell = Mapping[str, Any]
 
 

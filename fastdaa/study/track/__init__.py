@@ -20,3 +20,13 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, modules that are loaded, and what Python puts into every module."""
+    loaded = (
+        name
+        for name, value in globals().items()
+        if name.startswith("__") or getattr(value, "__name__", "").startswith(f"{__name__}.")
+    )
+    return sorted({*__all__, *loaded})

@@ -172,7 +172,7 @@ class TrackQuality(TrainerCallback):
         assert outcome.row is not None
         self._log(outcome.row, control)
         # What the trainer says of its speed is about training.
-        self._trainer._stores["train"].throughput.leave_out(time.perf_counter() - began)
+        self._trainer.leave_out(time.perf_counter() - began)
         if outcome.stop is not None:
             self.stopped = outcome.stop
             control.should_training_stop = True

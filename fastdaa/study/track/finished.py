@@ -21,6 +21,7 @@ from fastdaa.study.track.settings import TrackSettings
 from fastdaa.train.adapter_files import find_adapter, load_causal_lm
 from fastdaa.train.backbone import install_head_task
 from fastdaa.train.prepare import check_head
+from fastdaa.train.quantization import quantization_of
 from fastdaa.train.references import ModelReference, check_reference
 from fastdaa.train.run_record import read_record
 
@@ -91,11 +92,21 @@ def load_policy(source: str | Path, dtype: str, device: Any) -> nn.Module:
     """A causal language model, or an adapter on its base model, ready to be measured.
 
     Raises:
-        OSError, ValueError: it cannot be loaded.
+        OSError, ValueError: it cannot be loaded, or was trained on a base that was quantised then.
         ImportError: an adapter, and PEFT is not installed.
     """
     model: Any = load_causal_lm(str(source), trainable=False, dtype=dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    run, quantization = read_record(source), quantization_of(model)
+    trained = None if run is None else run.facts.get("quantization")
+    if trained not in (None, quantization):
+        raise ValueError(
+            f"model: expected a policy on the base that it was trained on, {source} was trained on "
+            f"one that was quantised when it was loaded ({trained}); measure such runs while they "
+            "train (--track_reward, --track_judge)"
+        )
+    if quantization is None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     check_head(model)
     install_head_task(model)
     return model

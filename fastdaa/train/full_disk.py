@@ -1,0 +1,73 @@
+"""A disk that is full while something is saved: which folder, and what is kept."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdaa.train.checkpoints import last_complete
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# torch and safetensors have errors of their own for a file that could not be written.
+_SAID = re.compile(r"No space left|os error 28|Disk quota|inline_container|PytorchStreamWriter")
+
+
+class FullDiskError(OSError):
+    """The disk of a run is full; the message says where, and what is kept."""
+
+
+@contextmanager
+def full_disk_named(output_dir: str | Path, what: str) -> Iterator[None]:
+    """Says where the disk is full, of errors that do not.
+
+    Args:
+        output_dir: of the run.
+        what: is being written, for the message.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        if not is_full_disk(error):
+            raise
+        raise FullDiskError(_message(error, Path(output_dir), what)) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of the operating system, torch or safetensors is about a full disk."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_SPACE
+    return bool(_SAID.search(str(error)))
+
+
+def _message(error: BaseException, output_dir: Path, what: str) -> str:
+    last = last_complete(output_dir)
+    kept = "no checkpoint was finished before"
+    if last is not None:
+        kept = f"{last} is whole, and --resume_from_checkpoint continues from it"
+    place = getattr(error, "filename", None) or output_dir
+    return (
+        f"output_dir: expected room on the disk for {what}, writing into {place} failed with "
+        f"{_free(output_dir)} left on its disk ({' '.join(str(error).split())}); {kept}. Make "
+        "room, or keep fewer checkpoints (--save_total_limit, --save_only_model)"
+    )
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"
+    except OSError:
+        return "an unknown amount"
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError

@@ -1,0 +1,53 @@
+"""How many steps a run that goes on has left: none, some, or fewer than it has behind it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdaa.train.packed_config import PackedConfig
+
+logger = logging.getLogger(__name__)
+_STATE_FILE = "trainer_state.json"
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+
+
+def steps_of(args: PackedConfig, rows: int) -> int:
+    """Optimiser steps of a run over ``rows`` rows, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = rows / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps)
+
+
+def check_steps(checkpoint: str, args: PackedConfig, steps: int) -> None:
+    """Compare the steps of a run with those of the checkpoint that it goes on from.
+
+    Says where there is nothing left to do, and where another number of steps moves the schedule.
+
+    Raises:
+        ValueError: the checkpoint has more; the Trainer would go one step further still.
+    """
+    state = json.loads((Path(checkpoint) / _STATE_FILE).read_text(encoding="utf-8"))
+    done, before = state["global_step"], state.get("max_steps", steps)
+    if done > steps:
+        asked = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+        raise ValueError(
+            f"{asked}: expected at least the {done} steps of {checkpoint}, got {steps}; give more, "
+            "or that checkpoint as the model"
+        )
+    if done == steps:
+        logger.info("nothing left to train: %s is of the last step, %d", checkpoint, steps)
+        return
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if before != steps and schedule not in _WITHOUT_END:
+        logger.warning(
+            "the schedule %s ended at step %d and ends at step %d now: the learning rate jumps",
+            schedule, before, steps,
+        )  # fmt: skip

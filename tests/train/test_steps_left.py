@@ -1,0 +1,79 @@
+"""A run that goes on with another number of steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def started(make_trainer):
+    def run(resume=None, **options):
+        trainer = make_trainer(**{"save_strategy": "steps", "save_steps": 2, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+# The fixture's 8 pairs in batches of 4 make 2 steps an epoch.
+@pytest.mark.parametrize(
+    ("fewer", "message"),
+    [
+        ({"max_steps": 3}, "max_steps: expected at least the 4 steps of .*checkpoint-4, got 3"),
+        (
+            {"max_steps": -1, "num_train_epochs": 0.5},
+            "num_train_epochs: expected at least the 4 steps of .*checkpoint-4, got 1;",
+        ),
+        (
+            {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 2},
+            "num_train_epochs: expected at least the 4 steps of .*checkpoint-4, got 1;",
+        ),
+    ],
+    ids=["steps", "part of an epoch", "epochs"],
+)
+def test_fewer_steps_than_are_done(started, tmp_path, fewer, message):
+    started(max_steps=4)
+    with pytest.raises(ValueError, match=message):
+        started(True, **fewer)
+    assert not (tmp_path / "out" / "checkpoint-5").exists()
+
+
+def test_a_finished_run_has_nothing_left(started, tmp_path, caplog):
+    started(max_steps=4)
+    metrics = Path(tmp_path / "out" / "metrics.jsonl")
+    before = metrics.read_text()
+    assert "train_runtime" in json.loads(before.splitlines()[-1])
+    with caplog.at_level(logging.INFO, "fastdaa"):
+        again = started(True, max_steps=4)
+    assert "nothing left to train: " in caplog.text and "is of the last step, 4" in caplog.text
+    assert again.state.global_step == 4
+    assert metrics.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "jumps"),
+    [("linear", 6, True), ("linear", 4, False), ("constant", 6, False)],
+)
+def test_a_schedule_that_jumps_is_said(started, caplog, schedule, steps, jumps):
+    started(max_steps=4, save_steps=3, lr_scheduler_type=schedule)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "fastdaa"):
+        started(True, max_steps=steps, lr_scheduler_type=schedule)
+    said = f"the schedule linear ended at step 4 and ends at step {steps} now" in caplog.text
+    assert said == jumps
+
+
+def test_steps_are_counted_as_the_trainer_does(started, pairs, caplog):
+    options = {
+        "max_steps": -1, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear", "data": pairs(17), "save_steps": 1,
+    }  # fmt: skip
+    # 5 batches of 4, so 3 steps an epoch.
+    assert started(**options).state.max_steps == 5
+    with caplog.at_level(logging.INFO, "fastdaa"):
+        started(True, **options)
+    assert "is of the last step, 5" in caplog.text
