@@ -67,7 +67,7 @@ $(BENCH_READY): $(TEST_READY) requirements/bench.txt
 	@$(PIP_INSTALL) --no-deps -r requirements/bench.txt
 	@touch $@
 
-demo: $(TEST_READY) ## a small over-optimisation sweep, its law and its page (under five minutes)
+demo: $(TEST_READY) ## a small over-optimisation sweep, its law and its page (a minute and a half)
 	@$(BIN)/python -m fastdaa.cli demo
 
 test: $(BENCH_READY) ## every test that needs no GPU

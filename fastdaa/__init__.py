@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdaa.divergence import token_divergence, token_kl
+    from fastdaa.entropy import token_entropy
     from fastdaa.head import LmHead
     from fastdaa.logps import sequence_logps, token_logps, token_stats
     from fastdaa.losses import LOSSES, Objective, custom_loss, implicit_rewards
@@ -56,6 +57,7 @@ __all__ = [
     "select_tokens",
     "sequence_logps",
     "token_divergence",
+    "token_entropy",
     "token_kl",
     "token_logps",
     "token_stats",
@@ -63,6 +65,7 @@ __all__ = [
 
 _NAMES_OF_MODULES = {
     "divergence": ("token_divergence", "token_kl"),
+    "entropy": ("token_entropy",),
     "head": ("LmHead",),
     "logps": ("sequence_logps", "token_logps", "token_stats"),
     "losses": ("LOSSES", "Objective", "custom_loss", "implicit_rewards"),

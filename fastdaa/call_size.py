@@ -36,6 +36,8 @@ class CallSize(NamedTuple):
     """A gradient of the hidden states is wanted."""
     head_grad: bool = True
     """A gradient of weight or bias is wanted."""
+    entropy: bool = False
+    """The gradient is that of entropies: probabilities beside their logs."""
 
     @property
     def wide(self) -> int:
@@ -121,6 +123,8 @@ def gradient_entry(size: CallSize, engine: str) -> int:
     """Bytes of a logit while its gradient is made, and then handed to a product."""
     if engine != "torch":
         return size.wide
+    if size.entropy:
+        return size.wide * (2 + size.softcap)
     return size.wide + max(size.wide * size.softcap, size.narrow * size.half)
 
 

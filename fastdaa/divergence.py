@@ -81,9 +81,9 @@ def token_divergence(
     ref_hidden_states, ref_head = ref_hidden_states.detach(), ref_head.detach()
     if plan.engine == "fused":
         return fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
-    ref = Logits(ref_hidden_states, ref_head)
     return _Divergence.apply(
-        hidden_states, head.weight, head.bias, head.detach(), ref, kind, plan
+        hidden_states, head.weight, head.bias, ref_hidden_states, ref_head.weight, ref_head.bias,
+        head.detach(), ref_head, kind, plan,
     )  # fmt: skip
 
 
@@ -103,35 +103,51 @@ def token_kl(
 
 
 class _Divergence(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, head, ref, kind, plan)`` to divergences ``[N]``."""
+    """``apply(hidden_states, weight, bias, ref_hidden_states, ref_weight, ref_bias, head, ref_head,
+    kind, plan)`` to divergences ``[N]``.
+
+    The heads carry the options; their tensors are replaced by those before them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, head: LmHead,
-        ref: Logits, kind: str, plan: HeadPlan,
+        ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None,
+        ref_hidden_states: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, head: LmHead,
+        ref_head: LmHead, kind: str, plan: HeadPlan,
     ) -> Tensor:  # fmt: skip
         """The values; for a head that is not trained, also their slopes by the hidden states."""
-        policy = Logits(hidden_states, head)
+        policy, ref = Logits(hidden_states, head), Logits(ref_hidden_states, ref_head)
         values, slopes = divergences(policy, ref, kind, plan)
-        ctx.ref, ctx.kind, ctx.plan, ctx.operand = ref, kind, plan, policy.operand
-        ctx.options = replace(head, weight=weight[:0], bias=None)
-        ctx.save_for_backward(hidden_states, weight, bias, slopes)
+        ctx.kind, ctx.plan, ctx.dtype = kind, plan, hidden_states.dtype
+        ctx.operands = (policy.operand, ref.operand)
+        ctx.options = tuple(
+            replace(h, weight=h.weight[:0], bias=None) for h in (head, ref_head)
+        )
+        # A change in place before the backward pass raises, of the reference's tensors, too.
+        ctx.frozen = slopes is not None
+        tensors = (hidden_states, weight, bias, ref_hidden_states, ref_weight, ref_bias)
+        ctx.save_for_backward(*((slopes,) if ctx.frozen else tensors))
         return values
 
     @staticmethod
     @first_order
     def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale where slopes were kept, else both heads' logits once more."""
-        hidden_states, weight, bias, slopes = ctx.saved_tensors
-        nothing = (None,) * 4
-        if slopes is not None:
+        nothing = (None,) * 7
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
             # Into the dtype of the result at once: a product of its own would be a second [N, D].
-            grad = torch.empty_like(slopes, dtype=hidden_states.dtype)
+            grad = torch.empty_like(slopes, dtype=ctx.dtype)
             torch.mul(slopes, coefficients[:, None], out=grad)
             return grad, None, None, *nothing
-        head = replace(ctx.options, weight=weight, bias=bias)
-        policy = Logits(hidden_states, head, ctx.operand)
+        saved = ctx.saved_tensors
+        policy, ref = (
+            Logits(hidden, replace(options, weight=weight, bias=bias), operand)
+            for (hidden, weight, bias), options, operand in zip(
+                (saved[:3], saved[3:]), ctx.options, ctx.operands, strict=True
+            )
+        )
         grads = divergence_gradients(
-            policy, ctx.ref, coefficients, ctx.kind, ctx.plan, ctx.needs_input_grad[:3]
+            policy, ref, coefficients, ctx.kind, ctx.plan, ctx.needs_input_grad[:3]
         )
         return *grads, *nothing

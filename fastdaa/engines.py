@@ -16,6 +16,7 @@ from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.row_passes import (
     RowState,
+    entropy_gradient,
     finish_logits,
     logit_gradient,
     logit_slope,
@@ -47,6 +48,9 @@ class RowTile(Protocol):
         Of the rows ``picked [a]`` only if given; all other arguments are those of all rows. Into
         ``out`` of dtype ``operand``, which lies elsewhere, if given.
         """
+
+    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
+        """Gradient of ``sum(coefficients * entropy)`` by the raw products, as :meth:`gradient`."""
 
     @staticmethod
     def column_sums(gradient: Tensor) -> Tensor:
@@ -89,6 +93,17 @@ class TorchTile:
         dz = logit_gradient(p, state.logps, targets, coefficients, first_token, norm)
         dz = scale_tile(dz, slope)
         return dz if out is None else out.copy_(dz)
+
+    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
+        """See :class:`RowTile`; wide, in the memory of the tile."""
+        logps, slope = self.z, self.slope
+        if slope is None:
+            slope = logit_slope(self.head, logps)
+            logps.sub_(state.m[:, None])
+        else:  # statistics have left exponentials
+            logps.log_()
+        return scale_tile(entropy_gradient(logps.sub_(state.log_s[:, None]), entropy, coefficients),
+                          slope)  # fmt: skip
 
     @staticmethod
     def column_sums(gradient: Tensor) -> Tensor:
@@ -139,6 +154,16 @@ class TritonTile:
         return write_row_gradient(
             self.z, targets, *state, coefficients, dtype=self.operand, out=out, rows=picked,
             first_column=self.columns.start, **self.options,
+        )  # fmt: skip
+
+    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
+        """See :class:`RowTile`; in ``operand``, over the logits."""
+        from fastdaa.kernels.row_gradient import write_row_gradient
+
+        nowhere = torch.full_like(coefficients, -1, dtype=torch.int64)  # no token is a target
+        return write_row_gradient(
+            self.z, nowhere, *state, torch.zeros_like(coefficients), dtype=self.operand,
+            entropy=entropy, entropy_coefficients=coefficients, **self.options,
         )  # fmt: skip
 
     @staticmethod

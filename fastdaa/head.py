@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastdaa.outputs import short
 from fastdaa.validation import check_floating, check_number, check_positive, check_shape
 from fastdaa.vocab_shard import VocabShard
 
@@ -57,6 +58,13 @@ class LmHead:
             object.__setattr__(self, name, value)
         if self.shard is not None:
             self.shard.check(self.weight.shape[0])
+
+    def __repr__(self) -> str:
+        """Shapes and settings; a matrix of numbers would say nothing."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.shard is None:
+            del settings["shard"]
+        return f"LmHead({', '.join(f'{name}={short(v)}' for name, v in settings.items())})"
 
     @property
     def vocab_size(self) -> int:

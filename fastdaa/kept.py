@@ -35,6 +35,7 @@ from fastdaa.slices import PRODUCT_BYTES
 from fastdaa.tiles import (
     Logits,
     blocks,
+    filled_rows,
     product,
     product_slices,
     without_autocast,
@@ -203,7 +204,9 @@ class Unscaled:
         self.columns = slice(0, logits.head.width)
         self.weight = logits.columns(self.columns)
         stride = -(-self.columns.stop // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        self.dz = self.weight.new_empty((tokens, stride), dtype=logits.operand)[:, self.columns]
+        rows = filled_rows(tokens, self.weight.device)
+        self._memory = self.weight.new_empty((rows, stride), dtype=logits.operand)[:, self.columns]
+        self.dz = self._memory[:tokens]
         self.values: list[TokenStats] = []
 
     def make(self, rows: slice, record: bool = True) -> Tensor:
@@ -218,13 +221,16 @@ class Unscaled:
         logps = self.weight.new_empty(rows.stop - rows.start, dtype=self.logits.wide)
         for block in blocks(logps.shape[0], self.plan.block_rows):
             at = slice(rows.start + block.start, rows.start + block.stop)
-            logps[block] = self._tile(at, self.dz[block] if gradient else None, record)
+            logps[block] = self._tile(at, block if gradient else None, record)
         return logps
 
-    def _tile(self, rows: slice, out: Tensor | None, record: bool) -> Tensor:
-        targets = self.targets[rows]
+    def _tile(self, rows: slice, place: slice | None, record: bool) -> Tensor:
+        targets, here = self.targets[rows], None
+        out = None if place is None else self.dz[place]
         # Wide gradients are made in the memory of their logits.
-        here = out if self.logits.operand == self.logits.wide else None
+        if place is not None and self.logits.operand == self.logits.wide:
+            filled = filled_rows(place.stop - place.start, self.weight.device)
+            here = self._memory[place.start : place.start + filled]
         tile = self.logits.row_tile(self.logits.rows(rows), self.weight, self.columns, here)
         state, values = tile.statistics(targets, self.stats and record, keep=out is not None)
         if out is not None:

@@ -21,7 +21,7 @@ from fastdaa.outputs import PairLogps, TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import Recompute
 from fastdaa.score import score
-from fastdaa.validation import check_head_inputs
+from fastdaa.validation import check_floating, check_head_inputs, check_lengths, check_shape
 
 
 def token_logps(
@@ -189,11 +189,20 @@ def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         token_logps: ``[N]``, sequence by sequence.
-        lengths: ``[S]`` int64 with sum ``N``; a length of 0 gives 0.
+        lengths: ``[S]`` int64 with sum ``N``; a length of 0 gives 0. They are read on CPU alone, so
+            that nothing waits for a device: on CUDA another sum is undefined, as are targets
+            outside the vocabulary.
 
     Returns:
         ``[S]`` in the dtype of ``token_logps``; differentiable.
+
+    Raises:
+        TypeError, ValueError: log-probs or lengths of a wrong dtype or shape; on CPU, lengths below
+            0 or with another sum.
     """
+    check_floating("token_logps", token_logps)
+    check_shape("token_logps", token_logps, (token_logps.numel(),))
+    check_lengths("lengths", lengths, token_logps.shape[0])
     # unsafe skips a check of the lengths that would wait for the device.
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
     return sums.to(token_logps.dtype)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fastdaa.call_size import CallSize, gradient_row, statistics_entry
-from fastdaa.slices import PRODUCT_BYTES, plan_slices
+from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, plan_slices
 
 # Bytes of logits held at a time: (statistics and gradient tiles, chunks of the single pass). A CPU
 # tile stays in the last-level cache; the single pass holds whole pairs.
@@ -135,6 +135,11 @@ class _Room:
         self.tile, self.chunk = _CPU_BYTES if on_cpu else _DEVICE_BYTES
 
     @property
+    def fill(self) -> int:
+        """Bytes of a copy of a row of hidden states in a block that is filled up."""
+        return self.size.narrow * self.size.hidden_size * self.on_cpu
+
+    @property
     def result(self) -> int:
         """Bytes of a slice of a product that is rounded or scaled on its way to its place."""
         return min(PRODUCT_BYTES, max(self.size.weight_sum, self.size.hidden_sum))
@@ -152,20 +157,25 @@ class _Room:
         return min(default, rest if 16 * rest >= self.max_bytes else self.max_bytes // 4)
 
     def rows(self, budget: int, row: int) -> int:
-        """Whole rows of ``row`` bytes within a budget, on a GPU as many as fill its products."""
+        """Whole rows of ``row`` bytes within a budget, as many as fill the device's products."""
         rows = max(budget // max(row, 1), 1)
-        multiple = 1 if self.on_cpu else _DEVICE_ROW_MULTIPLE
+        multiple = CPU_ROW_MULTIPLE if self.on_cpu else _DEVICE_ROW_MULTIPLE
         return rows // multiple * multiple or rows
 
     def block(self, budget: int, row: int) -> int:
         """Rows whose statistics are taken at once.
 
         The same on all paths of one head, engine and ``max_bytes`` unless memory is scarce: a GPU's
-        library may choose another kernel for another number of rows, and so other last bits.
+        library may choose another kernel for another number of rows, and so other last bits. A
+        CPU's does not among multiples of 16, the fewest rows of a product there.
         """
-        rows = self.rows(budget, row)
         if self.on_cpu:
-            return min(rows, _CPU_BLOCK_ROWS)
+            rows = budget // max(row, 1)
+            if self.max_bytes is None:  # the default is no limit: the nearest multiple
+                rows += CPU_ROW_MULTIPLE // 2
+            whole = rows // CPU_ROW_MULTIPLE * CPU_ROW_MULTIPLE
+            return max(min(whole, _CPU_BLOCK_ROWS), CPU_ROW_MULTIPLE)
+        rows = self.rows(budget, row)
         size, common = self.size, self.tile
         if self.max_bytes is not None:
             common = min(common, self.max_bytes // 2)
@@ -176,25 +186,30 @@ class _Room:
         """Bytes of that many rows, or of all tokens if they are fewer."""
         return row * (min(rows, self.size.tokens) if self.size.tokens else rows)
 
+    def block_held(self, rows: int, row: int) -> int:
+        """The same of rows whose statistics are taken: on CPU the last block is filled up."""
+        rows = min(rows, self.size.tokens) if self.size.tokens else rows
+        filled = -(-rows // CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE if self.on_cpu else rows
+        return row * filled
+
     def score(self) -> Tiles:
         """Statistics of whole rows."""
         size = self.size
-        row = statistics_entry(size, self.engine) * size.width + size.row_copy
+        row = statistics_entry(size, self.engine) * size.width + size.row_copy + self.fill
         return self.whole_rows(size.selection + size.weight_copy, row)
 
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
         size = self.size
         sums = size.selection + size.slopes + size.weight_copy
-        return self.whole_rows(
-            sums, gradient_row(size, self.engine) + size.wide * size.hidden_size
-        )  # fmt: skip
+        row = gradient_row(size, self.engine) + size.wide * size.hidden_size + self.fill
+        return self.whole_rows(sums, row)
 
     def whole_rows(self, sums: int, row: int) -> Tiles:
         """Whole rows of logits beside ``sums``, in blocks as high as on other paths."""
         default = self.tile if self.on_cpu else 2 * self.tile  # the common number decides
         rows = self.block(self.beside(sums, default), row)
-        return Tiles(rows, rows, self.size.width, 0, False, sums + self.held(rows, row))
+        return Tiles(rows, rows, self.size.width, 0, False, sums + self.block_held(rows, row))
 
     def fused(self, path: str) -> Tiles:
         """No tile: every row has a state for every part of the vocabulary."""
@@ -229,10 +244,10 @@ class _Room:
         size = self.size
         sums = 2 * size.weight_copy + size.hidden_sum + size.weight_sum
         entry = size.wide * (_DIVERGENCE_TILES + (size.softcap and size.hidden_grad))
-        row = 2 * size.row_copy + size.wide * size.hidden_size * size.hidden_grad
+        row = 2 * (size.row_copy + self.fill) + size.wide * size.hidden_size * size.hidden_grad
         row += size.width * entry
         rows = self.block(self.beside(sums, self.chunk), row)
-        return Tiles(rows, rows, size.width, 0, False, sums + self.held(rows, row))
+        return Tiles(rows, rows, size.width, 0, False, sums + self.block_held(rows, row))
 
     def chunks(self) -> Tiles:
         """Chunks of whole pairs whose logits are held until their loss is known."""
@@ -243,11 +258,12 @@ class _Room:
             slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
         sums = single_pass_sums(size) + slices
         budget = self.beside(sums, self.chunk)
-        row = gradient_row(size, self.engine) + size.picked_row
+        row = gradient_row(size, self.engine) + size.picked_row + self.fill
         if size.sparse and self.engine != "torch":
             row += size.narrow * size.width  # beside the logits, not in their place
         rows, block = self.rows(budget, row), self.block(budget, row)
-        return Tiles(block, rows, size.width, 0, False, sums + self.held(rows, row))
+        held = self.block_held(rows, row)
+        return Tiles(block, rows, size.width, 0, False, sums + held)
 
     def kept(self, whole: bool) -> Tiles:
         """Half-precision gradients of logits without their coefficients: of the batch until
@@ -255,7 +271,8 @@ class _Room:
         size = self.size
         sums = size.selection + size.weight_copy if whole else single_pass_sums(size)
         entry = 2 * size.width
-        row = size.row_copy + size.width * statistics_entry(size, self.engine, slope=True)
+        row = size.row_copy + self.fill
+        row += size.width * statistics_entry(size, self.engine, slope=True)
         if whole:
             tokens = size.tokens
             budget = self.beside(sums + entry * tokens, self.tile)
@@ -270,5 +287,5 @@ class _Room:
         after = self.result + max(factor, size.selection if whole else 0)
         if size.sparse:  # picked rows have no place of their own to be rounded in
             after += self.result // 2
-        held = max(self.held(rows, row), after)
+        held = max(self.block_held(rows, row), after)
         return Tiles(rows, rows, size.width, tokens, whole, sums + self.held(tokens, entry) + held)

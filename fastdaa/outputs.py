@@ -7,10 +7,40 @@ pair ``i``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def short(value: Any) -> str:
+    """A tensor as dtype, shape and device (unless it is the CPU); anything else as it is."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    device = "" if value.device.type == "cpu" else f" on {value.device}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
+
+
+def _mean(values: Any) -> str:
+    """The mean as a number; empty where there are none, as in a trace or on ``meta``."""
+    if type(values) is not Tensor or values.is_meta or values.numel() == 0:
+        return ""
+    return f"{values.detach().double().mean().item():.4g}"
+
+
+def _margin(logps: Any) -> str:
+    """Of :class:`PairLogps`, which somebody may have filled with something else than tensors."""
+    chosen, rejected = logps.chosen, logps.rejected
+    if not isinstance(chosen, Tensor) or not isinstance(rejected, Tensor):
+        return ""
+    return _mean(chosen - rejected) if chosen.shape == rejected.shape else ""
+
+
+def _row(name: str, fields: dict[str, Any], **numbers: str) -> str:
+    """``Name(number 0.5; field=float32[3], ...)``, without numbers that are not known."""
+    told = [f"{words.replace('_', ' ')} {number}" for words, number in numbers.items() if number]
+    shown = ", ".join(f"{field}={short(value)}" for field, value in fields.items())
+    return f"{name}({'; '.join([', '.join(told), shown] if told else [shown])})"
 
 
 class TokenSelection(NamedTuple):
@@ -34,6 +64,9 @@ class TokenSelection(NamedTuple):
         rows, targets, lengths = (t.to(device, non_blocking=non_blocking) for t in self[:3])
         return TokenSelection(rows, targets, lengths, self.counts)
 
+    def __repr__(self) -> str:
+        return _row("TokenSelection", {name: getattr(self, name) for name in self._fields[:3]})
+
 
 class PairLogps(NamedTuple):
     """Log-probabilities of both completions of every pair under one model, in nats."""
@@ -46,6 +79,9 @@ class PairLogps(NamedTuple):
     """``[B]`` int64: completion tokens of the chosen side; the divisor of per-token means."""
     rejected_lengths: Tensor
     """``[B]`` int64: the same for the rejected side."""
+
+    def __repr__(self) -> str:
+        return _row("PairLogps", self._asdict(), mean_margin=_margin(self))
 
 
 class BatchTotals(NamedTuple):
@@ -69,6 +105,9 @@ class TokenStats(NamedTuple):
     mean_logit: Tensor
     """Mean logit over the vocabulary."""
 
+    def __repr__(self) -> str:
+        return _row("TokenStats", self._asdict(), mean_entropy=_mean(self.entropy))
+
 
 class PairLossOutput(NamedTuple):
     """What one evaluation of a pair loss returns."""
@@ -84,3 +123,11 @@ class PairLossOutput(NamedTuple):
     """``[N]`` policy log-probability of every scored token, detached."""
     stats: TokenStats | None
     """Token statistics, if asked for."""
+
+    def __repr__(self) -> str:
+        return _row(
+            "PairLossOutput",
+            self._asdict(),
+            loss=_mean(self.loss),
+            mean_margin=_margin(self.policy),
+        )

@@ -21,6 +21,7 @@ def plan_call(
     stats: bool = False,
     selected: bool = False,
     divergence: bool = False,
+    entropy: bool = False,
     operand: torch.dtype | None = None,
     impl: str = "auto",
     engine: str = "auto",
@@ -34,6 +35,7 @@ def plan_call(
         sparse: the loss gives many tokens a coefficient of exactly 0.
         selected: the rows are a copy, made from hidden states of more positions.
         divergence: tiles are compared with those of a reference under a head of the same size.
+        entropy: the gradient is that of entropies.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
     """
     grad = torch.is_grad_enabled()
@@ -45,4 +47,5 @@ def plan_call(
         operand=operand or operand_dtype(rows, head.weight), weight_dtype=head.weight.dtype,
         hidden_dtype=rows.dtype, softcap=head.softcap is not None, stats=stats,
         sparse=sparse, selected=selected, divergence=divergence, sharded=head.shard is not None,
+        entropy=entropy,
     )  # fmt: skip

@@ -131,6 +131,7 @@ def plan_head(
     selected: bool = False,
     divergence: bool = False,
     sharded: bool = False,
+    entropy: bool = False,
 ) -> HeadPlan:
     """Choose a path and an engine.
 
@@ -160,6 +161,7 @@ def plan_head(
             :func:`fastdaa.pair_loss` does: their copy and its gradient count, too.
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
+        entropy: the call is :func:`fastdaa.token_entropy` (with ``stats``).
 
     Raises:
         TypeError: a size or budget that is no integer.
@@ -172,7 +174,7 @@ def plan_head(
     device = torch.device(device)
     size = CallSize(
         vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats,
-        sparse, selected, hidden_grad, head_grad,
+        sparse, selected, hidden_grad, head_grad, entropy,
     )  # fmt: skip
     _check_sizes(size, max_bytes)
     on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.engines import RowTile
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
@@ -80,8 +81,10 @@ def head_gradients(
     rows: RowState,
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
+    entropy: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias.
+    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias; those of
+    ``sum(coefficients * entropy)`` where ``entropy [N]`` is given.
 
     A slice of the weight's gradient is one product over all tokens, or a wide sum of several, and
     rounded and written once: no wide ``[V, D]`` exists.
@@ -92,7 +95,7 @@ def head_gradients(
         if active.shape[0] < coefficients.shape[0]:
             by_hidden, weight, bias = head_gradients(
                 logits.pick(active), targets[active], coefficients[active], rows.pick(active),
-                replace(plan, sparse=False), wanted,
+                replace(plan, sparse=False), wanted, None if entropy is None else entropy[active],
             )  # fmt: skip
             return _among(hidden_states, active, by_hidden), weight, bias
     made = torch.empty_like if targets.shape[0] else torch.zeros_like  # without products
@@ -102,7 +105,7 @@ def head_gradients(
     )
     by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if wanted[0] else None
     with without_autocast(hidden_states.device):
-        call = _Backward(logits, targets, coefficients, rows, plan)
+        call = _Backward(logits, targets, coefficients, rows, plan, entropy)
         for columns in blocks(head.width, plan.tile_columns):
             call.add_slice(columns, by_hidden, weight, bias)
     if by_hidden is not None:
@@ -115,9 +118,10 @@ class _Backward:
     """A backward pass, a slice of the vocabulary at a time."""
 
     def __init__(
-        self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan
-    ):
-        self.logits, self.targets, self.rows = logits, targets, rows
+        self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan,
+        entropy: Tensor | None,
+    ):  # fmt: skip
+        self.logits, self.targets, self.rows, self.entropy = logits, targets, rows, entropy
         self.factor = GradientFactor(logits, coefficients)
         self.scaled = self.factor.scaled(coefficients)
         self.parts = list(blocks(targets.shape[0], plan.tile_rows))
@@ -134,8 +138,8 @@ class _Backward:
             total = torch.empty_like(by_weight, dtype=wide)  # one product rounds its own results
         for r in self.parts:
             hidden = self.logits.rows(r)
-            tile = self.logits.row_tile(hidden, operand, columns)
-            dz = tile.gradient(self.rows.pick(r), self.targets[r], self.scaled[r])
+            tile = self.logits.tile_again(hidden, operand, columns)
+            dz = self._gradient(tile, r)
             if by_bias is not None:
                 by_bias += self.factor.restore(tile.column_sums(dz))
             dz = dz.to(self.factor.operand)
@@ -148,6 +152,12 @@ class _Backward:
             by_weight.copy_(total)
         if bias is not None and by_bias is not None:
             bias[columns] = by_bias
+
+    def _gradient(self, tile: RowTile, rows: slice) -> Tensor:
+        state, scaled = self.rows.pick(rows), self.scaled[rows]
+        if self.entropy is not None:
+            return tile.entropy_gradient(state, self.entropy[rows], scaled)
+        return tile.gradient(state, self.targets[rows], scaled)
 
     def _put(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """``a @ b``, a product with a tile, into a sum or where nothing is yet."""

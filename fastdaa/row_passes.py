@@ -179,6 +179,12 @@ def logit_gradient(
     return p
 
 
+def entropy_gradient(logps: Tensor, entropy: Tensor, coefficients: Tensor) -> Tensor:
+    """In place: log-probabilities ``[r, c]`` to ``-coefficients * p * (log p + entropy)``."""
+    p = logps.exp()
+    return logps.clamp_(min=_FLOOR).add_(entropy[:, None]).mul_(p).mul_(-coefficients[:, None])
+
+
 def move_to_front(tile: Tensor, rows: Tensor) -> Tensor:
     """``tile[rows]`` of ascending rows, in the memory of the tile, a cacheful at a time."""
     size = max(PRODUCT_BYTES // max(tile.element_size() * tile.shape[1], 1), 1)

@@ -26,7 +26,7 @@ from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import join
-from fastdaa.tiles import GradientFactor, Logits, blocks, without_autocast
+from fastdaa.tiles import GradientFactor, Logits, blocks, filled_rows, without_autocast
 
 plan_loss = partial(plan_call, loss_inside=True)
 """The plan of a call that hands over its loss."""
@@ -125,7 +125,7 @@ class _HeldChunks:
         self.values: list[TokenStats] = []
         self.columns = slice(0, logits.head.width)
         self.weight = logits.columns(self.columns)
-        self.on_cpu = logits.hidden_states.device.type == "cpu"
+        self.device = logits.hidden_states.device
         self.buffer: Tensor | None = None
 
     def chunk(self, chunk: Chunk, objective: ChunkObjective) -> Tensor:
@@ -160,11 +160,13 @@ class _HeldChunks:
         """Logits of the rows into the buffer, block by block, and their statistics."""
         logits = self.logits
         # Half-precision products bring their own memory.
-        space = self._space(stop - start) if logits.operand == logits.wide else None
-        size = self.plan.block_rows if self.on_cpu else max(stop - start, 1)
+        wanted = filled_rows(stop - start, self.device)
+        space = self._space(wanted) if logits.operand == logits.wide else None
+        size = self.plan.block_rows if self.device.type == "cpu" else max(stop - start, 1)
         for b in blocks(stop - start, size):
             rows = slice(start + b.start, start + b.stop)
-            out = None if space is None else space[b]
+            filled = filled_rows(b.stop - b.start, self.device)
+            out = None if space is None else space[b.start : b.start + filled]
             tile = logits.row_tile(logits.rows(rows), self.weight, self.columns, out)
             state, values = tile.statistics(self.targets[rows], self.stats, keep=True)
             yield _Block(rows, tile, state, values)

@@ -19,6 +19,8 @@ PRODUCT_BYTES = 32 << 20
 # A product with so many results fills a GPU four times over, so none of their sums is split: parts
 # would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
 UNSPLIT_ENTRIES = 1 << 24
+# CPU products give a row the same bits in any block whose height is a multiple of this.
+CPU_ROW_MULTIPLE = 16
 
 
 class Slices(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdaa.engines import ENGINES, RowTile
 from fastdaa.head import LmHead
 from fastdaa.row_passes import finish_logits, steepest_slope
-from fastdaa.slices import PRODUCT_BYTES, UNSPLIT_ENTRIES
+from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, UNSPLIT_ENTRIES
 
 _HALVES = (torch.float16, torch.bfloat16)
 # torch.addmm takes an fp32 summand with half-precision factors.
@@ -28,8 +28,6 @@ _SMALLEST_COEFFICIENT = 2.0**-100
 _WIDTH_MULTIPLE = 16
 # A slice of a product is a multiple of 128 rows.
 _SLICE_ROWS = 128
-# CPU products round differently in the rows that are left over below a multiple of a few rows.
-_CPU_ROW_MULTIPLE = 16
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
@@ -69,32 +67,32 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def logits_product(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``hidden @ weight.T``, wide, the same bits for a row whichever rows come with it.
 
-    Policy and reference may meet a row in blocks of different heights; on CPU, blocks are filled up
-    with zero rows to a multiple that no product rounds differently.
+    Policy and reference may meet a row in blocks of different heights. CPU products round
+    differently in the rows that are left over below a multiple of a few, so there zero rows fill up
+    the last block. ``out`` has :func:`filled_rows` of them.
     """
     if hidden.device.type != "cpu":
         return product(hidden, weight.T, _aligned(hidden, weight) if out is None else out)
-    missing = _missing_rows(hidden.shape[0])
-    if not missing:
-        return product(hidden, weight.T, out)
-    z = product(F.pad(hidden, (0, 0, 0, missing)), weight.T)[: hidden.shape[0]]
-    return z if out is None else out.copy_(z)
+    rows = hidden.shape[0]
+    missing = filled_rows(rows, hidden.device) - rows
+    filled = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+    return product(filled, weight.T, out)[:rows]
+
+
+def filled_rows(rows: int, device: torch.device) -> int:
+    """Rows of a product that gives the statistics of so many rows."""
+    return -(-rows // CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE if device.type == "cpu" else rows
 
 
 def _aligned(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """Memory for logits of an odd vocabulary whose rows begin at multiples of 64 bytes, as the
-    products that read them and their gradients like it; None where they do anyway."""
+    products of a GPU that read them and their gradients like it; None where they do anyway."""
     width = weight.shape[0]
     stride = -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    if stride == width:
+    if stride == width or hidden.device.type == "cpu":
         return None
     dtype = torch.float32 if hidden.dtype in _HALVES else hidden.dtype
     return hidden.new_empty((hidden.shape[0], stride), dtype=dtype)[:, :width]
-
-
-def _missing_rows(rows: int) -> int:
-    fewest = max(_CPU_ROW_MULTIPLE, 8 * torch.get_num_threads())
-    return max(fewest - rows, -rows % _CPU_ROW_MULTIPLE)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -183,9 +181,14 @@ class Logits:
     ) -> RowTile:
         """Raw products ``[r, c]`` in the hands of the engine.
 
-        ``out`` may be a wide buffer to use; it is not used for half-precision factors.
+        ``out`` may be a wide buffer to use, with the rows that :func:`logits_product` wants.
         """
         z = logits_product(hidden, weight, out)
+        return self.engine(self.head, z, columns, self.operand)
+
+    def tile_again(self, hidden: Tensor, weight: Tensor, columns: slice) -> RowTile:
+        """The same where the statistics are known: other last bits do not matter."""
+        z = product(hidden, weight.T, _aligned(hidden, weight))
         return self.engine(self.head, z, columns, self.operand)
 
 

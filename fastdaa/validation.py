@@ -144,6 +144,26 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}")
 
 
+def check_lengths(name: str, lengths: Tensor, tokens: int) -> None:
+    """Raise unless ``lengths [S]`` are int64 numbers of tokens that sum to ``tokens``.
+
+    Values are read on CPU alone, as target ids are: on CUDA others are undefined.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: not one dimension, a negative length, or another sum.
+    """
+    check_indices(name, lengths, tuple(getattr(lengths, "shape", ())))
+    if lengths.ndim != 1:
+        raise ValueError(f"{name}: expected shape [S], got {list(lengths.shape)}")
+    if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+        return
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {int(lengths.min())}")
+    if int(lengths.sum()) != tokens:
+        raise ValueError(f"{name}: expected a sum of {tokens} tokens, got {int(lengths.sum())}")
+
+
 def check_head_inputs(
     hidden_states: Tensor,
     weight: Tensor,

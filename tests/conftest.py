@@ -120,6 +120,7 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
         compiled_logps,
         compiled_loss,
         divergence_tiles,
+        entropy,
         frozen,
         gradient_sums,
         kept,
@@ -140,7 +141,7 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
 
     def start(dtype: torch.dtype) -> set[torch.dtype]:
         monkeypatch.setattr(tiles, "add_half_product", add_half_product)
-        for module in (tiles, frozen, kept, gradient_sums, divergence_tiles):
+        for module in (tiles, frozen, kept, gradient_sums, divergence_tiles, entropy):
             monkeypatch.setattr(module, "product", product)
         compiled = (compiled_divergence, compiled_logps, compiled_loss)
         for module in (tiles, recompute, plan_call, *compiled):

@@ -1,10 +1,9 @@
-"""Metrics file, interruption, progress, curves, model card: what a run leaves and shows."""
+"""Metrics file, interruption, progress: what a run leaves and shows."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import threading
 from pathlib import Path
@@ -14,13 +13,12 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from fastdaa.losses import Objective
 from fastdaa.train.callbacks import Interrupt, MetricsWriter, Progress, default_callbacks
-from fastdaa.train.curves import Curves, draw_curves
+from fastdaa.train.curves import Curves
 from fastdaa.train.interrupt import was_interrupted
 from fastdaa.train.metrics_writer import read_metrics
-from fastdaa.train.model_card import model_card, write_model_card
-from fastdaa.train.progress import format_row, use_progress
+from fastdaa.train.progress import fitting, format_row, use_progress
+from fastdaa.train.shown import shown_text
 
 
 @pytest.fixture
@@ -91,6 +89,39 @@ def test_fresh_run_keeps_the_old_file(args: TrainingArguments) -> None:
     folder = metrics_file(args).parent
     kept = [read_metrics(folder / f"metrics{n}.jsonl")[0]["loss"] for n in (".1", ".2", "")]
     assert kept == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["empty folder", "after another run"])
+def test_an_evaluation_before_training_belongs_to_the_run(
+    args: TrainingArguments, earlier: bool
+) -> None:
+    """The usual baseline: evaluate(), then train()."""
+    if earlier:
+        log(MetricsWriter(), args, 5, loss=9.0)
+    writer, path = MetricsWriter(), metrics_file(args)
+    log(writer, args, 0, eval_loss=0.75)
+    writer.on_train_begin(args, state_at(), TrainerControl())
+    log(writer, args, 1, loss=0.5)
+    assert [(row["step"], row.get("eval_loss")) for row in read_metrics(path)] == [
+        (0, 0.75),
+        (1, None),
+    ]
+    aside = path.with_name("metrics.1.jsonl")
+    assert [row["step"] for row in read_metrics(aside)] == [5] * earlier
+    # The next training of the process is another run, and takes nothing of this one.
+    log(writer, args, 1, eval_loss=0.5)
+    writer.on_train_begin(args, state_at(), TrainerControl())
+    log(writer, args, 1, loss=0.25)
+    assert [row["loss"] for row in read_metrics(path)] == [0.25]
+
+
+def test_an_evaluation_before_resuming_loses_nothing(args: TrainingArguments) -> None:
+    first, writer = MetricsWriter(), MetricsWriter()
+    for step in (1, 2, 3):
+        log(first, args, step, loss=float(step))
+    log(writer, args, 0, eval_loss=0.75)
+    writer.on_train_begin(args, state_at(2), TrainerControl())
+    assert [row["step"] for row in read_metrics(metrics_file(args))] == [1, 2, 0]
 
 
 def test_the_picture_keeps_the_number_of_its_rows(args: TrainingArguments) -> None:
@@ -208,6 +239,58 @@ def test_progress(args: TrainingArguments, capsys: pytest.CaptureFixture[str]) -
     assert captured.err == ""
 
 
+CELLS = {"loss": "0.6931", "margin": "0.0000", "accuracy": "0.500", "tokens/s": "12,346"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [(80, []), (100, ["loss"]), (120, ["loss", "margin", "accuracy"]), (200, [*CELLS])],
+)
+def test_the_bar_keeps_its_room(columns: int, names: list[str]) -> None:
+    """What does not fit behind the bar as a whole is left to the lines above it."""
+    assert list(fitting(CELLS, columns)) == names
+
+
+def test_the_finished_bar_is_drawn_once(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[str] = []
+
+    class Bar:
+        n = 10
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: events.append(name)
+
+    monkeypatch.setattr("fastdaa.train.progress._bar", lambda *_, **__: Bar())
+    monkeypatch.setattr("fastdaa.train.progress.tqdm.write", lambda *_, **__: events.append("line"))
+    progress, control = Progress(), TrainerControl()
+    progress.on_train_begin(args, state_at(), control)
+    progress.on_log(args, state_at(10), control, logs={"train_runtime": 1.0})
+    progress.on_train_end(args, state_at(10), control)
+    assert events == ["update", "close", "line"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("kl/token", -4.88e-9, "0"),
+        ("eval_kl/sequence", -1e-9, "0"),
+        ("kl/token", 2.5e-6, "2.5e-06"),
+        ("kl/k1", -0.25, "-0.25"),  # of the data, which may be negative
+        ("tokens", 7487.2, "7,487"),
+        ("tokens", 12711.6, "12,712"),
+        ("loss", 0.693147, "0.6931"),
+    ],
+)
+def test_numbers_as_they_are_shown(key: str, value: float, text: str) -> None:
+    assert shown_text(key, value) == text
+
+
+def test_lines_show_no_negative_kl() -> None:
+    assert "kl/token 0.00e+00" in format_row({**ROW, "kl/token": -4.88e-9}, 5, 10)
+
+
 def test_progress_of_other_processes(
     args: TrainingArguments, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,18 +387,6 @@ def test_use_progress(tmp_path: Path, disable_tqdm: bool) -> None:
     assert not {"PrinterCallback", "ProgressCallback"} & set(names)
 
 
-def test_curves(tmp_path: Path) -> None:
-    rows = [{"step": step, **ROW, "eval_loss": 0.6} for step in (1, 2, 3)]
-    path = tmp_path / "curves.png"
-    assert draw_curves([*rows, {"step": 3, "loss": None}, {"train_runtime": 1.0}], path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_curves_of_nothing(tmp_path: Path) -> None:
-    assert not draw_curves([{"step": 1, "epoch": 1.0}], tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
-
-
 def test_a_bad_picture_does_not_stop_a_run(
     args: TrainingArguments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -325,34 +396,3 @@ def test_a_bad_picture_does_not_stop_a_run(
     monkeypatch.setattr("fastdaa.train.curves.draw_curves", fail)
     Curves().on_train_end(args, state_at(1), TrainerControl())
     assert "no fonts" in caplog.text
-
-
-def test_model_card(tmp_path: Path) -> None:
-    path = write_model_card(
-        tmp_path,
-        objective=Objective.parse(["dpo", "sft"], weights=[1.0, 0.5], beta=0.2),
-        name="my-model",
-        rows=[{"loss": 0.7}, {"loss": 0.25, "eval_loss": 0.5}],
-        base_model="someone/base",
-        dataset=str(tmp_path / "pairs.jsonl"),
-        layout="prefix_shared",
-        settings={"learning_rate": 1e-6, "hub_token": "secret"},
-    )
-    text = path.read_text()
-    front, body = re.match(r"---\n(.*?)\n---\n(.*)", text, re.S).groups()  # type: ignore[union-attr]
-    import yaml
-
-    matter = yaml.safe_load(front)
-    assert matter["base_model"] == "someone/base"
-    assert matter["tags"] == ["fastdaa", "preference-optimization", "dpo", "sft"]
-    assert "datasets" not in matter
-    for expected in ("beta=0.2", "arxiv.org/abs/2305.18290", "| loss | 0.25 | 0.5 |",
-                     "prefix_shared", "learning_rate: 1e-06", "@software{fastdaa"):  # fmt: skip
-        assert expected in body, expected
-    assert "secret" not in text and str(tmp_path) not in text
-
-
-def test_model_card_of_an_adapter_without_rows() -> None:
-    text = model_card(Objective.parse("ipo"), name="x", peft=True)
-    assert "library_name: peft" in text
-    assert "## Results" not in text

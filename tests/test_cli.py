@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
-from fastdaa.cli.runs import continuation
+from fastdaa.cli.runs import continuation, log_lines
 from fastdaa.cli.summary import ALIGNMENT, last_values, print_summary
 from fastdaa.train.checkpoints import last_complete
 from fastdaa.train.run_record import new_record, write_record
@@ -67,7 +68,7 @@ class FakeTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "saved").touch()
 
-    def create_model_card(self) -> None:
+    def create_model_card(self, **facts: Any) -> None:
         (Path(self.options["args"].output_dir) / "README.md").touch()
 
     def is_world_process_zero(self) -> bool:
@@ -250,7 +251,11 @@ def test_yaml_is_below_the_command_line(tmp_path: Path) -> None:
         pytest.param("layout: flat", "layout: got 'flat'", id="choice"),
         pytest.param("- a\n- b", "expected 'option: value' lines, got list", id="list"),
         pytest.param("# later", "expected 'option: value' lines, got an empty file", id="empty"),
-        pytest.param("beta: 0.1\nbeta: 0.2", "got 'beta' again in line 2", id="twice"),
+        pytest.param(
+            "beta: 0.1\nbeta: 0.2",
+            "run.yaml: expected a key once, got 'beta' again in line 2",
+            id="twice",
+        ),
         pytest.param("loss: ipo\nloss_type: dpo", "got 'loss' and 'loss_type'", id="alias"),
         pytest.param("loss_kwargs: {a: 1, a: 2}", "got 'a' again in line 1", id="twice inside"),
         pytest.param("a: [", "expected YAML", id="syntax"),
@@ -495,3 +500,9 @@ def test_doctor_names_what_is_too_old(
     monkeypatch.setattr(doctor, "_floors", lambda: {"torch": SpecifierSet(">=99")})
     assert main(["doctor"]) == 1
     assert "expected torch>=99" in capsys.readouterr().out
+
+
+def test_every_line_of_the_log_says_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with log_lines(main_process=True):
+        logging.getLogger("fastdaa.data").info("first\nsecond")
+    assert capsys.readouterr().err == "[fastdaa] first\n[fastdaa] second\n"

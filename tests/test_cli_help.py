@@ -67,3 +67,28 @@ def test_what_turns_an_option_off_says_so(shown) -> None:
     text = shown("train")["preference training"]
     assert re.search(r"--no_disable_dropout\s+Turn --disable_dropout off\.\n", text)
     assert "default" not in text.split("--no_log_exact_kl")[1].split("--log_token_stats")[0]
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_no_line_is_too_long_for_a_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    if command == "train":
+        # Names that have left the option's own line are in its help.
+        assert "adamw_torch_fused" in text and "cosine_with_restarts" in text
+
+
+@pytest.mark.parametrize("action", ["full", "track"])
+def test_help_of_the_study_has_words_for_everything(
+    action: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["study", action, "--help"])
+    text = capsys.readouterr().out
+    assert not re.search(r"\bE\d\b", text)
+    assert not re.search(r"^  --\w+ \w+ +\([\d.]+\)$", text, re.MULTILINE)

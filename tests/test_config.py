@@ -190,6 +190,8 @@ def test_bf16(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     # Only the choice is looked at: the rest would ask this machine's devices.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr("fastdaa.train.packed_config.check_after", lambda args: None)
+    monkeypatch.setattr(PreferenceConfig, "device", torch.device("cpu"), raising=False)
     assert PreferenceConfig(**fields).bf16 is expected
 
 

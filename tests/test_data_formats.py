@@ -502,4 +502,4 @@ def test_skipped_examples_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     path = write(tmp_path / "examples.jsonl", {"messages": [*ASK, *ANSWER]}, {"messages": ASK})
     with caplog.at_level(logging.WARNING, "fastdaa"):
         load_examples(path, on_bad_row="skip")
-    assert "1 examples kept, 1 rows left out: 1 wrong messages (first: " in caplog.text
+    assert "1 example kept, 1 row left out: 1 wrong messages (first: " in caplog.text

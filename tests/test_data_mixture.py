@@ -173,7 +173,7 @@ def test_a_bad_row_names_its_source(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"{bad}:3: field 'chosen': expected")):
         load_mixture([*files, bad])
     report = load_mixture([*files, bad], on_bad_row="skip").report
-    said = f"{bad}: 2 from 2 pairs; 1 rows left out: 1 missing field (first: {bad}:3: field"
+    said = f"{bad}: 2 from 2 pairs; 1 row left out: 1 missing field (first: {bad}:3: field"
     assert str(report).splitlines()[-1].startswith(said)
 
 

@@ -191,7 +191,7 @@ def test_skipped_rows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     path.write_bytes(GOOD + b"\n{\n")
     with caplog.at_level(logging.WARNING, "fastdaa"):
         load_pairs(path, on_bad_row="skip")
-    assert "1 pairs kept, 1 rows left out: 1 broken JSON" in caplog.text
+    assert "1 pair kept, 1 row left out: 1 broken JSON" in caplog.text
 
 
 def test_rows_behind_the_limit_are_not_looked_at(tmp_path: Path) -> None:

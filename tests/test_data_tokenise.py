@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from fastdaa.data import DataError, PairCollator, PairRows, tokenize_pairs
 from fastdaa.data.encode import split_sequences
+from fastdaa.data.reports import TokenizeReport
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -139,8 +141,8 @@ def test_keep_start_cuts_completions_and_drops_long_prompts() -> None:
     assert report.completion_tokens == {"p50": 1, "p90": 2, "p99": 2, "max": 2}
     assert report.total_tokens == 2 + 2 + 2 + 3 + 1 + 1
     assert str(report).splitlines()[0] == (
-        "2 of 3 pairs kept, 1 left out: 1 prompts of max_length tokens or more; "
-        "3 sequences truncated; 1 pairs identical after truncation"
+        "2 of 3 pairs kept, 1 left out: 1 prompt of max_length tokens or more; "
+        "3 sequences truncated; 1 pair identical after truncation"
     )
 
 
@@ -176,7 +178,7 @@ def test_completions_without_a_token_are_dropped() -> None:
     template = "{{ messages[0]['content'] }}"
     rows = [chat("p", "a", "b")]
     with pytest.raises(
-        DataError, match=r"none .0 of 1 pairs kept, 1 left out: 1 completions without"
+        DataError, match=r"none .0 of 1 pair kept, 1 left out: 1 completion without"
     ):
         tokenized(make_tokenizer(template=template), rows)
 
@@ -302,3 +304,15 @@ def test_rows_for_a_loader() -> None:
     assert batch["row_ids"].tolist() == [2, 0, 2, 1]
     with pytest.raises(ValueError, match=r"dataset: expected the columns .*got no .*'chosen_ids'"):
         PairRows(dataset.remove_columns("chosen_ids"))
+
+
+@pytest.mark.parametrize(("dropped", "warned"), [(0, False), (9, False), (10, True)])
+def test_that_much_is_left_out_is_a_warning(dropped, warned, caplog):
+    report = TokenizeReport(pairs=100, kept=100 - dropped)
+    report.dropped["prompts of max_length tokens or more"] = dropped
+    logger = logging.getLogger("fastdaa.data")
+    with caplog.at_level(logging.INFO, logger.name):
+        report.log(logger, "train_dataset")
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING"][: 1 + warned]
+    assert ("10% of the pairs are left out (10 prompts of max_length" in caplog.text) == warned

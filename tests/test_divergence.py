@@ -210,3 +210,28 @@ def test_backward_twice_and_unknown_kind():
     assert torch.equal(first, torch.autograd.grad(value, hidden)[0])
     with pytest.raises(ValueError, match="kind: expected one of 'kl'"):
         token_divergence(hidden, head, ref_hidden, ref_head, kind="tv")
+
+
+@pytest.mark.parametrize("changed", ["hidden_states", "weight", "bias"])
+def test_a_reference_that_changes_before_the_backward_pass_raises(changed):
+    hidden, head, ref_hidden, ref_head = heads()
+    ref_head = LmHead(ref_head.weight, torch.zeros(97))
+    hidden.requires_grad_()
+    head.weight.requires_grad_()
+    value = token_divergence(hidden, head, ref_hidden, ref_head).sum()
+    {"hidden_states": ref_hidden, "weight": ref_head.weight, "bias": ref_head.bias}[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_all_that_waits_for_the_backward_pass_can_be_offloaded(trained):
+    hidden, head, ref_hidden, ref_head = heads()
+    hidden.requires_grad_()
+    head.weight.requires_grad_(trained)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        token_divergence(hidden, head, ref_hidden, ref_head)
+    shapes = {tuple(t.shape) for t in kept}
+    both = {(21, 16), (97, 16), (21, 24), (97, 24)}
+    assert shapes == (both if trained else {(21, 16)})

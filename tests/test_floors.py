@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"frozen", "recompute"},
     {"kept", "divergence_tiles", "compiled_logps"},
     {"single_pass", "kept_logps", "compiled_divergence", "compiled_backward"},
-    {"logps", "divergence"},
+    {"logps", "divergence", "entropy"},
     {"pair_batch"},
     {"compiled_loss"},
     {"data", "pair_loss"},

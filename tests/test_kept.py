@@ -73,6 +73,7 @@ def in_chunks(monkeypatch):
     """``in_chunks()``: batches no longer fit; chunks keep 10 tokens, tiles have 4."""
 
     def start():
+        monkeypatch.setattr(memory, "CPU_ROW_MULTIPLE", 2)
         monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 4, 0))
         monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * 10)
 
@@ -241,6 +242,7 @@ def test_tiles_and_slices_of_any_size_give_the_same(half_factors, monkeypatch):
     leaves, selection = tensors(torch.bfloat16, bias=True)
     call = (leaves, selection, Objective.parse("dpo"))
     whole, expected = run(*call)
+    monkeypatch.setattr(memory, "CPU_ROW_MULTIPLE", 5)
     monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 5, 4 * V * 5))  # a pair has up to 10 tokens
     monkeypatch.setattr(tiles, "_SLICE_ROWS", 8)
     monkeypatch.setattr(tiles, "PRODUCT_BYTES", 4 * D * 8)

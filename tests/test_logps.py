@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdaa import LmHead, TokenStats, reference, sequence_logps, token_logps, token_stats
+from fastdaa.validation import check_lengths
 from fastdaa.logps import head_logps
 
 HEADS = {
@@ -34,7 +35,7 @@ CASES = [
     for dtype in DTYPES
     for head in (HEADS if dtype == "fp32" else ("plain", "everything"))
 ]
-TINY = 4 * 5 * 203  # bytes of five rows of logits: eight blocks of the 37 tokens below
+TINY = 4 * 5 * 203  # bytes of five rows of logits: blocks of 16 of the 37 tokens below
 
 
 class Problem(NamedTuple):
@@ -358,6 +359,30 @@ def test_sequence_sums_are_exact_for_long_sequences():
     assert torch.equal(got, expected.float())
 
 
+@pytest.mark.parametrize(
+    ("logps", "lengths", "error", "message"),
+    [
+        ([1.0] * 5, [4, 4], ValueError, "lengths: expected a sum of 5 tokens, got 8"),
+        ([1.0] * 5, [5, 2_000_000_000], ValueError, "lengths: expected a sum of 5 tokens, got 2"),
+        ([1.0] * 5, [2, 2], ValueError, "lengths: expected a sum of 5 tokens, got 4"),
+        ([1.0] * 5, [6, -1], ValueError, "lengths: expected 0 or more, got -1"),
+        ([1.0] * 5, [[5]], ValueError, r"lengths: expected shape \[S\], got \[1, 1\]"),
+        ([1.0] * 5, [5.0], TypeError, "lengths: expected an int64 tensor, got torch.float32"),
+        ([[1.0]], [1], ValueError, r"token_logps: expected shape \[1\], got \[1, 1\]"),
+        ([1], [1], TypeError, "token_logps: expected fp16, bf16, fp32 or fp64, got torch.int64"),
+    ],
+    ids=["beyond", "far-beyond", "short", "negative", "matrix", "floats", "logps", "integers"],
+)
+def test_lengths_that_are_not_those_of_the_tokens(logps, lengths, error, message):
+    with pytest.raises(error, match=message):
+        sequence_logps(torch.tensor(logps), torch.tensor(lengths))
+
+
+def test_lengths_on_a_device_are_not_read():
+    lengths = torch.tensor([4, 4], device="meta")
+    check_lengths("lengths", lengths, 5)
+
+
 def test_sequence_sums_pass_gradients_on():
     logps = torch.randn(6).double().requires_grad_()
     assert torch.autograd.gradcheck(
@@ -439,8 +464,11 @@ H, W, T = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64
             "impl='frozen' gives the head no gradient", id="frozen-with-trained-head",
         ),
         pytest.param(
-            lambda: token_logps(H, W, T, impl="single_pass", max_bytes=60), ValueError,
-            "impl='single_pass' with the loss outside the call: expected .* 3 tokens",
+            lambda: token_logps(
+                H.repeat(9, 1), W, T.repeat(9), impl="single_pass", max_bytes=720
+            ),
+            ValueError,
+            "impl='single_pass' with the loss outside the call: expected .* 27 tokens",
             id="single-pass",
         ),
         pytest.param(

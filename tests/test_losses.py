@@ -142,3 +142,11 @@ def test_a_batch_of_only_empty_chosen_completions_has_no_likelihood():
     policy = pairs([0.0] * 4, [0.0] * 4, empty)
     assert get_loss("sft").fn(policy, None).tolist() == [0.0] * 4
     assert get_loss("sft").fn(policy, None, totals=BatchTotals(4, 0)).tolist() == [0.0] * 4
+
+
+def test_the_table_names_near_losses():
+    with pytest.raises(KeyError, match="did you mean 'dpo'"):
+        LOSSES["dop"]
+    with pytest.raises(KeyError, match="alias"):
+        LOSSES["sigmoid"]
+    assert LOSSES.get("dop") is None and "dop" not in LOSSES

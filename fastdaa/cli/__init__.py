@@ -14,6 +14,7 @@ _COMMANDS = {
     "sft": "teach a model the completions of a dataset",
     "reward": "train a reward model on preference pairs",
     "online": "improve a policy on its own completions: APA, PPO, AWR",
+    "evaluate": "measure a model on preference pairs: accuracy, margins, KL",
     "doctor": "show versions, devices, and how a model would be trained",
     "demo": "over-optimise a known reward on the CPU: a small sweep, its law, a page",
     "bench": "measure speed and memory against other implementations",

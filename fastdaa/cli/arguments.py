@@ -63,14 +63,14 @@ class ModelArguments:
         default=None, metadata={"help": "Column with the conversation. Default: recognised."}
     )
     eval_dataset: list[str] | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on; several are mixed. Default: none."}
+        default=None, metadata={"help": "Rows to evaluate on; several are mixed. Default: none."}
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split of eval_dataset, or else of dataset."}
     )
     test_size: float | None = field(
         default=None,
-        metadata={"help": "Evaluate on that share (below 1) or number of the training pairs."},
+        metadata={"help": "Evaluate on that share (below 1) or number of the training rows."},
     )
     max_train_samples: int | None = field(
         default=None,
@@ -195,8 +195,10 @@ def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments)
     """The configuration of a trainer, which evaluates where there is something to evaluate on.
 
     Raises:
-        ValueError: a bad value, or ``eval_strategy`` without data to evaluate on.
+        ValueError: a bad value, ``eval_strategy`` without data to evaluate on, or another task
+            than training.
     """
+    _check_task(values, evaluates=arguments.evaluates)
     if arguments.evaluates and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"
     config = build(kind, values)
@@ -206,3 +208,22 @@ def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments)
             "expected eval_dataset, eval_split or test_size as well"
         )
     return config
+
+
+def _check_task(values: dict[str, Any], *, evaluates: bool) -> None:
+    """Raise ``ValueError`` for what scripts of transformers do beside training, or in its place."""
+    if not values["do_train"]:
+        raise ValueError(
+            "do_train: expected true, since this command trains, got false; `fastdaa evaluate` "
+            "measures a model on pairs"
+        )
+    if values["do_predict"]:
+        raise ValueError(
+            "do_predict: expected false, since no predictions are made, got true; `fastdaa "
+            "evaluate` measures a model on pairs"
+        )
+    if values["do_eval"] and not evaluates:
+        raise ValueError(
+            "do_eval: expected eval_dataset, eval_split or test_size beside it, got nothing to "
+            "evaluate on"
+        )

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import shlex
 from collections.abc import Sequence
+from typing import NoReturn
 
 MEASURING = {
     "head": "log-probabilities of the output head, forward and backward",
@@ -33,6 +34,13 @@ def run(argv: Sequence[str]) -> int:
         )
         raise ValueError(f"expected a benchmark, got {kind!r}{hint}")
     return _measure(kind, rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves a mistake to the command line's one line, without the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def _measure(kind: str, argv: Sequence[str]) -> int:
@@ -74,9 +82,7 @@ def _resolve(options: argparse.Namespace) -> None:
 
 
 def _parser(prog: str, text: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=prog, description=text, allow_abbrev=False, conflict_handler="resolve"
-    )
+    return _Parser(prog=prog, description=text, allow_abbrev=False, conflict_handler="resolve")
 
 
 def _overview() -> argparse.ArgumentParser:

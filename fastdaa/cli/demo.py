@@ -1,7 +1,7 @@
 """``fastdaa demo``: a small sweep that over-optimises a known reward, with its law and its page.
 
-DPO, IPO and SLiC at eight betas each; a few minutes on two cores. What is finished is kept; the
-same command goes on where it stopped.
+DPO, IPO and SLiC at eight betas each; a minute and a half on two free cores. What is finished is
+kept; the same command goes on where it stopped.
 """
 
 from __future__ import annotations

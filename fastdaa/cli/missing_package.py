@@ -28,7 +28,7 @@ _TRAINING = ("torch", "transformers", "accelerate", "datasets", "yaml", "rich")
 _STUDY = ("torch", "numpy", "rich", "matplotlib")
 # What a command would miss only after its work is done.
 _NEEDED = {
-    **dict.fromkeys(("train", "sft", "reward", "online"), _TRAINING),
+    **dict.fromkeys(("train", "sft", "reward", "online", "evaluate"), _TRAINING),
     **dict.fromkeys(("study", "demo"), _STUDY),
 }
 

@@ -78,9 +78,11 @@ def build(
     from fastdaa.online.loop import OnlineTrainer
     from fastdaa.online.prompts import chat_ending
     from fastdaa.online.reward_sources import load_reward
+    from fastdaa.train.device_options import check_ways
 
     accelerated = torch.cuda.is_available() and not arguments.use_cpu
     device = torch.device("cuda" if accelerated else "cpu")
+    check_ways(config, device)
     set_seed(config.seed)
     tokenizer = building.load_tokenizer(arguments)
     data = _load_prompts(arguments, config, tokenizer)

@@ -17,6 +17,7 @@ from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option
 from fastdaa.validation import shown
 
 _NONE_WORDS = ("none", "null")
+_LONGEST_CHOICES = 60
 _TRAINER_HELP = " Every option of transformers.TrainingArguments is here under its own name, too."
 _TRAINER_TITLE = "training (transformers.TrainingArguments)"
 _CONFIG_HELP = (
@@ -80,11 +81,21 @@ def option_parser(
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    if "--output_dir" not in parser._option_string_actions:
+        parser.usage = f"fastdaa {command} --model M --dataset D {shown}[options]"
     parser.sections = _sections(kinds, title)
+    if trainer:
+        # Scripts of transformers ask for it; here, asking for something else would be an error.
+        parser.set_defaults(do_train=True)
     parser.add_argument("--config", help="YAML file of defaults.")
-    resume = parser._option_string_actions["--resume_from_checkpoint"]
-    resume.nargs, resume.const = "?", "true"
-    resume.help = "A checkpoint, or nothing for the last complete one in output_dir."
+    resume = parser._option_string_actions.get("--resume_from_checkpoint")
+    if resume is not None:
+        resume.nargs, resume.const = "?", "true"
+        resume.help = "A checkpoint, or nothing for the last complete one in output_dir."
+    if trainer:
+        parser._option_string_actions[
+            "--output_dir"
+        ].help = "Folder of checkpoints, metrics and the model. Default: trainer_output."
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for action in parser._actions:
         hint = hints.get(action.dest)
@@ -154,6 +165,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         shown.option_strings = spelled or action.option_strings
         return super()._format_action_invocation(shown)
 
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        if not _has_long_choices(action):
+            return super()._metavar_formatter(action, default_metavar)
+        return lambda size: (action.dest.upper(),) * size
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action, argparse._StoreFalseAction):
             return f"Turn --{action.dest} off."
@@ -163,10 +179,18 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         try:
-            return super()._expand_help(action)
+            text = super()._expand_help(action)
         except (ValueError, TypeError):
             # Some releases of transformers have a bare % in a help text.
-            return action.help or ""
+            text = action.help or ""
+        if _has_long_choices(action):
+            text = f"{text.rstrip()} One of: {', '.join(map(str, action.choices or ()))}."
+        return text
+
+
+def _has_long_choices(action: argparse.Action) -> bool:
+    """Whether its choices would make a line that no terminal has room for."""
+    return len(",".join(map(str, action.choices or ()))) > _LONGEST_CHOICES
 
 
 def _or_none(convert: Any) -> Callable[[str], Any]:

@@ -38,12 +38,19 @@ def hold_folder(folder: str) -> None:
         _held.append(lock_folder(folder))
 
 
+class _Prefixed(logging.Formatter):
+    """Says on every line, not the first alone, who speaks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"[fastdaa] {line}" for line in super().format(record).splitlines())
+
+
 @contextmanager
 def log_lines(*, main_process: bool = True) -> Iterator[None]:
     """Shows the library's own log lines on stderr, on other processes only warnings."""
     logger = logging.getLogger("fastdaa")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[fastdaa] %(message)s"))
+    handler.setFormatter(_Prefixed())
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if main_process else logging.WARNING)

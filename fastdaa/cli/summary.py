@@ -52,6 +52,8 @@ def print_summary(
     from rich.console import Console
     from rich.table import Table
 
+    from fastdaa.train.shown import shown_text
+
     train, evaluation = last_values(rows), last_values(rows, "eval_")
     table = Table()
     table.add_column("")
@@ -61,7 +63,7 @@ def print_summary(
     for key, title in shown:
         values = [train.get(key)] + ([evaluation.get(key)] if evaluation else [])
         if any(value is not None for value in values):
-            table.add_row(title, *("" if v is None else f"{v:,.4g}" for v in values))
+            table.add_row(title, *("" if v is None else shown_text(key, v) for v in values))
     console = Console(markup=False)
     if heading:
         console.print(heading, highlight=False, soft_wrap=True)

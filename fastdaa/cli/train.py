@@ -62,7 +62,7 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     tracking.attach(trainer)
     code = train_and_save("train", trainer, checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
-        trainer.create_model_card()
+        trainer.create_model_card(dataset=arguments.dataset)
         print_run(trainer, ALIGNMENT, heading=str(config.objective()))
         tracking.print_summary()
     return code

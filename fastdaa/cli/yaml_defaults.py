@@ -27,6 +27,8 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
         raise ValueError(f"{path}: expected 'option: value' lines, got {got}")
@@ -73,9 +75,7 @@ class _YamlLoader(yaml.SafeLoader):
         for place, (key, _) in enumerate(node.value):
             if key.value in keys[:place]:
                 line = key.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(
-                    problem=f"expected a key once, got {key.value!r} again in line {line}"
-                )
+                raise ValueError(f"expected a key once, got {key.value!r} again in line {line}")
         return super().construct_mapping(node, deep)
 
 

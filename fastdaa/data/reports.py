@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+MUCH = 0.1
+"""A share of pairs left out from which on a report is a warning."""
+_PLURAL = re.compile(r"(pair|prompt|completion|sequence|example|row)s\b")
 
 
 @dataclass
@@ -30,7 +36,8 @@ class SkipReport:
         self.first.setdefault(reason, example)
 
     def __str__(self) -> str:
-        line = f"{self.kept:,} {self.unit}s kept, {self.total_skipped:,} rows left out"
+        line = f"{_count(self.kept, f'{self.unit}s')} kept, "
+        line += f"{_count(self.total_skipped, 'rows')} left out"
         return line + _reasons(self.skipped, self.first)
 
 
@@ -68,16 +75,27 @@ class TokenizeReport:
         if example is not None:
             self.first.setdefault(reason, example)
 
+    def log(self, logger: logging.Logger, name: str) -> None:
+        """Log the report of the dataset ``name``; that much was left out is a line of its own."""
+        logger.info("%s: %s", name, self)
+        dropped = sum(self.dropped.values())
+        if self.pairs and dropped >= MUCH * self.pairs:
+            logger.warning(
+                "%s: warning: %.0f%% of the %ss are left out (%s)",
+                name, 100 * dropped / self.pairs, self.unit,
+                "; ".join(_count(count, reason) for reason, count in self.dropped.most_common()),
+            )  # fmt: skip
+
     def __str__(self) -> str:
         dropped = sum(self.dropped.values())
-        line = f"{self.kept:,} of {self.pairs:,} {self.unit}s kept, {dropped:,} left out"
+        line = f"{self.kept:,} of {_count(self.pairs, f'{self.unit}s')} kept, {dropped:,} left out"
         line += _reasons(self.dropped, self.first)
         for count, what in (
             (self.truncated, "sequences truncated"),
             (self.identical, f"{self.unit}s identical after truncation"),
             (self.shortened_prompts, "prompts end where their completions' tokens diverge"),
         ):
-            line += f"; {count:,} {what}" if count else ""
+            line += f"; {_count(count, what)}" if count else ""
         spread = [
             f"{name} tokens " + ", ".join(f"{key} {value:,}" for key, value in values.items())
             for name, values in (
@@ -124,18 +142,24 @@ class MixtureReport:
                 )
 
     def __str__(self) -> str:
-        line = f"{sum(source.train for source in self.sources):,} {self.unit}s "
+        line = f"{_count(sum(source.train for source in self.sources), f'{self.unit}s')} "
         line += f"of {len(self.sources)} sources"
         held_out = sum(source.held_out for source in self.sources)
         line += f", {held_out:,} held out" if held_out else ""
         for source in self.sources:
-            line += f"\n{source.name}: {source.train:,} from {source.rows:,} {self.unit}s"
+            line += f"\n{source.name}: {source.train:,} from {_count(source.rows, f'{self.unit}s')}"
             line += f", weight {source.weight:g}" if source.weight != 1 else ""
             line += f", {source.held_out:,} held out" if held_out else ""
             if source.skips.skipped:
-                line += f"; {source.skips.total_skipped:,} rows left out"
+                line += f"; {_count(source.skips.total_skipped, 'rows')} left out"
                 line += _reasons(source.skips.skipped, source.skips.first)
         return line
+
+
+def _count(number: int, things: str) -> str:
+    """``1 prompt of ..``, ``2 prompts of ..``: the words begin with a plural, or with none."""
+    words = _PLURAL.sub(r"\1", things, count=1) if number == 1 and _PLURAL.match(things) else things
+    return f"{number:,} {words}"
 
 
 def percentiles(lengths: Iterable[int]) -> dict[str, int]:
@@ -151,7 +175,7 @@ def _reasons(counts: Counter[str], first: dict[str, str]) -> str:
     if not counts:
         return ""
     parts = [
-        f"{count:,} {reason}" + (f" (first: {first[reason]})" if reason in first else "")
+        _count(count, reason) + (f" (first: {first[reason]})" if reason in first else "")
         for reason, count in counts.most_common()
     ]
     return ": " + ", ".join(parts)

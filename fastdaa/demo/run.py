@@ -93,7 +93,8 @@ def _words(runs: Sequence[Run], fast: bool) -> str:
         betas=len({run.beta for run in runs}),
         responses=runs[0].language.responses,
     )
-    return f"{words}\n{_FAST_WORDS}" if fast else words
+    time = f"{len(runs)} runs, a few seconds each on a free core."
+    return f"{words}\n{_FAST_WORDS if fast else time}"
 
 
 def _show(output: Path, fast: bool, console: Console) -> None:

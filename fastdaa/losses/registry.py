@@ -199,7 +199,19 @@ _TABLE = (
     ),
 )
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
+
+class _Losses(dict[str, Loss]):
+    """A dictionary whose ``KeyError`` names the nearest loss."""
+
+    def __missing__(self, name: str) -> Loss:
+        if name in ALIASES:
+            raise KeyError(
+                f"{name!r} is an alias: get_loss({name!r}), or LOSSES[{ALIASES[name][0]!r}]"
+            )
+        raise KeyError(f"{name!r} is no loss{_near(name)}")
+
+
+LOSSES: dict[str, Loss] = _Losses({loss.name: loss for loss in _TABLE})
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("dpo", {}),
@@ -234,9 +246,12 @@ def get_loss(name: str) -> Loss:
         target, defaults = ALIASES[name]
         loss = LOSSES[target]
         return replace(loss, name=name, fn=partial(loss.fn, **defaults)) if defaults else loss
-    near = difflib.get_close_matches(str(name), [*LOSSES, *ALIASES], n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
-        f"expected a loss name, got {name!r}{hint}. Losses: {', '.join(LOSSES)}. "
+        f"expected a loss name, got {name!r}{_near(name)}. Losses: {', '.join(LOSSES)}. "
         f"Aliases: {', '.join(ALIASES)}."
     )
+
+
+def _near(name: object) -> str:
+    near = difflib.get_close_matches(str(name), [*LOSSES, *ALIASES], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""The whole study in one call: experiments E1 to E7 and E9, one step after another, and the page.
+"""The whole study in one call: all experiments, one step after another, and the page.
 
 What is done already is skipped, so an interrupted study goes on where it stopped. ``study.json``
 says what was run, with what, and how long it took::

@@ -19,6 +19,28 @@ def is_adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def adapter_words(model: nn.Module) -> str | None:
+    """What the adapter of a model is, with rank and layers of LoRA; None without one."""
+    if not is_adapted(model):
+        return None
+    inner = peft_model(model)
+    config = inner.peft_config[inner.active_adapter]
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).replace("LORA", "LoRA")
+    if getattr(config, "r", None) is None:
+        return kind
+    words = f"{kind}, rank {config.r}"
+    for name, value in (
+        ("alpha", getattr(config, "lora_alpha", None)),
+        ("dropout", getattr(config, "lora_dropout", None)),
+    ):
+        words += f", {name} {value:g}" if value is not None else ""
+    layers = config.target_modules
+    if isinstance(layers, str):
+        return f"{words}, on {layers}"
+    named = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers or ()}))
+    return f"{words}, on {named}" if named else words
+
+
 def check_adapters(model: nn.Module) -> None:
     """Raise ``ValueError`` for adapters whose start cannot be scored, or that shift positions."""
     if not hasattr(model, "disable_adapter"):

@@ -26,6 +26,7 @@ from fastdaa.train.full_disk import full_disk_named
 from fastdaa.train.packed_config import PackedConfig
 from fastdaa.train.prepare import config_values, dropout_values
 from fastdaa.train.quantization import check_adapted, quantization_of
+from fastdaa.train.rounding import warn_of_rounding
 from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
 from fastdaa.train.steps_left import check_steps, steps_of
 
@@ -110,6 +111,8 @@ class PairTrainer(Trainer):
         """
         self._check_batches()
         checkpoint = self._begin_run(resume_from_checkpoint)
+        if self.args.should_log:
+            warn_of_rounding(self)
         self._new_tokens, self._first_step = 0, None
         off = dict.fromkeys(self._dropout, 0.0)
         try:

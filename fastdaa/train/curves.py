@@ -1,4 +1,4 @@
-"""``curves.png``: how a run went, in six panels."""
+"""``curves.png``: how a run went, in eight panels."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ class _Panel(NamedTuple):
     """Key of the metric and its name in the legend."""
     level: float | None = None
     """A value that means something, drawn thinly."""
+    span: tuple[float, float] | None = None
+    """Ends of the axis, where all values lie between."""
 
 
 _PANELS = (
     _Panel("Loss", "loss", (("loss", ""),)),
     _Panel("Reward margin", "chosen - rejected (nats)", (("rewards/margins", ""),), 0.0),
-    _Panel("Accuracy", "share of pairs", (("rewards/accuracies", ""),), 0.5),
+    _Panel("Accuracy", "share of pairs", (("rewards/accuracies", ""),), 0.5, (0.0, 1.0)),
     _Panel(
-        "Rewards: beta x log-ratio to the reference",
-        "nats",
+        "Rewards",
+        "beta x log-ratio (nats)",
         (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
         0.0,
     ),
-    _Panel(
-        "KL to the reference, per completion",
-        "nats",
-        (("kl/sequence", "exact"), ("kl/k1", "k1 on the data")),
-        0.0,
-    ),
+    _Panel("Exact KL to the reference", "nats / completion", (("kl/sequence", ""),), 0.0),
+    # No KL: the data are not samples of the policy, and it may be negative.
+    _Panel("Log-ratio of the data (k1)", "nats / completion", (("kl/k1", ""),), 0.0),
+    _Panel("Gradient norm", "before clipping", (("grad_norm", ""),)),
     _Panel("Throughput", "tokens / s", (("throughput/tokens_per_second", ""),)),
 )
+_ROWS = 2
 _COLOURS = ("#1f5fa8", "#c8452d")
-_INCHES, _DPI = (13.0, 7.0), 120
+_INCHES, _DPI = (16.0, 7.2), 110
 
 
 class Curves(TrainerCallback):
@@ -80,21 +81,25 @@ def draw_curves(rows: Rows, path: str | Path) -> bool:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # Without pyplot no global state changes, and no display is needed.
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
+    figure = Figure(figsize=_INCHES, layout=layout)
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    grid = figure.subplots(_ROWS, len(_PANELS) // _ROWS)
+    for axes, panel in zip(grid.flat, _PANELS, strict=True):
         _draw_panel(axes, panel, rows)
     figure.savefig(path, dpi=_DPI)
     return True
 
 
 def _draw_panel(axes: Any, panel: _Panel, rows: Rows) -> None:
-    axes.set_title(panel.title, fontsize=11)
+    axes.set_title(panel.title, fontsize=11, fontweight="bold", loc="left", pad=8)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.unit)
     axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
     drawn = []
     for (key, name), colour in zip(panel.lines, _COLOURS, strict=False):
         for prefix, what in (("", "train"), ("eval_", "eval")):
@@ -120,6 +125,25 @@ def _draw_panel(axes: Any, panel: _Panel, rows: Rows) -> None:
         axes.axhline(panel.level, color="0.6", linewidth=0.8, zorder=0)
     if len(drawn) > 1:
         axes.legend(fontsize=8, frameon=False)
+    _set_axes(axes, panel)
+
+
+def _set_axes(axes: Any, panel: _Panel) -> None:
+    """Whole steps, numbers that need no exponent beside the axis, and fixed ends."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+
+    low, high = axes.dataLim.intervalx
+    if high - low < 1:  # of a single row
+        axes.set_xlim(low - 1, high + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    numbers = ScalarFormatter(useOffset=False)
+    numbers.set_powerlimits((-7, 7))
+    large = max(map(abs, axes.get_ylim())) >= 1000
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}") if large else numbers)
+    if panel.span is not None:
+        low, high = panel.span
+        margin = 0.03 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
 
 
 def _series(rows: Rows, key: str) -> list[tuple[float, float]]:

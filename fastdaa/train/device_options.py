@@ -12,6 +12,7 @@ from fastdaa.planner import check_engine
 from fastdaa.train.segment_backends import missing_for
 
 if TYPE_CHECKING:
+    from fastdaa.train.options import PackOptions
     from fastdaa.train.packed_config import PackedConfig
 
 
@@ -23,7 +24,8 @@ def check_needs(args: PackedConfig) -> None:
         FileNotFoundError: there is no such DeepSpeed configuration.
         ImportError: DeepSpeed is not installed.
     """
-    if args.bf16 and not args.use_cpu and not torch.accelerator.is_available():
+    accelerated = torch.accelerator.is_available() or torch.cuda.is_available()
+    if args.bf16 and not args.use_cpu and not accelerated:
         raise ValueError(
             "bf16: expected a GPU, or --use_cpu beside it to train on the CPU, got neither"
         )
@@ -31,13 +33,12 @@ def check_needs(args: PackedConfig) -> None:
     _check_strategies(args)
 
 
-def check_ways(args: PackedConfig) -> None:
-    """Compare ``attention`` and ``head_engine`` with the device of this process.
+def check_ways(args: PackOptions, device: torch.device) -> None:
+    """Compare ``attention`` and ``head_engine`` with the device that computes.
 
     Raises:
         ValueError, ImportError: they cannot work there.
     """
-    device = args.device
     if args.attention != "auto":
         missing = missing_for(args.attention, device.type)
         if missing is not None:

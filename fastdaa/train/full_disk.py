@@ -60,6 +60,7 @@ def _message(error: BaseException, output_dir: Path, what: str) -> str:
         "room, or keep fewer checkpoints (--save_total_limit, --save_only_model)"
     )
 
+
 def _free(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"

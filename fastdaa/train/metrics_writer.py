@@ -23,9 +23,15 @@ class MetricsWriter(TrainerCallback):
     infinities become null. A run that logs every so many steps logs its last step as well; the last
     row of a finished run holds ``train_runtime``. A resumed run first removes the rows behind its
     checkpoint and the summaries of earlier parts; a fresh run keeps an old file as
-    ``metrics.1.jsonl``, ``metrics.2.jsonl`` and so on, and its picture as ``curves.1.png``. Only
-    the main process writes.
+    ``metrics.1.jsonl``, ``metrics.2.jsonl`` and so on, and its picture as ``curves.1.png``. An
+    evaluation before the first training of a process belongs to that run. Only the main process
+    writes.
     """
+
+    def __init__(self) -> None:
+        self._began = False
+        self._before: list[str] = []
+        """Lines of this process from before its first training."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,7 +45,8 @@ class MetricsWriter(TrainerCallback):
         if state.global_step > 0:
             truncate_metrics(path, state.global_step)
         else:
-            _put_aside(path.parent)
+            _put_aside(path, "".join(self._before))
+        self._began, self._before = True, []
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,8 +70,11 @@ class MetricsWriter(TrainerCallback):
         values = {key: _plain(value) for key, value in row.items()}
         path = metrics_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(values, allow_nan=False) + "\n"
+        if not self._began:
+            self._before.append(line)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+            file.write(line)
 
 
 def metrics_path(args: TrainingArguments) -> Path:
@@ -84,9 +94,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     kept = [
         line for line, row in _lines(path) if row.get("step", 0) <= step and _SUMMARY_KEY not in row
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    _replace(path, "".join(kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,16 +110,34 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line + "\n", row
 
 
-def _put_aside(folder: Path) -> None:
-    """Give what an earlier run has drawn and logged a number that is still free for both."""
-    names = (METRICS_FILE, CURVES_FILE)
+def _put_aside(path: Path, ours: str) -> None:
+    """Give what an earlier run has drawn and logged a number that is still free for both.
+
+    Args:
+        path: of the rows.
+        ours: the last lines, which belong to the new run and stay.
+    """
+    if ours and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text == ours:
+            return
+        _replace(path, text.removesuffix(ours))
+    folder, names = path.parent, (METRICS_FILE, CURVES_FILE)
     found = [folder / name for name in names if (folder / name).is_file()]
     number = 1
     while any((folder / _numbered(name, number)).exists() for name in names):
         number += 1
-    for path in found:
-        if path.stat().st_size:
-            path.rename(folder / _numbered(path.name, number))
+    for old in found:
+        if old.stat().st_size:
+            old.rename(folder / _numbered(old.name, number))
+    if ours:
+        _replace(path, ours)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _numbered(name: str, number: int) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 from fastdaa import __version__
 from fastdaa.losses.objective import Objective
 from fastdaa.train.best_model import BestModel
+from fastdaa.train.shown import shown_text
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 _SHOWN = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
@@ -32,6 +33,9 @@ _SETTINGS = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "optim",
+    "lr_scheduler_type",
+    "weight_decay",
     "max_length",
     "truncation_mode",
     "seed",
@@ -54,7 +58,10 @@ def model_card(
     name: str,
     rows: Sequence[Mapping[str, Any]] = (),
     base_model: str | None = None,
-    dataset: str | None = None,
+    dataset: str | Sequence[str] | None = None,
+    reference: str | None = None,
+    dtype: str | None = None,
+    adapter: str | None = None,
     layout: str | None = None,
     settings: Mapping[str, Any] | None = None,
     peft: bool = False,
@@ -67,28 +74,36 @@ def model_card(
         name: title of the model.
         rows: logged rows; the last value of each metric is shown.
         base_model: hub id or path that training started from.
-        dataset: hub id or path of the pairs.
+        dataset: hub id or path of the pairs, or several of a mixture.
+        reference: hub id or path of the reference model; empty where that is the starting point,
+            None without one.
+        dtype: of the weights.
+        adapter: what kind of adapter the model is, such as ``LoRA of rank 8``.
         layout: the batch layout that was used.
         settings: fields of the configuration, by name; the usual ones are shown.
         peft: the model is an adapter.
         best: the checkpoint that it is, where that was chosen; ``rows`` end there.
     """
+    datasets = [dataset] if isinstance(dataset, str) else list(dataset or ())
+    facts = {"weights": dtype, "adapter": adapter}
+    if reference is not None:
+        facts["reference"] = _link(reference) if reference else "the model that training began with"
     losses = list(dict.fromkeys(term.loss.name for term in objective.terms))
     sections = [
-        _front_matter(name, losses, base_model, dataset, peft),
+        _front_matter(name, losses, base_model, datasets, peft),
         f"# {name}\n",
-        _opening(base_model, dataset),
+        _opening(base_model, datasets),
         f"## Objective\n\n`{objective}`\n\n{_papers(objective)}",
         _results(rows, best),
-        _training(layout, settings or {}),
-        _versions(),
+        _training({**facts, "layout": layout}, settings or {}),
+        _versions((*_PACKAGES, "peft") if peft else _PACKAGES),
         _citation(),
     ]
     return "\n".join(section for section in sections if section)
 
 
 def _front_matter(
-    name: str, losses: list[str], base_model: str | None, dataset: str | None, peft: bool
+    name: str, losses: list[str], base_model: str | None, datasets: Sequence[str], peft: bool
 ) -> str:
     from huggingface_hub import ModelCardData
 
@@ -96,7 +111,7 @@ def _front_matter(
     data = ModelCardData(
         model_name=name,
         base_model=base_model if _is_hub_id(base_model) else None,
-        datasets=[dataset] if dataset and _is_hub_id(dataset) else None,
+        datasets=[dataset for dataset in datasets if _is_hub_id(dataset)] or None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         tags=["fastdaa", "preference-optimization", *losses],
@@ -104,9 +119,10 @@ def _front_matter(
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _opening(base_model: str | None, dataset: str | None) -> str:
+def _opening(base_model: str | None, datasets: Sequence[str]) -> str:
     base = f" from {_link(base_model)}" if base_model else ""
-    pairs = f" on the preference pairs of {_link(dataset, 'datasets/')}" if dataset else ""
+    sources = ", ".join(_link(dataset, "datasets/") for dataset in datasets)
+    pairs = f" on the preference pairs of {sources}" if sources else ""
     return f"Trained with fastdaa {__version__}{base}{pairs}.\n"
 
 
@@ -122,30 +138,35 @@ def _results(rows: Sequence[Mapping[str, Any]], best: BestModel | None) -> str:
     last: dict[str, float] = {}
     for row in rows:
         last |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    sides = {
+        side: prefix
+        for side, prefix in (("training", ""), ("evaluation", "eval_"))
+        if any(prefix + key in last for key, _ in _SHOWN)
+    }
+    if not sides:
+        return ""
     lines = []
     for key, title in _SHOWN:
-        values = [last.get(key), last.get(f"eval_{key}")]
+        values = [last.get(prefix + key) for prefix in sides.values()]
         if any(value is not None for value in values):
-            cells = ["" if value is None else f"{value:.4g}" for value in values]
-            lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
-    if not lines:
-        return ""
+            cells = ("" if value is None else shown_text(key, value) for value in values)
+            lines.append(f"| {' | '.join([title, *cells])} |")
     chosen, what = "", "last value of"
     if best is not None:
         chosen, what = f"The model is the checkpoint of {best}.\n\n", f"at step {best.step}"
-    head = f"| {what} | training | evaluation |\n|---|---|---|\n"
+    head = f"| {' | '.join([what, *sides])} |\n|{'---|' * (1 + len(sides))}\n"
     return f"## Results\n\n{chosen}{head}" + "\n".join(lines) + "\n"
 
 
-def _training(layout: str | None, settings: Mapping[str, Any]) -> str:
-    lines = [f"- layout: {layout}"] if layout else []
+def _training(facts: Mapping[str, str | None], settings: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value]
     lines += [f"- {name}: {settings[name]}" for name in _SETTINGS if name in settings]
     return "## Training\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _versions() -> str:
+def _versions(packages: Sequence[str]) -> str:
     lines = [f"- fastdaa {__version__}", f"- Python {platform.python_version()}"]
-    for package in _PACKAGES:
+    for package in packages:
         try:
             lines.append(f"- {package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

@@ -24,7 +24,7 @@ from fastdaa.train.finite import check_row
 from fastdaa.train.metrics import MetricStore
 from fastdaa.train.positions import check_length, longest, positions_of
 from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
-from fastdaa.train.sharding import check_parallelism
+from fastdaa.train.sharding import check_parallelism, settle_ddp
 
 logger = logging.getLogger(__name__)
 _PREDICTIONS = "since no logits are made that it could be given"
@@ -62,6 +62,8 @@ class PackLoop(PairTrainer):
             if options.get(name) is not None:
                 raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
         self._stores = {"train": MetricStore(), "eval": self.store_type()}
+        if "args" in options:
+            settle_ddp(options["args"], model)
         own = default_callbacks(curves=self.draws_curves)
         super().__init__(model=model, callbacks=[*own, *(callbacks or [])], **options)
         check_parallelism(self)

@@ -109,7 +109,7 @@ class PackedConfig(PackOptions, TrainingArguments):
             # Or the host would wait at every batch until the device has done all before it.
             self.accelerator_config.non_blocking = True  # type: ignore[union-attr]
         check_after(self)
-        check_ways(self)
+        check_ways(self, self.device)
 
     def identity(self) -> dict[str, Any]:
         """Settings without which a run would be another one, as JSON can hold them.

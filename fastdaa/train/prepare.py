@@ -226,7 +226,7 @@ def tokenize_dataset(
         num_proc=args.dataset_num_proc, on_bad_row=args.on_bad_row,
     )  # fmt: skip
     if args.should_log:
-        logger.info("%s: %s", name, report)
+        report.log(logger, name)
     return tokenized
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+
+from fastdaa.train.shown import shown_value
 
 # Key, name in a line, format.
 _LINE = (
@@ -32,6 +35,8 @@ _POSTFIX = (
     ("rewards/accuracies", "accuracy", ".3f"),
     ("throughput/tokens_per_second", "tokens/s", ",.0f"),
 )
+_BAR_COLUMNS = 76
+"""Columns that name, counts and times of a bar take, and the bar itself to be one."""
 
 
 class Progress(TrainerCallback):
@@ -50,8 +55,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            if self._bar is not None:
-                self._bar.close()  # of a training that has failed
+            self._close_bar()  # of a training that has failed
             self._bar = _bar(args, state.max_steps, "training")
             self._bar.update(state.global_step)
             self._postfix = {}
@@ -104,19 +108,26 @@ class Progress(TrainerCallback):
             return
         self._close_evaluation()
         line = format_row(logs, state.global_step, state.max_steps)
+        if self._bar is not None and "train_runtime" in logs:
+            # Finished: below the bar, which would be drawn once more behind the line.
+            self._close_bar()
+        elif self._bar is not None:
+            self._postfix |= dict(_cells(logs, _POSTFIX))
+            columns = shutil.get_terminal_size().columns
+            self._bar.set_postfix(fitting(self._postfix, columns), refresh=False)
         if line:
             # Clears the bar, prints above it, draws it again.
             tqdm.write(line, file=sys.stdout)
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
-            self._postfix |= dict(_cells(logs, _POSTFIX))
-            self._bar.set_postfix(self._postfix, refresh=False)
+            self._bar.close()
+            self._bar = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._close_bar()
 
     def _close_evaluation(self) -> None:
         if self._evaluation_bar is not None:
@@ -138,6 +149,18 @@ def format_row(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
     return f"{place}  {cells}" if cells else ""
 
 
+def fitting(cells: Mapping[str, str], columns: int) -> dict[str, str]:
+    """The first of ``cells`` that fit behind a bar on a terminal of so many columns."""
+    kept: dict[str, str] = {}
+    left = columns - _BAR_COLUMNS
+    for name, value in cells.items():
+        left -= len(f", {name}={value}")
+        if left < 0:
+            break
+        kept[name] = value
+    return kept
+
+
 def use_progress(trainer: Any) -> None:
     """Puts :class:`Progress` in the place of transformers' bar and printer.
 
@@ -152,7 +175,7 @@ def _cells(
     logs: Mapping[str, Any], columns: tuple[tuple[str, str, str], ...]
 ) -> list[tuple[str, str]]:
     return [
-        (name, format(logs[key], spec))
+        (name, format(shown_value(key, logs[key]), spec))
         for key, name, spec in columns
         if isinstance(logs.get(key), int | float)
     ]

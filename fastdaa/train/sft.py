@@ -107,7 +107,7 @@ class SftTrainer(StageTrainer):
             on_bad_row=args.on_bad_row,
         )  # fmt: skip
         if args.should_log:
-            logger.info("%s: %s", name, report)
+            report.log(logger, name)
         return tokenized
 
     def own_metric_names(self) -> list[str]:

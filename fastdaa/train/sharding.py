@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastdaa.head import LmHead
+from fastdaa.train.backbone import causal_lm
 from fastdaa.train.quantization import is_quantized, quantization_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,25 @@ def check_parallelism(trainer: PairTrainer) -> None:
             f"FSDP: expected a model whose weights can be cut, got a quantised one "
             f"({quantization_of(trainer.model)}); train with DDP, which needs it whole on every GPU"
         )
+
+
+def settle_ddp(args: PackedConfig, model: nn.Module) -> None:
+    """Have DDP not look for unused parameters where a model uses all, unless the user wants it.
+
+    It would walk the whole graph in every step to find none, and warn about it. Experts may get no
+    token, dropped layers run not at all, and the vision tower of a multimodal model has nothing to
+    do here: those keep the Trainer's default.
+    """
+    if args.ddp_find_unused_parameters is None and _uses_all(causal_lm(model), args):
+        args.ddp_find_unused_parameters = False
+
+
+def _uses_all(core: PreTrainedModel, args: PackedConfig) -> bool:
+    config = core.config
+    if config.get_text_config() is not config:
+        return False
+    dropped = getattr(config, "layerdrop", 0) and not args.disable_dropout
+    return not dropped and not any("expert" in name for name in config.to_dict())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
-_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 def steps_of(args: PackedConfig, rows: int) -> int:
@@ -39,14 +39,14 @@ def check_steps(checkpoint: str, args: PackedConfig, steps: int) -> None:
     if done > steps:
         asked = "max_steps" if args.max_steps > 0 else "num_train_epochs"
         raise ValueError(
-            f"{asked}: expected at least the {done} steps of {checkpoint}, got {steps}; give more, "
-            "or that checkpoint as the model"
+            f"{asked}: expected at least the {done} steps of {checkpoint}, got {steps}; give more "
+            "steps, or start a new run with that checkpoint as its model"
         )
     if done == steps:
         logger.info("nothing left to train: %s is of the last step, %d", checkpoint, steps)
         return
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if before != steps and schedule not in _WITHOUT_END:
+    if before != steps and schedule not in _ENDLESS:
         logger.warning(
             "the schedule %s ended at step %d and ends at step %d now: the learning rate jumps",
             schedule, before, steps,

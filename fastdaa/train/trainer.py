@@ -6,7 +6,7 @@ trackers) is the Trainer's and accelerate's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
-from fastdaa.train.adapters import is_adapted
+from fastdaa.train.adapters import adapter_words, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.best_metric import (
     KL_METRICS,
@@ -116,12 +116,22 @@ class PreferenceTrainer(PackLoop):
         self.data_collator = PairCollator(self.layout, pad, args.tokens_per_pack)
         self._prepare_data(given)
 
+    def __repr__(self) -> str:
+        sizes = (
+            [f"{len(self.train_dataset)} pairs"] if isinstance(self.train_dataset, Sized) else []
+        )
+        return (
+            f"{type(self).__name__}({type(causal_lm(self.model)).__name__}, {self.objective}, "
+            f"{', '.join([*sizes, f'{self.layout} layout', f'step {self.state.global_step}'])})"
+        )
+
     def _prepare_models(self, ref_model: str | nn.Module | None) -> nn.Module | None:
         """Check the models and set up the policy; the reference model, if one was given."""
         self.check_policy()
         check_head(self.model)
         starting_point = ref_model is None or ref_model is self.model
         self._has_ref = self.objective.needs_ref or not starting_point
+        self._reference_name = "" if self._has_ref else None
         if starting_point:
             if self.objective.needs_ref and not is_adapted(self.model):
                 self.frozen_facts["reference"] = weights_fact(self.model)
@@ -129,6 +139,7 @@ class PreferenceTrainer(PackLoop):
             return None
         assert ref_model is not None
         given = load_model(ref_model, "ref_model")
+        self._reference_name = causal_lm(given).name_or_path or type(given).__name__
         self.frozen_facts["reference"] = weights_fact(given)
         check_reference(given, self.model, same_vocabulary=self.args.log_exact_kl)
         place_early(given.eval().requires_grad_(False), self)
@@ -251,6 +262,9 @@ class PreferenceTrainer(PackLoop):
             best=best_model(self),
             base_model=getattr(causal_lm(self.model).config, "_name_or_path", "") or None,
             dataset=kwargs.get("dataset"),
+            reference=self._reference_name,
+            dtype=str(causal_lm(self.model).dtype).removeprefix("torch."),
+            adapter=adapter_words(self.model),
             layout=self.layout,
             settings=self.args.to_dict(),
             peft=is_adapted(self.model),

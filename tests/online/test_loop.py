@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdaa.online.checkpoint import save_checkpoint, tidy
 from fastdaa.online.config import OnlineConfig
+from fastdaa.online.held_out import HeldOut
 from fastdaa.online.loop import OnlineTrainer
 from fastdaa.online.seeds import prompts_of
 from fastdaa.online.types import Completions
@@ -338,6 +340,18 @@ def test_prompts_come_in_whole_passes() -> None:
     for start in range(0, 20, 5):
         assert sorted(ids[start : start + 5]) == [3, 4, 5, 6, 7]
     assert ids[:5] != ids[5:10]
+
+
+def test_prompts_that_leave_no_positions() -> None:
+    sizes = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 29}
+    policy = GPT2LMHeadModel(GPT2Config(**sizes))
+    _trainer(policy, _config(None, max_new_tokens=15))
+    said = "max_prompt_length, max_new_tokens: expected at most 16 together: .* has 17 tokens"
+    with pytest.raises(ValueError, match=said):
+        _trainer(policy, _config(None, max_new_tokens=16))
+    held_out = HeldOut([torch.tensor([3, 4])])
+    with pytest.raises(ValueError, match=said):
+        _trainer(policy, _config(None, max_new_tokens=15), evaluate=held_out)
 
 
 def test_no_prompts(tiny_policy: Any) -> None:

@@ -23,6 +23,7 @@ from fastdaa.cli.online_arguments import parse
 from fastdaa.cli.runs import continuation
 from fastdaa.data.tokenise_prompts import TokenizedPrompt
 from fastdaa.online.prompts import Ending, Prompts, chat_ending
+from fastdaa.train.folder_lock import LOCK_FILE
 
 WORDS = [f"w{i}" for i in range(12)]
 CHAT = (
@@ -121,14 +122,20 @@ def test_pipeline_in_one_command_and_again(files, tmp_path, capsys):
     measured = [row["iteration"] for row in rows if "eval/scores" in row]
     assert measured == [2, 4] and rows[-1]["eval/kl"] > 0
     assert rows[1]["eval/ref_scores"] == rows[3]["eval/ref_scores"]
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = _times(folder)
     capsys.readouterr()
     assert main(pipeline(files, folder)) == 0
     said = capsys.readouterr().err
     assert [f"stage {name} is done" in said for name in ("sft", "reward", "online")] == [True] * 3
-    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert before == _times(folder)
     assert main(pipeline(files, folder, kl_lambda=1.0)) == 2
     assert "this one was done with others" in capsys.readouterr().err
+
+
+def _times(folder):
+    """When the files of a run were written; whoever looks at a run takes its lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
@@ -159,9 +166,16 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
         ({"pipeline": True, "reward_options": '{"model": "other"}'}, "expected no 'model'"),
+        (
+            {"reward": "math:sqrt", "attention": "flash_attn"},
+            "got 'flash_attn', which needs a cuda device, not cpu",
+        ),
     ],
-    ids=["no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "set"],
-)
+    ids=[
+        "no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "set",
+        "attention",
+    ],
+)  # fmt: skip
 def test_errors_in_one_line(files, tmp_path, capsys, options, message):
     assert main(arguments(files, tmp_path / "out", **options)) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]

@@ -47,9 +47,7 @@ def test_card_table_and_record_are_about_the_best_step(trained, tmp_path, capsys
     caplog.set_level(logging.INFO, "fastdaa")
     trainer = trained(3.0, 1.25, 2.0)
     folder = tmp_path / "out"
-    saved, second = (
-        load_file(f / "model.safetensors") for f in (folder, folder / "checkpoint-2")
-    )
+    saved, second = (load_file(f / "model.safetensors") for f in (folder, folder / "checkpoint-2"))
     assert all((saved[name] == second[name]).all() for name in saved)
     rows = [row for row in trainer.state.log_history if row["step"] == 2]
     values = {key: value for row in rows for key, value in row.items()}

@@ -39,7 +39,7 @@ def test_attention_of_this_device(config, name):
 
 @pytest.mark.parametrize("kind", [PreferenceConfig, SftConfig])
 def test_triton_on_the_cpu(config, kind, monkeypatch):
-    with pytest.raises(ValueError, match="head_engine: .*expected tensors on a CUDA device"):
+    with pytest.raises(ValueError, match=r"head_engine: .*expected tensors on a CUDA device"):
         config(kind, head_engine="triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"head_engine: .*pip install 'fastdaa\[triton\]'"):

@@ -97,3 +97,16 @@ def test_weights_of_all_dtypes(dtype, value):
     assert not all_finite(model)
     model.bias.requires_grad = False  # not trained
     assert all_finite(model)
+
+
+def test_the_command_ends_with_one_line(monkeypatch, capsys):
+    from fastdaa.cli import main, train
+
+    def broken(argv):
+        raise FloatingPointError("step 2: expected finite numbers, got loss nan")
+
+    monkeypatch.setattr(train, "run", broken)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: step 2: expected finite numbers, got loss nan\n"
+    )

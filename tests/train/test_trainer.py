@@ -267,3 +267,10 @@ def test_packs_repeated_for_other_ranks_do_not_count_in_an_evaluation(
     monkeypatch.setattr(trainer, "_evened", lambda packs: [*packs, packs[0]])
     after = trainer.evaluate()
     assert [after[name] for name in names] == pytest.approx([before[name] for name in names])
+
+
+def test_a_trainer_shows_what_it_trains(make_trainer, pairs):
+    trainer = make_trainer(data=pairs(4), beta=0.25, layout="padded")
+    shown = repr(trainer)
+    assert shown.startswith("PreferenceTrainer(LlamaForCausalLM, dpo(beta=0.25, ")
+    assert shown.endswith(", 4 pairs, padded layout, step 0)")

@@ -1,7 +1,7 @@
-"""``fastdaa study full``: the whole study, E1 to E7 and E9, and its page.
+"""``fastdaa study full``: the whole study, all steps one after another, and its page.
 
-About half an hour on two cores. What is finished is kept; the same command goes on where it
-stopped.
+About a quarter of an hour on two free cores. What is finished is kept; the same command goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastdaa.cli.study_actions.sweep import (
     say_how_to_continue,
 )
 
-HELP = "the whole study and its page, resumable (at most half an hour on two cores)"
+HELP = "the whole study and its page, resumable (a quarter of an hour on two cores)"
 _INTERRUPTED = 130
 
 

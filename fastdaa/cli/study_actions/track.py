@@ -12,6 +12,14 @@ from typing import Any
 
 HELP = "measure quality and KL of finished checkpoints"
 _INTERRUPTED = 130
+_NUMBERS: tuple[tuple[str, int | float, str, str], ...] = (
+    ("judge_timeout", 600.0, "S", "seconds that the judge may take for a checkpoint"),
+    ("temperature", 1.0, "T", "of the samples"),
+    ("prompts", 64, "N", "different prompts, each answered once"),
+    ("max_new_tokens", 256, "N", "tokens of an answer; longer ones are cut"),
+    ("batch_size", 16, "N", "prompts answered at a time"),
+    ("seed", 0, "N", "chooses the prompts and starts the random numbers"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward", help="module:function, path/to/file.py:function, or a reward model"
     )
     how.add_argument("--judge", help="command that compares answers, as JSON lines")
-    for name, default, letter in (
-        *(("judge_timeout", 600.0, "S"), ("temperature", 1.0, "T"), ("prompts", 64, "N")),
-        *(("max_new_tokens", 256, "N"), ("batch_size", 16, "N"), ("seed", 0, "N")),
-    ):
-        kind, shown = type(default), "(%(default)s)"
-        how.add_argument(f"--{name}", type=kind, default=default, metavar=letter, help=shown)
+    for name, default, letter, words in _NUMBERS:
+        how.add_argument(
+            f"--{name}", type=type(default), default=default, metavar=letter,
+            help=f"{words} (%(default)s)",
+        )  # fmt: skip
     how.add_argument("--dtype", default="auto", help="of the weights (%(default)s: as stored)")
     how.add_argument("--device", help="default: an accelerator, where there is one")
     where = parser.add_argument_group("where it goes")

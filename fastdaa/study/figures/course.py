@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from fastdaa.study.curves import (
     Row,
@@ -179,7 +180,7 @@ def draw_time(results: Results, rows: Sequence[Row]) -> Callable[[Layout], Figur
                 ax.set_title(_title(name, group))
                 ax.set_xlabel("optimiser step")
                 ax.set_ylabel(label)
-                ax.xaxis.get_major_locator().set_params(integer=True)
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(figure, axes, columns=legend_columns(layout, 5))
         return figure
 

@@ -10,9 +10,10 @@ import numpy as np
 from fastdaa.study.curves import distinct, is_length_regularised, main_size, series_name, split
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Layout, Picture, label_axes, legend_below, look_of, panels
+from fastdaa.study.fit_words import contradiction
 from fastdaa.study.laws import LAWS
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number, preset_suffix
+from fastdaa.study.wording import count, join, number, preset_suffix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +35,8 @@ class Fit(NamedTuple):
     d_range: tuple[float, float]
     offset: float
     coefficients: Mapping[str, float]
+    contradicted: bool
+    """The best checkpoint is somewhere else than its peak."""
 
 
 def fits(results: Results) -> list[Fit]:
@@ -67,6 +70,7 @@ def _read(results: Results) -> Iterator[Fit]:
                 (entry["d_range"][0], entry["d_range"][1]),
                 float(entry["offset"]),
                 fit["coefficients"],
+                contradiction(fit, entry.get("observed_peak")) is not None,
             )
 
 
@@ -125,7 +129,15 @@ def sentence(found: Sequence[Fit]) -> str:
         if mine:
             told = join([f"{LAW_NAMES[law]} {number(value, 3)}" for value, law in mine])
             parts.append(f"{'with' if intercept else 'without'} intercept: {told}")
-    return f"Mean root-mean-square error, {'; '.join(parts)}."
+    text = f"Mean root-mean-square error, {'; '.join(parts)}."
+    log = [fit for fit in found if fit.law == "log" and not fit.intercept]
+    against = sum(fit.contradicted for fit in log)
+    if against:
+        text += (
+            f" The log law's peak contradicts the best checkpoint measured in {against} of "
+            f"{count(len(log), 'fit')}."
+        )
+    return text
 
 
 def _drawing(found: Sequence[Fit]) -> Callable[[Layout], Figure]:

@@ -51,7 +51,7 @@ def pictures(results: Results) -> list[Picture]:
             title = TITLE + preset_suffix(preset)
             if len(finals(rows)) < _FEW:
                 # As runs of their own, so that each is a last checkpoint.
-                single = [{**row, "run": place} for place, row in enumerate(rows)]
+                single: list[Row] = [{**row, "run": place} for place, row in enumerate(rows)]
                 groups = {"all checkpoints": single}
             found.append(Picture(name, title, sentence(groups, kinds), _drawing(groups, kinds)))
     return found

@@ -1,0 +1,21 @@
+"""How a logged number is shown to a person: in lines, tables and model cards."""
+
+from __future__ import annotations
+
+_NOT_NEGATIVE = ("kl/token", "kl/sequence")
+
+
+def shown_value(key: str, value: float) -> float:
+    """The value as it is shown: an exact KL below 0 is rounding, and is shown as 0.
+
+    In fp32 the divergence of a token comes out up to some 5e-7 nats off, and the mean of 400 of
+    them 1e-8, which is more than the divergence itself where policy and reference are nearly equal.
+    What is logged and averaged stays as it was computed.
+    """
+    return max(value, 0.0) if key.removeprefix("eval_") in _NOT_NEGATIVE else value
+
+
+def shown_text(key: str, value: float) -> str:
+    """Four significant digits, or a whole number with separators from 1,000 on."""
+    value = shown_value(key, value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"

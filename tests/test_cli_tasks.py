@@ -1,0 +1,47 @@
+"""Options that would be passed over in silence: other tasks, adapters without an adapter."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdaa.cli.arguments import parse
+from fastdaa.cli.online_arguments import parse as parse_online
+
+NEEDED = ["--model", "m", "--dataset", "d/d", "--use_cpu"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--do_train false", "do_train: expected true, since this command trains, got false"),
+        ("--do_train false --do_eval --test_size 8", "do_train: expected true"),
+        ("--do_predict", "do_predict: expected false"),
+        ("--do_eval", "do_eval: expected eval_dataset, eval_split or test_size beside it"),
+    ],
+)
+def test_other_tasks(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*NEEDED, *given.split()])
+
+
+def test_training_may_be_asked_for():
+    _, config = parse([*NEEDED, "--do_train", "--do_eval", "--test_size", "8"])
+    assert config.do_train and config.eval_strategy == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--lora_r 8", "lora_r: expected use_peft beside it, .*, got 8; add --use_peft"),
+        ("--lora_alpha 8", "lora_alpha: expected use_peft beside it"),
+        ("--lora_dropout 0.1", "lora_dropout: expected use_peft beside it"),
+        ("--lora_target_modules q_proj", r"lora_target_modules: .* got \['q_proj'\]"),
+    ],
+)
+@pytest.mark.parametrize("read", [parse, parse_online], ids=["train", "online"])
+def test_adapter_options_alone(given, message, read):
+    more = ["--reward", "r", "--use_cpu"] if read is parse_online else []
+    with pytest.raises(ValueError, match=message):
+        read([*NEEDED, *more, *given.split()])
+    arguments, _ = read([*NEEDED, *more, *given.split(), "--use_peft"])
+    assert arguments.use_peft
