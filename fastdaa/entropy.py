@@ -57,7 +57,8 @@ def token_entropy(
     Raises:
         TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` or
             ``engine`` that cannot serve this call.
-        RuntimeError: a call under ``torch.compile``.
+        RuntimeError: a call inside a graph of ``torch.compile(fullgraph=True)``; without
+            ``fullgraph`` the graph breaks here.
         ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
     """
     if torch.compiler.is_compiling():

@@ -135,8 +135,13 @@ def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> No
         )
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on a device it would wait for them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+    if not _readable(ids) or not ids.numel():
         return
     lowest, highest = (int(extreme) for extreme in ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
@@ -156,12 +161,27 @@ def check_lengths(name: str, lengths: Tensor, tokens: int) -> None:
     check_indices(name, lengths, tuple(getattr(lengths, "shape", ())))
     if lengths.ndim != 1:
         raise ValueError(f"{name}: expected shape [S], got {list(lengths.shape)}")
-    if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+    if not _readable(lengths):
         return
     if lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(f"{name}: expected 0 or more, got {int(lengths.min())}")
     if int(lengths.sum()) != tokens:
         raise ValueError(f"{name}: expected a sum of {tokens} tokens, got {int(lengths.sum())}")
+
+
+def check_counts(name: str, lengths: Tensor, counts: tuple[int, ...]) -> None:
+    """Raise unless int64 ``lengths [S]`` are the numbers ``counts``; read on CPU alone, too.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: another shape or other numbers.
+    """
+    check_indices(name, lengths, (len(counts),))
+    if _readable(lengths) and lengths.tolist() != list(counts):
+        raise ValueError(
+            f"{name}: expected the numbers of selection.counts, {shown(list(counts))}, got "
+            f"{shown(lengths.tolist())}"
+        )
 
 
 def check_head_inputs(

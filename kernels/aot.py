@@ -30,6 +30,8 @@ specifications per compute capability)."""
 # tiles by the tensor memory accelerator.
 _WGMMA = re.compile(r"\b(?:HGMMA|QGMMA|IGMMA|UTC\w*MMA)\b")
 _TMA = re.compile(r"\bUTMA(?:LDG|STG|REDG)\b")
+# In PTX: products that round fp32 factors to 10 bits (mma, wgmma and tcgen05 name them alike).
+_TF32 = re.compile(r"mma\S*tf32")
 _SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", re.MULTILINE)
 
@@ -73,6 +75,8 @@ class Numbers(NamedTuple):
     """Instructions that are matrix products of a warpgroup or on tensor memory."""
     tma: int
     """Instructions of the tensor memory accelerator."""
+    tf32: int = 0
+    """Products in PTX that round fp32 factors to TF32: no kernel here may have one."""
 
 
 def measure(entry: Entry, target: str) -> Numbers:
@@ -94,6 +98,7 @@ def measure(entry: Entry, target: str) -> Numbers:
         len(_INSTRUCTION.findall(sass)),
         len(_WGMMA.findall(sass)),
         len(_TMA.findall(sass)),
+        len(_TF32.findall(compiled.asm["ptx"])),
     )
 
 
@@ -110,6 +115,8 @@ def faults(entry: Entry, numbers: Numbers) -> list[str]:
     if numbers.shared > SHARED_LIMIT[numbers.target]:
         limit = SHARED_LIMIT[numbers.target]
         found.append(f"expected at most {limit} bytes of shared memory, got {numbers.shared}")
+    if numbers.tf32:
+        found.append(f"expected fp32 products as they are, got {numbers.tf32} in TF32")
     if numbers.target == "sm_90":
         found += [
             f"expected {use} instructions, got none"

@@ -141,7 +141,7 @@ def _merges() -> list[Entry]:
 _METRICS = ("sums_ptr", "losses_ptr", "rewards_ptr", "margins_ptr", "accuracies_ptr")
 
 
-def _pairs(name: str, *targets: str, per_token: bool = False) -> Entry:
+def _pairs(name: str, per_token: bool = False) -> Entry:
     objective = PAIR_OBJECTIVES[name]
     pointers = ("logps_ptr", "ref_ptr", "coefficients_ptr", "token_coefficients_ptr", *_METRICS)
     scalars = ("p0", "p1", "p2", "likelihood", "reward_scale")
@@ -151,7 +151,7 @@ def _pairs(name: str, *targets: str, per_token: bool = False) -> Entry:
          **dict.fromkeys(scalars, "fp32")},
         {"OBJECTIVE": objective.fn, "NEEDS_REF": objective.needs_ref, "REF_PER_TOKEN": per_token,
          "LENGTH_NORM": objective.takes_length_norm, "BLOCK": 512},
-        4, targets=targets or tuple(TARGETS),
+        4,
     )  # fmt: skip
 
 
@@ -164,14 +164,15 @@ def _tokens(name: str) -> Entry:
         **dict.fromkeys(("p0", "p1", "weight", "reward_scale"), "fp32"),
     )  # fmt: skip
     constants = {**absent, "OBJECTIVE": fn, "BLOCK": 512}
-    return Entry(
-        f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4, targets=("sm_90",)
-    )
+    return Entry(f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4)
 
 
 TILE_ENTRIES: list[Entry] = [
     *_score("plain"),
+    *_score("fp16", "fp16"),
+    *_score("fp16-stats-bias-softcap", "fp16", cap=True, stats=True),
     *_score("fp32", "fp32"),
+    *_score("bias-softcap", cap=True),
     *_score("odd-rows", even=False),
     *_score("odd-rows-fp32-stats-bias-softcap", "fp32", cap=True, stats=True, even=False),
     *_score("stats", stats=True),
@@ -179,17 +180,17 @@ TILE_ENTRIES: list[Entry] = [
     *_score("fp32-stats-bias-softcap", "fp32", cap=True, stats=True),
     *_divergence("kl", _sum_gaps_kernel),
     *_divergence("kl-bias-softcap", _sum_gaps_kernel, cap=True),
+    *_divergence("kl-fp16", _sum_gaps_kernel, "fp16"),
     *_divergence("kl-fp32", _sum_gaps_kernel, "fp32"),
     *_divergence("js", _sum_js_kernel),
     *_divergence("js-bias-softcap", _sum_js_kernel, cap=True),
+    *_divergence("js-fp16", _sum_js_kernel, "fp16"),
     *_divergence("js-fp32", _sum_js_kernel, "fp32"),
     *_divergence("kl-odd-rows-fp32-bias-softcap", _sum_gaps_kernel, "fp32", True, even=False),
     *_divergence("js-odd-rows-fp32-bias-softcap", _sum_js_kernel, "fp32", True, even=False),
     *_merges(),
-    _pairs("dpo"),
-    _pairs("dpo", "sm_90", per_token=True),
-    # The rest differ in a few scalar operations of one function.
-    *(_pairs(name, "sm_90") for name in PAIR_OBJECTIVES if name != "dpo"),
+    _pairs("dpo", per_token=True),
+    *map(_pairs, PAIR_OBJECTIVES),
     *map(_tokens, TOKEN_OBJECTIVES),
 ]
 """All of them."""

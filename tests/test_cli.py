@@ -502,6 +502,15 @@ def test_doctor_names_what_is_too_old(
     assert "expected torch>=99" in capsys.readouterr().out
 
 
+def test_bars_of_transformers_stay_out_of_files(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as bars
+
+    before = bars.is_progress_bar_enabled()
+    with log_lines():
+        assert not bars.is_progress_bar_enabled()
+    assert bars.is_progress_bar_enabled() == before
+
+
 def test_every_line_of_the_log_says_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     with log_lines(main_process=True):
         logging.getLogger("fastdaa.data").info("first\nsecond")

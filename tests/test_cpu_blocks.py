@@ -1,4 +1,4 @@
-"""CPU blocks: the same bits in blocks of any height, for a bounded price on any number of threads."""
+"""CPU blocks: the same bits at any height, for a bounded price on any number of threads."""
 
 from __future__ import annotations
 

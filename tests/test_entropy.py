@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from device_memory import HeldBytes
+from device_memory import META, HeldBytes, counted
 
 from fastdaa import LmHead, reference, token_entropy, token_stats
 from fastdaa.plan_call import plan_call
@@ -158,6 +158,30 @@ def test_cost_and_memory_are_those_of_the_plan(trained, units, softcap, max_byte
     if max_bytes is not None:
         assert plan.extra_bytes <= max_bytes and plan.block_rows < n
     assert most <= plan.extra_bytes + 16 * 8 * n  # a few numbers a token
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("trained", [None, False, True], ids=["score", "frozen", "recompute"])
+@pytest.mark.parametrize("max_mib", [None, 300], ids=["default", "300-MiB"])
+def test_memory_at_the_sizes_of_an_8b_model(trained, engine, max_mib):
+    n, v, d = 8192, 128256, 4096
+    max_bytes = max_mib and max_mib << 20
+    with counted() as held:
+        hidden, weight = (torch.empty(r, d, dtype=torch.bfloat16, device=META) for r in (n, v))
+        hidden.requires_grad_(trained is not None)
+        weight.requires_grad_(bool(trained))
+        plan = plan_call(
+            hidden, LmHead(weight), stats=True, entropy=True, engine=engine, max_bytes=max_bytes
+        )
+        held.restart()
+        total = token_entropy(hidden, weight, engine=engine, max_bytes=max_bytes).sum()
+        if trained is not None:
+            total.backward()
+        grads = [t.grad for t in (hidden, weight) if t.grad is not None]
+        most = held.peak([hidden, weight, *grads])
+    assert held.flop == plan.gemms * 2 * n * v * d
+    assert most <= plan.extra_bytes + 64 * 8 * n
+    assert max_bytes is None or plan.extra_bytes <= max_bytes
 
 
 def test_the_fused_kernel_gives_the_same_values_and_no_gradient():

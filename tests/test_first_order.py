@@ -34,9 +34,9 @@ CALLS = {
     "single-pass": dpo,
     "kept": lambda h, w: token_logps(h, w, T, impl="single_pass").sum(),
     "loss-outside": lambda h, w: dpo(h, w, impl="recompute"),
-    "module": lambda h, w: FusedLinearDPOLoss()(
-        h.view(2, 3, 8), w, LABELS, ref_logps=torch.zeros(2).double()
-    ).loss,
+    "module": lambda h, w: (
+        FusedLinearDPOLoss()(h.view(2, 3, 8), w, LABELS, ref_logps=torch.zeros(2).double()).loss
+    ),
     "divergence": lambda h, w: token_divergence(h, LmHead(w), H + 1, LmHead(W)).sum(),
     "frozen-divergence": lambda h, w: token_divergence(
         h, LmHead(w.detach()), H + 1, LmHead(W)

@@ -1,7 +1,8 @@
 """Every kernel of ``aot_entries.py``, compiled for GPUs that are not there.
 
-No spills, no more shared memory than a program may have, and what an entry says it uses. All of
-them are compiled once, in a process of their own: in this one kernels may be interpreted.
+No spills, no more shared memory than a program may have, no TF32, and what an entry says it uses.
+All of them are compiled once, those of each target in a process of its own: in this one kernels may
+be interpreted. What sm_90 takes by default in every run, the rest in runs with slow tests.
 Run with ``-s`` to see the table; ``fastdaa doctor --kernels`` prints the same.
 """
 
@@ -12,8 +13,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,20 +24,43 @@ pytest.importorskip("triton")
 
 from fastdaa.kernels.aot import SHARED_LIMIT, TARGETS, Entry, Numbers, faults, measure, table
 from fastdaa.kernels.aot_entries import ENTRIES
+from fastdaa.kernels.score_configs import DIVERGENCE_CONFIGS, SCORE_CONFIGS
+
+# Tile shapes that sm_90 takes where its copy engine cannot read the operands.
+POINTERS = tuple(
+    f"/{c.block_n}x{c.block_v}x{c.block_d}"
+    for c in (SCORE_CONFIGS[80, True, False], DIVERGENCE_CONFIGS[80, True, False])
+)
+
+
+def in_every_run(entry: Entry, target: str) -> bool:
+    """What sm_90 takes by default; the rest is compiled in runs with slow tests."""
+    return target == "sm_90" and not entry.name.endswith(POINTERS)
+
 
 CASES = [
-    pytest.param(entry, target, id=f"{target}-{entry.name}")
+    pytest.param(
+        entry, target, id=f"{target}-{entry.name}",
+        marks=() if in_every_run(entry, target) else pytest.mark.slow,
+    )
     for entry in ENTRIES
     for target in entry.targets
-]
+]  # fmt: skip
 # Entries that write over what they read; the name says so.
 IN_PLACE = [e for e in ENTRIES if e.constants.get("IN_PLACE")]
 
-COMPILE = """if True:
+MEASURE = """if True:
     import json, sys
-    from fastdaa.kernels.aot import disassembly, measure
+    from fastdaa.kernels.aot import measure
     from fastdaa.kernels.aot_entries import ENTRIES
-    print(json.dumps([measure(entry, target) for entry in ENTRIES for target in entry.targets]))
+    target, names = sys.argv[1], set(sys.argv[2:])
+    print(json.dumps([measure(entry, target) for entry in ENTRIES if entry.name in names]))
+"""
+READ = """if True:
+    import json
+    from fastdaa.kernels.aot import TARGETS, Entry, disassembly, measure
+    from fastdaa.kernels.aot_entries import ENTRIES
+    from tests.tf32_product import multiply_kernel
     in_place = [entry for entry in ENTRIES if entry.constants.get("IN_PLACE")]
     print(json.dumps({entry.name: disassembly(entry, "sm_90") for entry in in_place}))
     unused = [
@@ -47,30 +73,58 @@ COMPILE = """if True:
     print(json.dumps(unused))
     (wide,) = [e for e in ENTRIES if e.name.startswith("row_statistics/stats-bias-softcap/")]
     print(json.dumps(measure(wide._replace(num_warps=1), "sm_90")))
+    pointers = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32:16")
+    entry = Entry("tf32", multiply_kernel, pointers, {"SIZE": 64}, 4)
+    print(json.dumps([measure(entry, target) for target in TARGETS]))
 """
 
 
 class Compiled(NamedTuple):
-    numbers: dict[tuple[str, str], Numbers]
     sass: dict[str, str]
     unused: list[str]
     too_few_warps: Numbers
+    tf32: list[Numbers]
+
+
+def in_own_process(root: Path, folder: Path, code: str, *arguments: str) -> list[Any]:
+    """What each line says that the code prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=root, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, repository_root: Path) -> Compiled:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=repository_root, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    numbers, sass, unused, too_few_warps = map(json.loads, done.stdout.splitlines())
-    rows = [Numbers(*row) for row in numbers]
-    print(f"\n{table(rows)}")
-    by_case = {(row.name, row.target): row for row in rows}
-    return Compiled(by_case, sass, unused, Numbers(*too_few_warps))
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process has compiled another one need not."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def numbers_of(triton_cache: Path, repository_root: Path) -> Callable[[Entry, str], Numbers]:
+    """``numbers_of(entry, target)``, which compiles others with it."""
+
+    @cache
+    def compile_all(target: str, in_all: bool) -> dict[str, Numbers]:
+        names = [
+            e.name for e in ENTRIES if target in e.targets and in_every_run(e, target) == in_all
+        ]
+        (found,) = in_own_process(repository_root, triton_cache, MEASURE, target, *names)
+        rows = [Numbers(*row) for row in found]
+        print(f"\n{table(rows)}")
+        return {row.name: row for row in rows}
+
+    return lambda entry, target: compile_all(target, in_every_run(entry, target))[entry.name]
+
+
+@pytest.fixture(scope="module")
+def compiled(triton_cache: Path, repository_root: Path) -> Compiled:
+    sass, unused, too_few_warps, tf32 = in_own_process(repository_root, triton_cache, READ)
+    return Compiled(sass, unused, Numbers(*too_few_warps), [Numbers(*row) for row in tf32])
 
 
 def test_names_are_unique() -> None:
@@ -79,8 +133,10 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize(("entry", "target"), CASES)
-def test_machine_code(compiled: Compiled, entry: Entry, target: str) -> None:
-    numbers = compiled.numbers[entry.name, target]
+def test_machine_code(
+    numbers_of: Callable[[Entry, str], Numbers], entry: Entry, target: str
+) -> None:
+    numbers = numbers_of(entry, target)
     assert faults(entry, numbers) == []
     assert 0 < numbers.registers <= 255 and numbers.instructions > 50
 
@@ -105,17 +161,47 @@ def test_spills_are_seen(compiled: Compiled) -> None:
     assert compiled.too_few_warps.spills > 100
 
 
+def test_products_in_tf32_are_seen(compiled: Compiled) -> None:
+    assert {row.target for row in compiled.tf32 if row.tf32} == set(TARGETS)
+
+
+def test_every_table_entry_is_compiled_for_every_target() -> None:
+    """By kernel, architecture and dtype; a target that a configuration is not for has another."""
+    assert all(
+        {target for e in ENTRIES if e.name.startswith(f"{variant}/") for target in e.targets}
+        == set(TARGETS)
+        for variant in {entry.name.rpartition("/")[0] for entry in ENTRIES}
+    )
+    half = {"*fp16", "*bf16", "*fp32"}
+    for table_of, prefixes in (
+        (SCORE_CONFIGS, ("score/",)), (DIVERGENCE_CONFIGS, ("divergence/kl", "divergence/js")),
+    ):  # fmt: skip
+        for (architecture, two_bytes, _), config in table_of.items():
+            target = next(name for name, a in TARGETS.items() if a == architecture)
+            shape = f"{config.block_n}x{config.block_v}x{config.block_d}{'-tma' * config.tma}"
+            found = {
+                dtype.strip("*")
+                for e in ENTRIES
+                if e.name.startswith(prefixes) and e.name.endswith(f"/{shape}")
+                and target in e.targets
+                for dtype in half
+                if e.arguments["hidden"].startswith((dtype, f"tensordesc<{dtype.strip('*')}["))
+            }  # fmt: skip
+            assert found == ({"fp16", "bf16"} if two_bytes else {"fp32"}), (architecture, config)
+
+
 @pytest.mark.parametrize(
     ("change", "uses", "fault"),
     [
         pytest.param({}, (), None, id="none"),
         pytest.param({"spills": 8}, (), "expected no spills, got 8", id="spills"),
+        pytest.param({"tf32": 8}, (), "products as they are, got 8 in TF32", id="tf32"),
         pytest.param({"shared": SHARED_LIMIT["sm_90"] + 1}, (), "shared memory", id="shared"),
         pytest.param({"tma": 3}, ("wgmma", "tma"), "expected wgmma instructions", id="wgmma"),
         pytest.param({"wgmma": 3}, ("wgmma", "tma"), "expected tma instructions", id="tma"),
     ],
 )
-def test_a_fault_is_found(change: dict[str, int], uses: tuple[str, ...], fault: str | None) -> None:
+def test_a_fault_is_found(change: dict[str, Any], uses: tuple[str, ...], fault: str | None) -> None:
     entry = Entry("n", None, {}, {}, 4, uses=uses)
     numbers = Numbers("n", "sm_90", 32, 0, 0, 100, 0, 0)._replace(**change)
     found = faults(entry, numbers)
@@ -143,18 +229,20 @@ def test_doctor_says_why_it_cannot_compile(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_doctor_prints_the_table(
-    compiled: Compiled, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fastdaa.cli import doctor
     from fastdaa.kernels import aot
 
-    monkeypatch.setattr(aot, "measure", lambda e, target: compiled.numbers[e.name, target])
+    def measured(entry: Entry, target: str, **change: Any) -> Numbers:
+        found = Numbers(entry.name, target, 32, 0, 0, 100, wgmma=1, tma=1)
+        return found._replace(**change)
+
+    monkeypatch.setattr(aot, "measure", measured)
     assert all(row.ok for row in doctor.kernel_rows())
     text = capsys.readouterr().out
     assert text.splitlines()[0].split() == list(Numbers._fields)
     assert len(text.splitlines()) == 1 + len(CASES)
-    monkeypatch.setattr(
-        aot, "measure", lambda e, target: compiled.numbers[e.name, target]._replace(spills=16)
-    )
+    monkeypatch.setattr(aot, "measure", partial(measured, spills=16))
     rows = doctor.kernel_rows()
     assert not any(row.ok for row in rows) and "expected no spills, got 16" in rows[0].value

@@ -234,6 +234,15 @@ def test_long_sums_are_right_to_a_rounding():
     assert (got[0] - truth[0]).abs() < 1e-3
 
 
+def test_a_sum_keeps_what_fp32_would_drop():
+    """Beside 2^24 a token of -1 is nothing to fp32, and eight of them are."""
+    logps = torch.zeros(9 * 512, device=DEVICE)
+    logps[0], logps[512::512] = -(2.0**24), -1.0
+    offsets = torch.tensor([0, len(logps), len(logps)], device=DEVICE)
+    got = evaluate_pairs(PAIR_OBJECTIVES["sft"].fn, logps, offsets, needs_ref=False).sequence_logps
+    assert got.tolist() == [-(2.0**24) - 8, 0.0]
+
+
 def test_a_sequence_has_the_same_bits_in_every_batch():
     pair = -torch.rand(1300, device=DEVICE) * 12
     sft = PAIR_OBJECTIVES["sft"].fn

@@ -217,6 +217,18 @@ def test_confident_targets_keep_their_digits():
     assert (got.top1 == 1).all()
 
 
+@pytest.mark.parametrize("other", [20, 21, 150], ids=["next", "same-tile", "another-split"])
+def test_a_target_as_probable_as_another_is_a_hit(other):
+    """As in plain torch: no other token is more probable."""
+    hidden, weight, targets, _ = problem(3, 16, 203)
+    weight[other] = weight[19] = 3.0 * hidden[0]
+    targets[:] = torch.tensor([19, other, 7], device=DEVICE)
+    hidden[1] = hidden[0]
+    got = score_tokens(hidden, weight, targets, stats=True, config=POINTERS)
+    assert got.top1.tolist() == reference.token_stats(hidden, weight, targets).top1.tolist()
+    assert got.top1[:2].tolist() == [1.0, 1.0]
+
+
 def test_targets_that_no_column_has():
     hidden, weight, targets, _ = problem(5, 16, 70)
     right = score_tokens(hidden, weight, targets, config=POINTERS).logps
@@ -318,6 +330,8 @@ def test_tables(table, monkeypatch):
     aligned, odd = torch.zeros(4, 8).half(), torch.zeros(4, 9).half()
     assert tile_config(table, False, (aligned,)) == table[90, True, False]
     assert tile_config(table, False, (aligned, odd)) == score_configs.ODD_ROWS[True]
+    flat = torch.zeros(65).half()[1:].view(4, 16)  # even rows, but the first address is odd
+    assert tile_config(table, False, (flat,)) == score_configs.ODD_ROWS[True]
     wide = torch.zeros(4, 9)
     assert tile_config(table, True, (wide,)) == score_configs.ODD_ROWS[False]
     assert tile_config(table, False, (odd,), CONFIGS["descriptors"]) == POINTERS

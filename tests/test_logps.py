@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdaa import LmHead, TokenStats, reference, sequence_logps, token_logps, token_stats
-from fastdaa.validation import check_lengths
 from fastdaa.logps import head_logps
+from fastdaa.validation import check_lengths
 
 HEADS = {
     "plain": {},

@@ -17,6 +17,7 @@ from tile_budget import tiles_of
 from fastdaa import LmHead, Objective, TokenSelection, VocabShard, pair_loss
 from fastdaa.divergence import token_kl
 from fastdaa.logps import head_logps, token_stats
+from fastdaa.plan_call import plan_call
 
 N, D, V = 24, 16, 97
 CUT = 41  # slices of 41 and 56 rows
@@ -70,7 +71,7 @@ def run(case, rank=None, group=None, compiled=False):
 
     if compiled:
         call = torch.compile(call, backend="aot_eager", fullgraph=True)
-    with tiles_of(case.get("tile_rows"), head().planned_width):
+    with tiles_of(case.get("tile_rows"), V - CUT):
         result, total = call()
     if "loss" not in case and not compiled:
         result += token_stats(hidden, head(), targets)[1]
@@ -112,6 +113,25 @@ def joined(case, parts):
         assert torch.equal(own[0][0], own[1][0])
         grads, first = [own[0][0]], 1
     return grads + [torch.cat([a, b]) for a, b in zip(own[0][first:], own[1][first:], strict=True)]
+
+
+@pytest.mark.parametrize("rows", [None, 2, 20], ids=["default", "few-rows", "blocks"])
+@pytest.mark.parametrize("path", ["score", "frozen", "recompute", "single_pass"])
+def test_processes_with_uneven_slices_cut_the_same_tiles(path, rows):
+    """They reduce tile by tile: another number of tiles would be a process that waits forever."""
+    hidden = torch.randn(N, D, dtype=torch.float64)
+    plans = set()
+    for ids in (slice(0, CUT), slice(CUT, V)):
+        shard = VocabShard(ids.start, V, widest=V - CUT)
+        head = LmHead(torch.randn(ids.stop - ids.start, D, dtype=torch.float64), shard=shard)
+        with tiles_of(rows, V - CUT):
+            plans.add(
+                plan_call(
+                    hidden, head, loss_inside=path == "single_pass", impl=path,
+                    wanted=(path != "score", path in ("recompute", "single_pass")),
+                )
+            )  # fmt: skip
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("fastdaa", f"expected a command, got {command!r}{_nearest(command)}")
     from fastdaa.cli.missing_package import check_packages, missing_package
 
+    # When something imports it: of a kernel for CPUs that training with quantised weights avoids.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_packages(command)
         return int(importlib.import_module(f"{__name__}.{command}").run(rest))

@@ -46,6 +46,21 @@ class _Prefixed(logging.Formatter):
 
 
 @contextmanager
+def _no_bars_in_files() -> Iterator[None]:
+    """Keeps the bars of transformers for loading and saving out of what is no terminal."""
+    from transformers.utils import logging as bars
+
+    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
+
+
+@contextmanager
 def log_lines(*, main_process: bool = True) -> Iterator[None]:
     """Shows the library's own log lines on stderr, on other processes only warnings."""
     logger = logging.getLogger("fastdaa")
@@ -56,7 +71,8 @@ def log_lines(*, main_process: bool = True) -> Iterator[None]:
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     logger.propagate = False
     try:
-        yield
+        with _no_bars_in_files():
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

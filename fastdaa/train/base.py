@@ -106,8 +106,12 @@ class PairTrainer(Trainer):
 
         Raises:
             ValueError: the checkpoint to continue from was not written to its end or belongs to
-                another run, ``save_total_limit`` would delete those of others, or
+                another run or has more steps than this one, ``save_total_limit`` would delete
+                those of others, another process writes into the output folder, or
                 ``dataloader_drop_last`` would leave no batch.
+            FloatingPointError: the loss, the gradient norm or the weights are no longer finite;
+                checkpoints of before stay.
+            OSError: the disk is full.
         """
         self._check_batches()
         checkpoint = self._begin_run(resume_from_checkpoint)
@@ -158,8 +162,10 @@ class PairTrainer(Trainer):
 
     def _end_run(self) -> None:
         """Say and put down which checkpoint the model is now."""
+        if was_interrupted(self):
+            return
         best = best_model(self)
-        if not was_interrupted(self) and self.args.should_log:
+        if self.args.should_log:
             say_best_model(self)
         if best is not None and self._record is not None and self.args.should_save:
             self._record = self._record._replace(best=best.step)

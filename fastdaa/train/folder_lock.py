@@ -41,20 +41,27 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
     if held is not None:
         return held
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(file, folder)
+        lock = _locks[path] = FolderLock(_locked_file(path, folder))
+    except BlockingIOError:
+        raise
     except OSError as error:
-        os.close(file)
-        if isinstance(error, BlockingIOError):
-            raise
         logger.warning(
             "output_dir: %s cannot be locked (%s); keep other runs out of it yourself", folder,
             error,
         )  # fmt: skip
         return None
-    lock = _locks[path] = FolderLock(file)
     return lock
+
+
+def _locked_file(path: Path, folder: str | Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(file, folder)
+    except OSError:
+        os.close(file)
+        raise
+    return file
 
 
 def _take(file: int, folder: str | Path) -> None:

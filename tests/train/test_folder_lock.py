@@ -105,3 +105,13 @@ def test_goes_on_where_folders_cannot_be_locked(tmp_path, monkeypatch, caplog, c
     with caplog.at_level(logging.WARNING, "fastdaa"):
         assert lock_folder(tmp_path) is None
     assert f"{tmp_path} cannot be locked" in caplog.text
+
+
+def test_goes_on_beside_a_file_of_somebody_else(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with caplog.at_level(logging.WARNING, "fastdaa"):
+        assert lock_folder(tmp_path) is None
+    assert "cannot be locked" in caplog.text
