@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,9 @@ FACTS = {
 }
 # TRL and peft call transformers by names that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+# Python 3.10 has no TRL 1.16.
+NOT_HERE = "CUDA only|trl is not installed"
 
 
 class Enough(Exception):
@@ -176,7 +180,7 @@ def test_absent_contenders_have_a_row_with_the_reason(measure: Measure) -> None:
     rows = measure([stranger, CONTENDERS["trl-liger"]])
     assert {row["status"] for row in rows.values()} == {"absent"}
     assert "not installed" in rows["stranger"]["reason"]
-    assert "CUDA only" in rows["trl-liger"]["reason"]
+    assert re.search(NOT_HERE, rows["trl-liger"]["reason"])
 
 
 def test_finished_contenders_are_kept(measure: Measure, tmp_path: Path) -> None:
@@ -308,6 +312,6 @@ def test_only_our_contenders_are_compared_unless_others_are_named() -> None:
     assert names and all(name.startswith("fastdaa") for name in names)
     (job,) = comparison_jobs(_options(contenders=["trl"]))
     assert job["contender"] == "trl"
-    with pytest.raises(Exception, match="CUDA only") as raised:
+    with pytest.raises(Exception, match=NOT_HERE) as raised:
         open_job({**job, "contender": "trl-liger"})
     assert type(raised.value).__name__ == "Absent"

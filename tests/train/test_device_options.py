@@ -39,7 +39,8 @@ def test_attention_of_this_device(config, name):
 
 @pytest.mark.parametrize("kind", [PreferenceConfig, SftConfig])
 def test_triton_on_the_cpu(config, kind, monkeypatch):
-    monkeypatch.setattr("fastdaa.kernels.configs.interpreted", lambda: False)
+    configs = pytest.importorskip("fastdaa.kernels.configs", reason="needs triton")
+    monkeypatch.setattr(configs, "interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"head_engine: .*expected tensors on a CUDA device"):
         config(kind, head_engine="triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
