@@ -171,23 +171,33 @@ def plan_head(
     """
     check_choice("impl", impl, PATHS)
     check_choice("engine", engine, ENGINES)
-    device = torch.device(device)
     size = CallSize(
         vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats,
         sparse, selected, hidden_grad, head_grad, entropy,
     )  # fmt: skip
     _check_sizes(size, max_bytes)
-    on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
     may_keep = loss_inside and tokens > 0 and not sharded
+    return _plan(
+        size, torch.device(device), impl, engine, max_bytes, loss_inside=loss_inside,
+        coupled=coupled, may_keep=may_keep, divergence=divergence,
+    )  # fmt: skip
+
+
+def _plan(
+    size: CallSize, device: torch.device, impl: str, engine: str, max_bytes: int | None, *,
+    loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool,
+) -> HeadPlan:  # fmt: skip
+    """The plan for checked sizes; ``may_keep``: gradients of logits can wait for backward."""
+    on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine
     whole = may_keep and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
-    path, reason = choose_path(impl, hidden_grad, head_grad, loss_inside, coupled)
+    path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside, coupled)
     chosen, engine_reason = _choose_engine(engine, path, device)
     tiles_for = partial(
         plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
     )
-    if path == "single_pass" and whole and head_grad:
+    if path == "single_pass" and whole and size.head_grad:
         reason = "the head is trained and the gradients of the batch's logits fit in memory"
     elif path == "single_pass" and impl == "auto":
         obstacle = _obstacle(tiles_for("single_pass"), size, on_cpu, max_bytes)
@@ -199,7 +209,7 @@ def plan_head(
             f"max_bytes: expected at least {least} for impl='single_pass', {single_pass_sums(size)}"
             f" of them for sums of gradients, got {max_bytes}; impl='recompute' takes less"
         )
-    return HeadPlan(path, reason, *tiles, chosen, engine_reason, sparse or on_cpu, divergence)
+    return HeadPlan(path, reason, *tiles, chosen, engine_reason, size.sparse or on_cpu, divergence)
 
 
 def _check_sizes(size: CallSize, max_bytes: int | None) -> None:

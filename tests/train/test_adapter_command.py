@@ -9,15 +9,14 @@ from functools import partial
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from word_files import command_line, word_tokenizer, write_pairs_and_reward
 
 from fastdaa.cli import main
 from fastdaa.train.adapter_files import load_causal_lm
 from fastdaa.train.trainer import PreferenceTrainer
 
 peft = pytest.importorskip("peft")
-WORDS = [f"w{i}" for i in range(20)]
 CONTINUED, NEW = {}, {"use_peft": True}
 KINDS = [pytest.param(CONTINUED, id="continued"), pytest.param(NEW, id="merged")]
 
@@ -26,30 +25,9 @@ KINDS = [pytest.param(CONTINUED, id="continued"), pytest.param(NEW, id="merged")
 def files(tmp_path_factory, tiny_model):
     """A folder with a model, pairs, a reward function, and an adapter by ``fastdaa sft``."""
     folder = tmp_path_factory.mktemp("files")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
     tiny_model().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-
-    def text(size):
-        picked = torch.randint(len(WORDS), (size,), generator=generator).tolist()
-        return " ".join(WORDS[i] for i in picked)
-
-    rows = [
-        {"prompt": text(3), "chosen": f" w3 {text(2)}", "rejected": f" {text(4)}"}
-        for _ in range(12)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    reward = (
-        "def count(prompts, completions):\n    return [t.count('w3') * 1.0 for t in completions]"
-    )
-    (folder / "reward.py").write_text(reward)
+    word_tokenizer().save_pretrained(folder / "model")
+    write_pairs_and_reward(folder)
     code = run(
         folder, "sft", folder / "model", folder / "sft", use_peft=True, lora_r=4, max_steps=6,
         learning_rate=0.05,
@@ -60,16 +38,7 @@ def files(tmp_path_factory, tiny_model):
 
 def run(files, command, model, out, **options):
     """A command over the pairs; its exit code."""
-    given = {"model": model, "dataset": files / "pairs.jsonl", "output_dir": out, "use_cpu": True}
-    if command == "online":
-        given |= {
-            "iterations": 2, "rollouts_per_iteration": 6, "minibatch": 3, "max_new_tokens": 4,
-            "disable_tqdm": True, "reward": f"{files}/reward.py:count", "learning_rate": 0.01,
-        }  # fmt: skip
-    else:
-        given |= {"per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1}
-    words = [f"--{name}={value}" for name, value in {**given, **options}.items()]
-    return main([command, *words])
+    return main(command_line(files, command, model, out, **options))
 
 
 @torch.no_grad()

@@ -12,14 +12,13 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
+from word_files import command_line, word_tokenizer, write_pairs_and_reward
 
 from fastdaa.cli import doctor, main, quantization
 from fastdaa.study.track.finished import load_policy
@@ -28,7 +27,6 @@ from fastdaa.train.reward_models import load_classifier
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
-WORDS = [f"w{i}" for i in range(20)]
 FOUR = {"use_peft": True, "load_in_4bit": True, "lora_r": 4}
 
 
@@ -36,51 +34,16 @@ FOUR = {"use_peft": True, "load_in_4bit": True, "lora_r": 4}
 def files(tmp_path_factory, tiny_model):
     """A model, the same quantised, pairs, a reward, and a QLoRA adapter by ``fastdaa sft``."""
     folder = tmp_path_factory.mktemp("files")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
     tiny_model().save_pretrained(folder / "model")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     stored = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=config)
     stored.save_pretrained(folder / "stored")
     for name in ("model", "stored"):
-        tokenizer.save_pretrained(folder / name)
-    generator = torch.Generator().manual_seed(0)
-
-    def text(size):
-        picked = torch.randint(len(WORDS), (size,), generator=generator).tolist()
-        return " ".join(WORDS[i] for i in picked)
-
-    rows = [
-        {"prompt": text(3), "chosen": f" w3 {text(2)}", "rejected": f" {text(4)}"}
-        for _ in range(12)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    reward = (
-        "def count(prompts, completions):\n    return [t.count('w3') * 1.0 for t in completions]"
-    )
-    (folder / "reward.py").write_text(reward)
+        word_tokenizer().save_pretrained(folder / name)
+    write_pairs_and_reward(folder)
     options = {**FOUR, "max_steps": 6, "learning_rate": 0.05}
-    assert main(words_of(folder, "sft", folder / "model", folder / "sft", **options)) == 0
+    assert main(command_line(folder, "sft", folder / "model", folder / "sft", **options)) == 0
     return folder
-
-
-def words_of(files, command, model, out, **options):
-    """A command line over the pairs."""
-    given = {"model": model, "dataset": files / "pairs.jsonl", "output_dir": out, "use_cpu": True}
-    if command == "online":
-        given |= {
-            "iterations": 2, "rollouts_per_iteration": 6, "minibatch": 3, "max_new_tokens": 4,
-            "disable_tqdm": True, "reward": f"{files}/reward.py:count", "learning_rate": 0.01,
-        }  # fmt: skip
-    else:
-        given |= {"per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1}
-    chosen = {name: value for name, value in {**given, **options}.items() if value is not None}
-    return [command, *(f"--{name}={value}" for name, value in chosen.items())]
 
 
 def rows_of(folder):
@@ -92,7 +55,7 @@ def test_killed_and_continued_to_the_bit(files, start_run, tmp_path):
     def run(folder, **options):
         settings = {**FOUR, "max_steps": 6, "save_steps": 2, "learning_rate": 0.01}
         resume = options.pop("resume", None)
-        argv = words_of(
+        argv = command_line(
             files, "train", files / "model", folder, **settings, resume_from_checkpoint=resume
         )
         process = start_run(argv=argv, log=str(tmp_path / "log.txt"), **options)
@@ -118,7 +81,7 @@ def test_two_processes(files, start_run, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     settings = {**FOUR, "max_steps": 4, "learning_rate": 0.01, "save_strategy": "no"}
     settings["train_sampling_strategy"] = "sequential"
-    argv = words_of(files, "train", files / "model", folders[0], **settings)
+    argv = command_line(files, "train", files / "model", folders[0], **settings)
     one = start_run(argv=argv, log=str(tmp_path / "log.txt"))
     one.join(90)
     with socket.socket() as free:
@@ -128,7 +91,7 @@ def test_two_processes(files, start_run, tmp_path):
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
     }  # fmt: skip
     settings |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    argv = words_of(files, "train", files / "model", folders[1], **settings)
+    argv = command_line(files, "train", files / "model", folders[1], **settings)
     two = [
         start_run(
             argv=argv, log=str(tmp_path / f"log{rank}.txt"),
@@ -145,7 +108,7 @@ def test_two_processes(files, start_run, tmp_path):
 
 
 def test_an_adapter_goes_on_quantised(files, tmp_path, capsys):
-    train = partial(words_of, files, "train", files / "sft")
+    train = partial(command_line, files, "train", files / "sft")
     options = {"learning_rate": 0, "max_steps": 2, "load_in_4bit": True}
     assert main(train(tmp_path / "out", **options)) == 0
     rows = [row for row in rows_of(tmp_path / "out") if "loss" in row]
@@ -163,7 +126,7 @@ def test_an_adapter_goes_on_quantised(files, tmp_path, capsys):
 
 def test_a_new_adapter_on_the_merged_base_quantised_afterwards(files, tmp_path, capsys):
     out = tmp_path / "out"
-    train = partial(words_of, files, "train", files / "sft", out, **FOUR, save_steps=1)
+    train = partial(command_line, files, "train", files / "sft", out, **FOUR, save_steps=1)
     assert main(train(max_steps=1, learning_rate=0.01)) == 0
     assert "and was merged into the whole one" in capsys.readouterr().err
     merged = json.loads((out / "base_model" / "config.json").read_text())
@@ -181,7 +144,7 @@ def test_a_new_adapter_on_the_merged_base_quantised_afterwards(files, tmp_path, 
 
 
 def test_a_reference_of_its_own(files, tmp_path):
-    argv = words_of(
+    argv = command_line(
         files, "train", files / "model", tmp_path / "out", **FOUR, ref_model=files / "model",
         max_steps=1, learning_rate=0,
     )  # fmt: skip
@@ -195,7 +158,7 @@ def test_dtype_auto_asks_the_model(files, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(files / "model", dtype="bfloat16").save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((files / "model" / name).read_bytes())
-    argv = words_of(files, "sft", model, tmp_path / "out", **FOUR, dtype="auto", max_steps=1)
+    argv = command_line(files, "sft", model, tmp_path / "out", **FOUR, dtype="auto", max_steps=1)
     assert main(argv) == 0
     assert "4-bit nf4, computed in bfloat16" in capsys.readouterr().err
 
@@ -212,12 +175,14 @@ def test_generation(command, options, files, tmp_path, capsys):
     given = {k: v.format(files) if isinstance(v, str) else v for k, v in options.items()}
     if command == "train":
         given |= {"max_steps": 2, "save_steps": 1, "track_max_new_tokens": 4, "logging_steps": 1}
-    assert main(words_of(files, command, files / "model", tmp_path / "out", **FOUR, **given)) == 0
+    assert (
+        main(command_line(files, command, files / "model", tmp_path / "out", **FOUR, **given)) == 0
+    )
     rows = rows_of(tmp_path / "out")
     if command == "online":
         assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
         # The rest of the run would be refused on another base.
-        argv = words_of(files, command, files / "model", tmp_path / "out", **FOUR, **given)
+        argv = command_line(files, command, files / "model", tmp_path / "out", **FOUR, **given)
         argv += ["--resume_from_checkpoint", "--iterations=3"]
         assert main([*argv, "--use_bnb_nested_quant"]) == 2
         assert "expected the reference of" in capsys.readouterr().err
@@ -232,7 +197,7 @@ def test_generation(command, options, files, tmp_path, capsys):
 
 
 def test_online_goes_on_to_the_bit(files, tmp_path):
-    online = partial(words_of, files, "online", files / "model", **FOUR)
+    online = partial(command_line, files, "online", files / "model", **FOUR)
     assert main(online(tmp_path / "whole", iterations=3)) == 0
     assert main(online(tmp_path / "out", iterations=2)) == 0
     assert main(online(tmp_path / "out", iterations=3, resume_from_checkpoint=True)) == 0
@@ -277,7 +242,7 @@ def test_refused_before_anything_is_loaded(options, message, files, tmp_path, mo
     for name in ("model", "ref_model"):
         if name in given:
             given[name] = files / given[name]
-    argv = words_of(files, "train", given.pop("model"), tmp_path / "out", **given)
+    argv = command_line(files, "train", given.pop("model"), tmp_path / "out", **given)
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -285,17 +250,19 @@ def test_refused_before_anything_is_loaded(options, message, files, tmp_path, mo
 
 
 def test_a_reward_model_is_not_trained_in_codes(files, tmp_path, capsys):
-    assert main(words_of(files, "reward", files / "stored", tmp_path / "out")) == 2
+    assert main(command_line(files, "reward", files / "stored", tmp_path / "out")) == 2
     assert "stored is quantised (bitsandbytes 4-bit nf4" in capsys.readouterr().err
 
 
 def test_a_stored_quantised_base(files, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
-    argv = words_of(files, "train", files / "stored", out, use_peft=True, max_steps=2)
+    argv = command_line(files, "train", files / "stored", out, use_peft=True, max_steps=2)
     assert main(argv) == 0
     assert rows_of(out)[0]["rewards/margins"] == 0.0
-    assert main(words_of(files, "train", out, again, max_steps=1)) == 0
-    assert main(words_of(files, "train", out, tmp_path / "new", max_steps=1, use_peft=True)) == 2
+    assert main(command_line(files, "train", out, again, max_steps=1)) == 0
+    assert (
+        main(command_line(files, "train", out, tmp_path / "new", max_steps=1, use_peft=True)) == 2
+    )
     assert "expected an adapter that can be merged (--use_peft)" in capsys.readouterr().err
     # It is measured on the base that it was trained on.
     assert load_policy(out / "checkpoint-2", "auto", "cpu") is not None
@@ -308,7 +275,7 @@ def test_without_bitsandbytes(model, files, tmp_path, monkeypatch, capsys):
         quantization, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
     options = {**FOUR, "load_in_4bit": True if model == "model" else None}
-    assert main(words_of(files, "train", files / model, tmp_path / "out", **options)) == 2
+    assert main(command_line(files, "train", files / model, tmp_path / "out", **options)) == 2
     error = capsys.readouterr().err
     assert error.endswith("not installed: pip install 'fastdaa[quantization]'\n")
     assert len(error.splitlines()) == 1
@@ -327,7 +294,7 @@ def test_doctor_counts_what_the_base_takes(tmp_path, capsys):
 
 
 def test_vllm_is_refused(files, tmp_path, capsys):
-    argv = words_of(files, "online", files / "model", tmp_path / "out", **FOUR, rollouts="vllm")
+    argv = command_line(files, "online", files / "model", tmp_path / "out", **FOUR, rollouts="vllm")
     assert main(argv) == 2
     assert "expected transformers for a quantised policy" in capsys.readouterr().err
 
@@ -336,7 +303,7 @@ def test_vllm_is_refused(files, tmp_path, capsys):
 def test_a_reward_model_as_an_adapter(options, files, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     given = {"use_peft": True, "learning_rate": 0.02, "save_steps": 4, **options}
-    reward = partial(words_of, files, "reward", files / "model", **given)
+    reward = partial(command_line, files, "reward", files / "model", **given)
     assert main(reward(out, max_steps=8)) == 0
     rows = [row for row in rows_of(out) if "loss" in row]
     assert rows[-1]["loss"] < 0.2 < 0.4 < rows[0]["loss"]
@@ -362,9 +329,11 @@ def test_a_reward_model_as_an_adapter(options, files, tmp_path, capsys):
             scores = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts]
         margins.append(float(scores[0] - scores[1]))
     assert sum(margin > 0 for margin in margins) >= 11
-    argv = words_of(files, "online", files / "model", tmp_path / "online", reward=out, iterations=1)
+    argv = command_line(
+        files, "online", files / "model", tmp_path / "online", reward=out, iterations=1
+    )
     assert main(argv) == 0
-    assert main(words_of(files, "reward", out, tmp_path / "new", use_peft=True)) == 2
+    assert main(command_line(files, "reward", out, tmp_path / "new", use_peft=True)) == 2
     assert "got the reward model LORA r=16 adapter" in capsys.readouterr().err
 
 
@@ -380,7 +349,7 @@ def _stopping(save):
 
 def test_a_reward_adapter_on_a_merged_base(files, tmp_path):
     out = tmp_path / "out"
-    reward = partial(words_of, files, "reward", files / "sft", out, **FOUR, save_steps=1)
+    reward = partial(command_line, files, "reward", files / "sft", out, **FOUR, save_steps=1)
     assert main(reward(max_steps=1)) == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base_model")
