@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdaa.head import LmHead
@@ -24,6 +25,7 @@ from fastdaa.row_passes import (
     scale_tile,
     take_statistics,
 )
+from fastdaa.vocab_shard import VocabShard
 
 
 class RowTile(Protocol):
@@ -119,11 +121,9 @@ class TritonTile:
         if z.dtype != torch.float32:
             raise ValueError(f"engine='triton': expected fp32 logits (fp16, bf16 or fp32 inputs), "
                              f"got {z.dtype}; engine='torch' takes them")  # fmt: skip
-        if head.shard is not None:
-            raise ValueError("engine='triton': expected a head with the whole vocabulary, got a "
-                             "slice of it; engine='torch' takes one")  # fmt: skip
         self.head, self.z, self.columns, self.operand = head, z, columns, operand
         bias = None if head.bias is None else head.bias[columns]
+        self.first_token = head.first_token + columns.start
         self.options: dict[str, Any] = {
             "bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap,
             "temperature": head.temperature,
@@ -133,9 +133,14 @@ class TritonTile:
         self, targets: Tensor, stats: bool = False, keep: bool = False
     ) -> tuple[RowState, TokenStats | None]:
         """See :class:`RowTile`; the tile stays as it is."""
-        from fastdaa.kernels.row_statistics import take_row_statistics
+        from fastdaa.kernels.merge_splits import merge_splits
+        from fastdaa.kernels.row_statistics import take_row_states
 
-        rows = take_row_statistics(self.z, targets, stats=stats, **self.options)
+        states = take_row_states(
+            self.z, targets, stats=stats, first_column=self.first_token, **self.options
+        )
+        shard, vocab_size = self.head.shard, self.head.vocab_size
+        rows = merge_splits(gathered(states, shard) if shard else states, targets, vocab_size)
         state = RowState(rows.m, rows.log_s, rows.logps)
         if rows.entropy is None or rows.top1 is None or rows.mean_logit is None:
             return state, None
@@ -153,7 +158,7 @@ class TritonTile:
             out = self.z.new_empty(shape, dtype=self.operand)
         return write_row_gradient(
             self.z, targets, *state, coefficients, dtype=self.operand, out=out, rows=picked,
-            first_column=self.columns.start, **self.options,
+            first_column=self.first_token, **self.options,
         )  # fmt: skip
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
@@ -172,6 +177,22 @@ class TritonTile:
         from fastdaa.kernels.column_sums import sum_columns
 
         return sum_columns(gradient)
+
+
+def gathered(states: Tensor, shard: VocabShard) -> Tensor:
+    """States ``[splits, fields, r]`` of the vocabulary splits of all processes, in their order."""
+    from fastdaa.kernels.row_statistics import splits_of
+
+    _, fields, rows = states.shape
+    splits = splits_of(shard.planned_width(0), states.device)
+    missing = splits - states.shape[0]
+    if missing:  # a narrower slice than the widest: splits without a logit
+        nothing = torch.zeros_like(states[:1]).expand(missing, -1, -1).clone()
+        nothing[:, (0, 2)] = -torch.inf  # maximum and target
+        states = torch.cat([states, nothing])
+    everyone = states.new_empty(dist.get_world_size(shard.group) * splits, fields, rows)
+    dist.all_gather_into_tensor(everyone, states.contiguous(), group=shard.group)
+    return everyone
 
 
 ENGINES: dict[str, type[RowTile]] = {"torch": TorchTile, "triton": TritonTile}

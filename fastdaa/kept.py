@@ -36,6 +36,7 @@ from fastdaa.tiles import (
     Logits,
     blocks,
     filled_rows,
+    logits_memory,
     product,
     product_slices,
     without_autocast,
@@ -45,8 +46,6 @@ from fastdaa.tiles import (
 # The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
 # FLOP a logit that is left out.
 _WORTH_MOVING = 15 / 16
-# Rows of the buffer begin at multiples of 32 bytes, as products of half-precision factors like it.
-_ROW_MULTIPLE = 16
 
 
 class Kept(torch.autograd.Function):
@@ -203,9 +202,9 @@ class Unscaled:
         self.logits, self.targets, self.plan, self.stats = logits, targets, plan, stats
         self.columns = slice(0, logits.head.width)
         self.weight = logits.columns(self.columns)
-        stride = -(-self.columns.stop // _ROW_MULTIPLE) * _ROW_MULTIPLE
         rows = filled_rows(tokens, self.weight.device)
-        self._memory = self.weight.new_empty((rows, stride), dtype=logits.operand)[:, self.columns]
+        width, device = self.columns.stop, self.weight.device
+        self._memory = logits_memory(rows, width, device, logits.operand)
         self.dz = self._memory[:tokens]
         self.values: list[TokenStats] = []
 

@@ -213,10 +213,11 @@ class _Room:
 
     def fused(self, path: str) -> Tiles:
         """No tile: every row has a state for every part of the vocabulary."""
+        from fastdaa.kernels import merge_splits as merging
         from fastdaa.kernels import score_configs as configs
 
         size = self.size
-        fields = configs.STATS_FIELDS if size.stats else configs.SCORE_FIELDS
+        fields = merging.STATS_FIELDS if size.stats else merging.SCORE_FIELDS
         if path == "divergence":
             fields = configs.DIVERGENCE_FIELDS
         sums = size.selection + size.weight_copy

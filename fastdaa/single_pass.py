@@ -26,7 +26,14 @@ from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import join
-from fastdaa.tiles import GradientFactor, Logits, blocks, filled_rows, without_autocast
+from fastdaa.tiles import (
+    GradientFactor,
+    Logits,
+    blocks,
+    filled_rows,
+    logits_memory,
+    without_autocast,
+)
 
 plan_loss = partial(plan_call, loss_inside=True)
 """The plan of a call that hands over its loss."""
@@ -174,8 +181,8 @@ class _HeldChunks:
     def _space(self, rows: int) -> Tensor:
         if self.buffer is None or self.buffer.shape[0] < rows:
             self.buffer = None  # the old one goes before the new one comes
-            shape = (rows, self.columns.stop)
-            self.buffer = self.weight.new_empty(shape, dtype=self.logits.wide)
+            width, wide = self.columns.stop, self.logits.wide
+            self.buffer = logits_memory(rows, width, self.device, wide)
         return self.buffer[:rows]
 
     def _record(self, held: list[_Block]) -> None:

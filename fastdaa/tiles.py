@@ -84,15 +84,21 @@ def filled_rows(rows: int, device: torch.device) -> int:
     return -(-rows // CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE if device.type == "cpu" else rows
 
 
+def logits_memory(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Memory ``[rows, width]`` for logits or their gradients. On GPUs rows begin at multiples of 16
+    entries, as the products that read them like it, and as statistics with equal bits need."""
+    multiple = 1 if device.type == "cpu" else _WIDTH_MULTIPLE
+    stride = -(-width // multiple) * multiple
+    return torch.empty((rows, stride), dtype=dtype, device=device)[:, :width]
+
+
 def _aligned(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Memory for logits of an odd vocabulary whose rows begin at multiples of 64 bytes, as the
-    products of a GPU that read them and their gradients like it; None where they do anyway."""
-    width = weight.shape[0]
-    stride = -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    if stride == width or hidden.device.type == "cpu":
+    """Memory for the logits of an odd vocabulary on a GPU; None where a product's own will do."""
+    (rows, _), width = hidden.shape, weight.shape[0]
+    if width % _WIDTH_MULTIPLE == 0 or hidden.device.type == "cpu":
         return None
     dtype = torch.float32 if hidden.dtype in _HALVES else hidden.dtype
-    return hidden.new_empty((hidden.shape[0], stride), dtype=dtype)[:, :width]
+    return logits_memory(rows, width, hidden.device, dtype)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -12,7 +12,7 @@ from fastdaa.kernels.aot import TARGETS, Entry
 from fastdaa.kernels.column_sums import _sum_columns_kernel
 from fastdaa.kernels.configs import ROW_CONFIGS
 from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
-from fastdaa.kernels.row_statistics import _take_row_statistics_kernel
+from fastdaa.kernels.row_statistics import _take_row_states_kernel
 from fastdaa.kernels.tile_entries import TILE_ENTRIES
 
 
@@ -38,15 +38,15 @@ def _each(
 def _statistics(
     name: str, bias: bool = False, cap: bool = False, stats: bool = False, m: str = ":16"
 ) -> list[Entry]:
-    pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64", "out_ptr": "*fp32:16"}
-    sizes = {"V": f"i32{m}", "stride_zn": f"i32{m}", "stride_ok": "i32"}
+    pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64", "states_ptr": "*fp32:16"}
+    sizes = {"rows": "i32", "V": f"i32{m}", "first_column": "i32:16", "stride_zn": f"i32{m}"}
     arguments = {**pointers, **sizes, "inner": "fp32", "outer": "fp32"}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats}
     absent = {} if bias else {"bias_ptr": None}
     arguments |= {"bias_ptr": "*bf16:16"} if bias else {}
     return _each(
-        f"row_statistics/{name}", _take_row_statistics_kernel, arguments, {**flags, **absent},
-        ROW_CONFIGS["row_statistics"],
+        f"row_statistics/{name}", _take_row_states_kernel, arguments, {**flags, **absent},
+        ROW_CONFIGS["row_statistics"], ("SPLIT_V", "BLOCK_V"),
     )  # fmt: skip
 
 

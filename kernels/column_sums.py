@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
+from fastdaa.kernels.operands import on_device
 
 ROWS_OF_A_PART = 512
 
@@ -64,7 +65,7 @@ def _sum_parts(x: Tensor, parts: int, rows_of_a_part: int, config: RowConfig) ->
     """``[parts, c]``: sums of the columns over consecutive rows."""
     out = torch.empty((parts, x.shape[1]), dtype=torch.float32, device=x.device)
     column_blocks = triton.cdiv(x.shape[1], config.block_v)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _sum_columns_kernel[(parts * column_blocks,)](
             x,
             out,

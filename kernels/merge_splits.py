@@ -1,30 +1,53 @@
 """The state of a row from those of its vocabulary splits, and its log-probability and metrics.
 
-The second kernel of ``score_tokens``. Splits are merged in their order, and the target, which none
-of them has counted, joins last.
+Splits are merged in their order, and the target, which none of them has counted, joins last. Where
+the splits come from, tiles of logits (``row_statistics``) or a product's accumulator (``score``),
+makes no difference.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastdaa.kernels.elementary import FLOOR, exp, log1p
 from fastdaa.kernels.logit_tile import _finite, _shift
+from fastdaa.kernels.operands import on_device
+
+SCORE_FIELDS, STATS_FIELDS = 3, 6
+"""Numbers in the state of a row and split: maximum, sum of ``exp(z - m)`` and target logit; with
+statistics, sums of ``exp(z - m) (z - m)``, of ``exp(z - m)^2`` and of the logits, too."""
+
+_BLOCK = 128
 
 
-@triton.jit(do_not_specialize=["N"])
+class RowStatistics(NamedTuple):
+    """Everything is ``[N]`` and fp32; the last four are None unless statistics were asked for."""
+
+    m: Tensor
+    """Largest logit of the row, or 0 in a row of ``-inf``."""
+    log_s: Tensor
+    """Log of the sum of ``exp(z - m)``: the log-sum-exp is ``m + log_s``."""
+    logps: Tensor
+    """Log-probability of the target, in nats; NaN for a target outside ``[0, V)``."""
+    target_logit: Tensor
+    entropy: Tensor | None = None
+    """In nats."""
+    top1: Tensor | None = None
+    """1 where no other token is more probable than the target, else 0."""
+    mean_logit: Tensor | None = None
+    sum_p2: Tensor | None = None
+    """Sum of the squared probabilities."""
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["targets_ptr"])
 def _merge_splits_kernel(
     states_ptr,  # [splits, fields, N] fp32
     targets_ptr,  # [N] int64
-    m_ptr,  # [N], as all outputs
-    log_s_ptr,
-    target_logit_ptr,
-    logps_ptr,
-    entropy_ptr,
-    top1_ptr,
-    mean_logit_ptr,
-    sum_p2_ptr,
+    out_ptr,  # [4, N] fp32, [8, N] with STATS
     N,
     V,
     splits,
@@ -68,15 +91,37 @@ def _merge_splits_kernel(
     own = exp(y)
     rest = exp(d) * s
     log_s = tl.where(y == 0.0, log1p(rest), tl.log(rest + own))
-    tl.store(m_ptr + offs_n, top, mask=inside)
-    tl.store(log_s_ptr + offs_n, log_s, mask=inside)
-    tl.store(target_logit_ptr + offs_n, target, mask=inside)
-    tl.store(logps_ptr + offs_n, y - log_s, mask=inside)
+    out_ptrs = out_ptr + offs_n
+    tl.store(out_ptrs, top, mask=inside)
+    tl.store(out_ptrs + field, log_s, mask=inside)
+    tl.store(out_ptrs + 2 * field, y - log_s, mask=inside)
+    tl.store(out_ptrs + 3 * field, target, mask=inside)
     if STATS:
         norm = exp(-log_s)
         weighted = exp(d) * (weighted + d * s) + tl.maximum(y, FLOOR) * own
         squares = exp(2.0 * d) * squares + own * own
-        tl.store(entropy_ptr + offs_n, log_s - weighted * norm, mask=inside)
-        tl.store(top1_ptr + offs_n, (target >= m).to(tl.float32), mask=inside)
-        tl.store(mean_logit_ptr + offs_n, total / V, mask=inside)
-        tl.store(sum_p2_ptr + offs_n, squares * norm * norm, mask=inside)
+        tl.store(out_ptrs + 4 * field, log_s - weighted * norm, mask=inside)
+        tl.store(out_ptrs + 5 * field, (target >= m).to(tl.float32), mask=inside)
+        tl.store(out_ptrs + 6 * field, total / V, mask=inside)
+        tl.store(out_ptrs + 7 * field, squares * norm * norm, mask=inside)
+
+
+def merge_splits(states: Tensor, targets: Tensor, vocab_size: int) -> RowStatistics:
+    """Statistics of rows from the states of all their splits.
+
+    Args:
+        states: ``[splits, fields, N]`` fp32, in the order of the vocabulary, contiguous; 6 fields
+            for all statistics, 3 for the first four.
+        targets: ``[N]`` int64, any stride.
+        vocab_size: ``V``.
+    """
+    splits, fields, rows = states.shape
+    stats = fields == STATS_FIELDS
+    out = states.new_empty((8 if stats else 4, rows))
+    if rows:
+        with on_device(states):
+            _merge_splits_kernel[(triton.cdiv(rows, _BLOCK),)](
+                states, targets.contiguous(), out, rows, vocab_size, splits, _BLOCK, stats,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return RowStatistics(*out.unbind())

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdaa.kernels.configs import RowConfig, row_config
 from fastdaa.kernels.elementary import exp, expm1, floored
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
+from fastdaa.kernels.operands import on_device
 
 # In place, a row of gradients of 2 bytes begins where its row of logits of 4 bytes begins. Block k
 # of B columns is read from bytes [4kB, 4kB + 4B) and written to [2kB, 2kB + 2B), which lies inside
@@ -148,7 +149,7 @@ def write_row_gradient(
         for t in (targets, m, log_s, logps, coefficients, entropy, entropy_coefficients, rows)
     ]
     if count and z.shape[1]:
-        with torch.cuda.device_of(z):
+        with on_device(z):
             _write_row_gradient_kernel[(count,)](
                 z, bias if bias is None else bias.contiguous(), *vectors,
                 target,

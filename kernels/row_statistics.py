@@ -1,14 +1,16 @@
-"""Statistics of whole rows of logits in one pass: log-sum-exp, target log-prob, optional metrics.
+"""Statistics of rows of logits in one pass: log-sum-exp, target log-prob, optional metrics.
 
-One program a row. Every lane keeps a running maximum and sum of its own columns, so nothing is
-exchanged between lanes until the row ends, and the order of all sums is fixed. The target is left
-out of the sums and joins at the end: where it is the maximum, its 1 would swallow the rest, and a
-confident token would have a log-prob of 0. The derivation is in README.md of this folder.
+One program a row and vocabulary split. Every lane keeps a running maximum and sum of its own
+columns, so nothing is exchanged between lanes until the split ends; :mod:`merge_splits` then takes
+the splits in their order. A tile may hold whole rows or any number of whole splits of them: the
+order of all sums is fixed, and so are the bits. The target is left out of the sums and joins at the
+end: where it is the maximum, its 1 would swallow the rest, and a confident token would have a
+log-prob of 0. The derivation is in README.md of this folder.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,54 +18,48 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.elementary import LOWEST, exp, floored, log1p
+from fastdaa.kernels.elementary import LOWEST, exp, floored
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
+from fastdaa.kernels.merge_splits import (
+    SCORE_FIELDS,
+    STATS_FIELDS,
+    RowStatistics,
+    merge_splits,
+)
+from fastdaa.kernels.operands import on_device
 
 
-class RowStatistics(NamedTuple):
-    """What one pass gives; all ``[r]`` fp32, the last four None unless asked for."""
-
-    m: Tensor
-    """Maximum of the final logits, or 0 in a row of ``-inf``."""
-    log_s: Tensor
-    """Log of the sum of ``exp(z - m)``."""
-    logps: Tensor
-    """Log-probability of the target; NaN for a target outside ``[0, V)``."""
-    entropy: Tensor | None
-    """Entropy in nats."""
-    top1: Tensor | None
-    """1 where no other logit exceeds the target's, else 0."""
-    mean_logit: Tensor | None
-    """Mean of the final logits."""
-    sum_p2: Tensor | None
-    """Sum of the squared probabilities."""
-
-
-# The alignment of vectors that are read one value a program, and of their number, changes with the
-# batch: a variant of the code for each would be compiled in the middle of training.
-@triton.jit(do_not_specialize=["stride_ok"], do_not_specialize_on_alignment=["targets_ptr"])
-def _take_row_statistics_kernel(
-    z_ptr, bias_ptr, targets_ptr,
-    out_ptr,
-    V, stride_zn, stride_ok,
+# The alignment of targets, which are read one value a program, and the number of rows change with
+# the batch: a variant of the code for each would be compiled in the middle of training.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets_ptr"])
+def _take_row_states_kernel(
+    z_ptr,  # [rows, V]
+    bias_ptr,  # [V] or None
+    targets_ptr,  # [rows] int64
+    states_ptr,  # [splits, fields, rows]
+    rows, V, first_column, stride_zn,
     inner, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    SPLIT_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    splits = tl.cdiv(V, SPLIT_V)
+    split = tl.program_id(0) % splits
+    row = (tl.program_id(0) // splits).to(tl.int64)
     z_row = z_ptr + row * stride_zn
-    target = tl.load(targets_ptr + row)
-    valid = (target >= 0) & (target < V)
-    target = tl.where(valid, target, -1).to(tl.int32)
+    first = split * SPLIT_V
+    end = tl.minimum(first + SPLIT_V, V)
+    target = tl.load(targets_ptr + row) - first_column
+    here = (target >= first) & (target < end)
+    target = tl.where(here, target, -1).to(tl.int32)
 
     m = tl.full([BLOCK_V], LOWEST, tl.float32)  # running maximum of a lane
     s = tl.zeros([BLOCK_V], tl.float32)  # sum of e = exp(z - m)
     w = tl.zeros([BLOCK_V], tl.float32)  # sum of e (z - m)
     q = tl.zeros([BLOCK_V], tl.float32)  # sum of e^2
     total = tl.zeros([BLOCK_V], tl.float32)  # sum of z
-    for start in range(0, V, BLOCK_V):
+    for start in range(first, end, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < V
+        inside = columns < end
         z = load_products(z_row, bias_ptr, columns, inside, HAS_BIAS)
         z, _ = finish_logits(z, inner, outer, HAS_SOFTCAP)
         if HAS_STATS:
@@ -79,80 +75,94 @@ def _take_row_statistics_kernel(
         s = tl.where(above, s * e + 1.0, s + e)
         m = tl.where(above, z, m)
 
-    # The lanes become one, then the target joins.
-    rest_top = tl.max(m, axis=0)
-    gap = floored(m - rest_top)
+    # The lanes become one.
+    top = tl.max(m, axis=0)
+    gap = floored(m - top)
     e = exp(gap)
-    own_z = load_products(z_row, bias_ptr, target, valid, HAS_BIAS)
-    own_z, _ = finish_logits(own_z, inner, outer, HAS_SOFTCAP)
-    own_z = tl.where(valid, own_z, float("nan"))
-    top = tl.where(own_z > rest_top, own_z, rest_top)
-    shift = floored(rest_top - top)
-    lift = exp(shift)
-    rest = tl.sum(s * e, axis=0) * lift
-    own_gap = floored(own_z - top)
-    own = exp(own_gap)
-    log_s = tl.where(own == 1.0, log1p(rest), tl.log(rest + own))
-    highest = tl.where(top == LOWEST, 0.0, top)
-    tl.store(out_ptr + row, highest)
-    tl.store(out_ptr + stride_ok + row, log_s)
-    tl.store(out_ptr + 2 * stride_ok + row, (own_z - highest) - log_s)
+    own = load_products(z_row, bias_ptr, target, here, HAS_BIAS)
+    own, _ = finish_logits(own, inner, outer, HAS_SOFTCAP)
+    fields: tl.constexpr = 6 if HAS_STATS else 3
+    state_ptr = states_ptr + split.to(tl.int64) * fields * rows + row
+    field = tl.cast(rows, tl.int64)
+    tl.store(state_ptr, tl.where(top == LOWEST, float("-inf"), top))
+    tl.store(state_ptr + field, tl.sum(s * e, axis=0))
+    tl.store(state_ptr + 2 * field, tl.where(here, own, float("-inf")))
     if HAS_STATS:
-        rest_w = tl.sum(e * (w + s * gap), axis=0) * lift + rest * shift
-        rest_q = tl.sum(q * (e * e), axis=0) * (lift * lift)
-        inverse = exp(-log_s)
-        entropy = log_s - (rest_w + own * own_gap) * inverse
-        tl.store(out_ptr + 3 * stride_ok + row, entropy)
-        first = (own_z >= rest_top) | (top == LOWEST)
-        tl.store(out_ptr + 4 * stride_ok + row, first.to(tl.float32))
-        tl.store(out_ptr + 5 * stride_ok + row, tl.sum(total, axis=0) / V)
-        tl.store(out_ptr + 6 * stride_ok + row, (rest_q + own * own) * (inverse * inverse))
+        tl.store(state_ptr + 3 * field, tl.sum(e * (w + s * gap), axis=0))
+        tl.store(state_ptr + 4 * field, tl.sum(q * (e * e), axis=0))
+        tl.store(state_ptr + 5 * field, tl.sum(total, axis=0))
 
 
-def take_row_statistics(
+def take_row_states(
     z: Tensor,
     targets: Tensor,
     *,
+    first_column: int = 0,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     stats: bool = False,
     config: RowConfig | None = None,
-) -> RowStatistics:
-    """Statistics of every row of a tile of raw products, which is read once and not changed.
+) -> Tensor:
+    """States of the vocabulary splits in a tile of raw products, read once and not changed.
 
     Args:
-        z: ``[r, V]`` products of hidden states and weight, any floating dtype up to fp32 (fp32
-            keeps the accuracy contract), contiguous along V, any row stride.
-        targets: ``[r]`` int64, any stride.
-        bias: ``[V]``, any floating dtype.
+        z: ``[r, c]`` products of hidden states and weight, any floating dtype up to fp32 (fp32
+            keeps the accuracy contract), contiguous along c. Rows that begin at multiples of 64
+            bytes have the same bits in every tile.
+        targets: ``[r]`` int64 over the whole vocabulary, any stride.
+        first_column: of the tile; whole splits of ``config.split_v`` columns lie before it.
+        bias: ``[c]`` of the tile's columns, any floating dtype.
         logit_scale: factor on the logits before the cap.
         softcap: cap of the logits, or None.
         temperature: divisor of the logits after the cap.
-        stats: also take the four metrics.
+        stats: for the four metrics, too.
         config: block sizes; None for the table's.
 
+    Returns:
+        ``[ceil(c / split_v), fields, r]`` fp32, 3 fields or 6 with ``stats``, for
+        :func:`merge_splits`, which takes those of all columns one after the other.
+
     Raises:
-        ValueError: columns that are not contiguous, or no column.
+        ValueError: columns that are not contiguous, or none.
     """
-    rows, v = z.shape
-    if v == 0 or z.stride(1) != 1:
+    rows, width = z.shape
+    if width == 0 or z.stride(1) != 1:
         raise ValueError(
             f"z: expected [r, V > 0] with contiguous columns, got shape {list(z.shape)} with "
             f"strides {list(z.stride())}"
         )
     config = config or row_config("row_statistics", z.device)
-    out = torch.empty((7 if stats else 3, rows), dtype=torch.float32, device=z.device)
+    splits = triton.cdiv(width, config.split_v)
+    fields = STATS_FIELDS if stats else SCORE_FIELDS
+    states = torch.empty((splits, fields, rows), dtype=torch.float32, device=z.device)
     inner, outer = logit_factors(logit_scale, softcap, temperature)
     if rows:
-        with torch.cuda.device_of(z):
-            _take_row_statistics_kernel[(rows,)](
+        with on_device(z):
+            _take_row_states_kernel[(rows * splits,)](
                 z, bias if bias is None else bias.contiguous(), targets.contiguous(),
-                out,
-                v, z.stride(0), out.stride(0),
+                states,
+                rows, width, first_column, z.stride(0),
                 inner, outer,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_STATS=stats,
-                BLOCK_V=config.block_v, num_warps=config.num_warps, enable_fp_fusion=True,
+                SPLIT_V=config.split_v, BLOCK_V=config.block_v, num_warps=config.num_warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
-    return RowStatistics(*out.unbind(), *([] if stats else [None] * 4))
+    return states
+
+
+def splits_of(width: int, device: torch.device) -> int:
+    """Vocabulary splits of so many columns on a device."""
+    return triton.cdiv(width, row_config("row_statistics", device).split_v)
+
+
+def take_row_statistics(
+    z: Tensor, targets: Tensor, *, stats: bool = False, **options: Any
+) -> RowStatistics:
+    """Statistics of whole rows ``z [r, V]`` of raw products.
+
+    Arguments are those of :func:`take_row_states`; a target outside ``[0, V)`` gives NaN.
+    """
+    states = take_row_states(z, targets, stats=stats, **options)
+    return merge_splits(states, targets, z.shape[1])

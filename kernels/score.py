@@ -11,8 +11,6 @@ Checked in Triton's interpreter and by compiling ahead of time; it has not run o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,12 @@ from fastdaa.kernels.logit_tile import (
     _without_padding,
     _work_item,
 )
-from fastdaa.kernels.merge_splits import _merge_splits_kernel
+from fastdaa.kernels.merge_splits import (
+    SCORE_FIELDS,
+    STATS_FIELDS,
+    RowStatistics,
+    merge_splits,
+)
 from fastdaa.kernels.operands import (
     check_operands,
     multiprocessors,
@@ -38,31 +41,9 @@ from fastdaa.kernels.operands import (
 )
 from fastdaa.kernels.score_configs import (
     SCORE_CONFIGS,
-    SCORE_FIELDS,
-    STATS_FIELDS,
     TileConfig,
     tile_config,
 )
-
-_MERGE_BLOCK = 128
-
-
-class TokenScores(NamedTuple):
-    """Everything is ``[N]`` and fp32; the last four are None unless statistics were asked for."""
-
-    m: Tensor
-    """Largest logit of the row, or 0 in a row of ``-inf``."""
-    log_s: Tensor
-    """Log of the sum of ``exp(z - m)``: the log-sum-exp is ``m + log_s``."""
-    target_logit: Tensor
-    logps: Tensor
-    """Log-probability of the target, in nats."""
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    """1 where no other token is more probable than the target, else 0."""
-    mean_logit: Tensor | None = None
-    sum_p2: Tensor | None = None
-    """Sum of the squared probabilities."""
 
 
 # The number of rows changes from batch to batch, and needs no code of its own.
@@ -208,7 +189,7 @@ def score_tokens(
     stats: bool = False,
     config: TileConfig | None = None,
     programs: int | None = None,
-) -> TokenScores:
+) -> RowStatistics:
     """Score every target under ``cap(logit_scale * (h @ weight.T + bias)) / temperature``.
 
     Args:
@@ -231,16 +212,13 @@ def score_tokens(
     factors = tile_factors(logit_scale, softcap, temperature)
     long = stats or bias is not None or factors != (None, None)
     config = tile_config(SCORE_CONFIGS, long, (hidden_states, weight), config)
-    outputs = [
-        torch.empty(N, dtype=torch.float32, device=hidden_states.device)
-        for _ in range(8 if stats else 4)
-    ]
-    if N == 0:
-        return TokenScores(*outputs)
-    targets = targets.contiguous()
     splits = triton.cdiv(V, config.split_v)
     fields = STATS_FIELDS if stats else SCORE_FIELDS
-    states = outputs[0].new_empty(splits, fields, N)
+    shape = (splits, fields, N)
+    states = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
+    if N == 0:
+        return merge_splits(states, targets, V)
+    targets = targets.contiguous()
     items = splits * triton.cdiv(N, config.block_n)
     programs = programs or config.programs * multiprocessors(hidden_states.device)
     with on_device(hidden_states):
@@ -254,8 +232,4 @@ def score_tokens(
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
             enable_fp_fusion=True,
         )  # fmt: skip
-        _merge_splits_kernel[(triton.cdiv(N, _MERGE_BLOCK),)](
-            states, targets, *outputs, *[None] * (8 - len(outputs)), N, V, splits,
-            _MERGE_BLOCK, stats, enable_fp_fusion=True,
-        )  # fmt: skip
-    return TokenScores(*outputs)
+    return merge_splits(states, targets, V)

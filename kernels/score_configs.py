@@ -100,8 +100,8 @@ ODD_ROWS: dict[bool, TileConfig] = {
 multiple of 16 long or apart, or begin at such an address: larger tiles would spill. No model that
 we know has such a hidden size."""
 
-SCORE_FIELDS, STATS_FIELDS, DIVERGENCE_FIELDS = 3, 6, 6
-"""Numbers in the state of a row: of its score, with statistics, and of a divergence."""
+DIVERGENCE_FIELDS = 6
+"""Numbers in the state of a row of a divergence."""
 
 
 def state_bytes(vocab_size: int, fields: int) -> int:

@@ -116,13 +116,11 @@ def _divergence(
 
 
 def _merges() -> list[Entry]:
-    outputs = ("m", "log_s", "target_logit", "logps", "entropy", "top1", "mean_logit", "sum_p2")
     states = {"states_ptr": "*fp32:16", "N": "i32", "splits": "i32"}
     return [
         Entry(
             "score/merge", _merge_splits_kernel,
-            {**states, "targets_ptr": "*i64:16", "V": "i32",
-             **{f"{name}_ptr": "*fp32:16" for name in outputs}},
+            {**states, "targets_ptr": "*i64", "out_ptr": "*fp32:16", "V": "i32"},
             {"BLOCK": 128, "STATS": True}, 4,
         ),
         Entry(

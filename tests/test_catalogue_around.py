@@ -16,7 +16,15 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-from fastdaa.kernels import divergence, objective, score  # noqa: E402
+from fastdaa.kernels import (  # noqa: E402
+    column_sums,
+    divergence,
+    merge_splits,
+    objective,
+    row_gradient,
+    row_statistics,
+    score,
+)
 from fastdaa.kernels.column_sums import sum_columns  # noqa: E402
 from fastdaa.kernels.row_gradient import write_row_gradient  # noqa: E402
 from fastdaa.kernels.row_statistics import take_row_statistics  # noqa: E402
@@ -92,8 +100,9 @@ def test_15_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside.pop()
 
-    monkeypatch.setattr(torch.cuda, "device_of", guard)
-    for module in (score, divergence, objective):
+    for module in (
+        score, merge_splits, divergence, objective, row_statistics, row_gradient, column_sums
+    ):  # fmt: skip
         monkeypatch.setattr(module, "on_device", guard)
     monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: launched.append(list(inside)))
     hidden, weight = torch.randn(6, D), torch.randn(V, D)

@@ -111,7 +111,8 @@ OBJECTIVE = """if True:
         pytest.param(
             ROWS,
             {
-                "_take_row_statistics_kernel": 1,
+                "_take_row_states_kernel": 1,
+                "_merge_splits_kernel": 1,
                 "_write_row_gradient_kernel": 1,
                 "_sum_columns_kernel": 1,
             },
@@ -121,7 +122,7 @@ OBJECTIVE = """if True:
         pytest.param(
             SIZES_OF_ONE,
             {
-                "_take_row_statistics_kernel": 1,
+                "_take_row_states_kernel": 1,
                 "_write_row_gradient_kernel": 1,
                 "_score_tiles_kernel": 1,
                 "_merge_splits_kernel": 1,

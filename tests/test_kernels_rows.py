@@ -37,11 +37,15 @@ from fastdaa.kernels import configs  # noqa: E402
 from fastdaa.kernels.column_sums import sum_columns  # noqa: E402
 from fastdaa.kernels.configs import RowConfig  # noqa: E402
 from fastdaa.kernels.elementary import expm1, log1p, tanh_and_slope  # noqa: E402
+from fastdaa.kernels.merge_splits import merge_splits  # noqa: E402
 from fastdaa.kernels.row_gradient import write_row_gradient  # noqa: E402
-from fastdaa.kernels.row_statistics import take_row_statistics  # noqa: E402
+from fastdaa.kernels.row_statistics import (  # noqa: E402
+    take_row_states,
+    take_row_statistics,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = RowConfig(16, 4)
+SMALL = RowConfig(16, 4, split_v=64)
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -153,7 +157,7 @@ def test_statistics_against_fp64(poisoned, r, v, config, head):
     logp = torch.log_softmax(f, dim=1)
     top = f.amax(dim=1)
     truth = (
-        top, (f - top[:, None]).exp().sum(1).log(), picked(logp, targets),
+        top, (f - top[:, None]).exp().sum(1).log(), picked(logp, targets), picked(f, targets),
         -(logp.exp() * logp).sum(1), (picked(f, targets) >= top).double(), f.mean(1),
         logp.exp().square().sum(1),
     )  # fmt: skip
@@ -174,8 +178,8 @@ def test_without_metrics_the_same_bits(poisoned):
     z, targets, options = rows_of(5, 203, "everything")
     full = take_row_statistics(z, targets, stats=True, config=SMALL, **options)
     plain = take_row_statistics(z, targets, config=SMALL, **options)
-    assert plain[3:] == (None,) * 4
-    assert all(torch.equal(a, b) for a, b in zip(plain[:3], full[:3], strict=True))
+    assert plain[4:] == (None,) * 4
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], full[:4], strict=True))
 
 
 def test_columns_beyond_the_vocabulary_and_rows_of_any_stride():
@@ -195,6 +199,23 @@ def test_a_row_has_the_same_bits_in_any_company():
     for _ in range(2):
         one = take_row_statistics(z[4:5], targets[4:5], stats=True, **options)
         assert all(torch.equal(a, b[4:5]) for a, b in zip(one, whole, strict=True))
+
+
+@pytest.mark.parametrize("head", ["plain", "everything"])
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_a_row_has_the_same_bits_in_tiles_of_its_splits(poisoned, width, head):
+    z, targets, options = rows_of(6, 203, head)
+    bias = options.pop("bias", None)
+    whole = take_row_statistics(z, targets, stats=True, config=SMALL, bias=bias, **options)
+    states = []
+    for start in range(0, 203, width):
+        columns = slice(start, min(start + width, 203))
+        part = {"bias": None if bias is None else bias[columns], **options}
+        tile = z[:, columns].contiguous()
+        more = {"first_column": start, "stats": True, "config": SMALL}
+        states.append(take_row_states(tile, targets, **more, **part))
+    got = merge_splits(torch.cat(states), targets, 203)
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
 
 
 @pytest.mark.parametrize("gap", [10.0, 20.0, 40.0, 80.0])
@@ -393,7 +414,7 @@ def test_the_gradient_of_a_confident_target_does_not_vanish(gap):
 def test_no_rows():
     z, targets = torch.zeros(0, 9, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     got = take_row_statistics(z, targets, stats=True)
-    assert [t.shape for t in got] == [(0,)] * 7
+    assert [t.shape for t in got] == [(0,)] * 8
     assert gradient_of(z, targets, got, got.m, "bf16").shape == (0, 9)
 
 

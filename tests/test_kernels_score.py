@@ -16,7 +16,8 @@ from fastdaa import reference
 triton = pytest.importorskip("triton")
 
 from fastdaa.kernels import score_configs  # noqa: E402
-from fastdaa.kernels.score import TokenScores, score_tokens  # noqa: E402
+from fastdaa.kernels.merge_splits import RowStatistics  # noqa: E402
+from fastdaa.kernels.score import score_tokens  # noqa: E402
 from fastdaa.kernels.score_configs import (  # noqa: E402
     DIVERGENCE_CONFIGS,
     SCORE_CONFIGS,
@@ -64,7 +65,7 @@ def problem(n, d, v, head="plain", dtype=torch.float32, spread=1.0):
     return hidden, weight, targets, options
 
 
-def expected(hidden, weight, targets, dtype, **options) -> TokenScores:
+def expected(hidden, weight, targets, dtype, **options) -> RowStatistics:
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = options.pop("bias", None)
     options["bias"] = None if bias is None else bias.to(dtype)
@@ -73,8 +74,8 @@ def expected(hidden, weight, targets, dtype, **options) -> TokenScores:
     target = targets[:, None]
     stats = reference.token_stats(hidden, weight, targets, **options)
     log_s = z.logsumexp(dim=1) - z.amax(dim=1)
-    return TokenScores(
-        z.amax(dim=1), log_s, z.gather(1, target)[:, 0], logps.gather(1, target)[:, 0],
+    return RowStatistics(
+        z.amax(dim=1), log_s, logps.gather(1, target)[:, 0], z.gather(1, target)[:, 0],
         *stats, logps.exp().square().sum(dim=1),
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def check(within_budget, got, hidden, weight, targets, options) -> None:
     eager = expected(hidden, weight, targets, torch.float32, **options)
     truth = expected(hidden, weight, targets, torch.float64, **options)
     length = weight.numel() // len(weight) + len(weight)
-    for name, ours, theirs, right in zip(TokenScores._fields, got, eager, truth, strict=True):
+    for name, ours, theirs, right in zip(RowStatistics._fields, got, eager, truth, strict=True):
         if ours is not None:
             within_budget(name, ours, theirs, right, length)
 

@@ -34,15 +34,30 @@ CASES = {
     "softcap": {"wanted": (True, True), "softcap": 4.0, "logit_scale": 0.5},
     "bias": {"wanted": (True, True), "bias": True},
     "bf16": {"wanted": (True, True), "loss": "dpo", "dtype": torch.bfloat16},
+    "triton": {"engine": "triton", "wanted": (True, True), "dtype": torch.float32},
+    "triton, score": {"engine": "triton", "dtype": torch.float32},
+    "triton, loss": {
+        "engine": "triton",
+        "wanted": (True, True),
+        "loss": "dpo",
+        "bias": True,
+        "softcap": 4.0,
+        "dtype": torch.float32,
+    },
     "small budget": {"wanted": (True, True), "loss": "dpo", "tile_rows": 3},
 }
+# Where Triton's interpreter is off, beside a GPU, its kernels do not take CPU tensors.
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.interpreter] if "engine" in case else [])
+    for name, case in CASES.items()
+]
 COMPILED = ("recompute", "single pass", "coupled")
 
 
 def run(case, rank=None, group=None, compiled=False):
     """Values and gradients of a case, with the whole head or with the slice of a process."""
     generator = torch.Generator().manual_seed(3)
-    dtype = case.get("dtype", torch.float64)
+    dtype, engine = case.get("dtype", torch.float64), case.get("engine", "auto")
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -61,12 +76,13 @@ def run(case, rank=None, group=None, compiled=False):
 
     def call():
         if "loss" not in case:
-            logps = head_logps(hidden, head(), targets)
+            logps = head_logps(hidden, head(), targets, engine=engine)
             return [logps], logps.sin().sum()
         selection = TokenSelection(torch.arange(N), targets, torch.tensor(LENGTHS), LENGTHS)
         out = pair_loss(
-            hidden, head(), selection, Objective.parse(case["loss"]), ref_logps=ref.float()
-        )
+            hidden, head(), selection, Objective.parse(case["loss"]), ref_logps=ref.float(),
+            engine=engine,
+        )  # fmt: skip
         return [out.loss, out.losses, out.token_logps], out.loss
 
     if compiled:
@@ -74,18 +90,25 @@ def run(case, rank=None, group=None, compiled=False):
     with tiles_of(case.get("tile_rows"), V - CUT):
         result, total = call()
     if "loss" not in case and not compiled:
-        result += token_stats(hidden, head(), targets)[1]
+        result += token_stats(hidden, head(), targets, engine=engine)[1]
     leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     grads = torch.autograd.grad(total, leaves) if leaves else ()
     return [t.detach() for t in result], list(grads)
 
 
 def worker(port, folder, rank):
-    rank = int(rank)
+    rank, cases = int(rank), CASES
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from fastdaa.kernels import configs
+
+        # Slices of 41 and 56 columns have other numbers of splits.
+        configs.ROW_CONFIGS["row_statistics"][80] = configs.RowConfig(16, 4, split_v=16)
+    else:
+        cases = {name: case for name, case in cases.items() if "engine" not in case}
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=180))
-    outcome = {name: (run(case, rank), run(case, rank)) for name, case in CASES.items()}
+    outcome = {name: (run(case, rank), run(case, rank)) for name, case in cases.items()}
     for name, group in zip(COMPILED, (None, dist.new_group([0, 1]), None), strict=True):
         outcome[name] += (run(CASES[name], rank, group, compiled=True),)
     torch.save(outcome, Path(folder) / f"{rank}.pt")
@@ -134,22 +157,22 @@ def test_processes_with_uneven_slices_cut_the_same_tiles(path, rows):
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_compute_what_one_does(outcomes, name):
     case = CASES[name]
     values, grads = run(case)
-    half = case.get("dtype") == torch.bfloat16
+    half, wide = (case.get("dtype") == dtype for dtype in (torch.bfloat16, None))
     both = [outcome[name][0] for outcome in outcomes]
     for rank in both:
         for got, want in zip(rank[0], values, strict=True):
-            assert torch.allclose(got, want, atol=1e-5 if half else 1e-12, rtol=1e-5)
+            assert torch.allclose(got, want, atol=1e-12 if wide else 1e-5, rtol=1e-5)
     for got, want in zip(joined(case, both), grads, strict=True):
         assert got.dtype == want.dtype
-        limit = 1e-2 if half else 1e-12
+        limit = 1e-2 if half else 1e-12 if wide else 1e-5
         assert (got - want).abs().max() <= limit * want.abs().max() + 1e-30
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_processes_agree_to_the_bit_and_repeat(outcomes, name):
     (a, again), (b, _) = (outcome[name][:2] for outcome in outcomes)
     for x, y, z in zip(a[0], b[0], again[0], strict=True):
@@ -194,9 +217,11 @@ def test_what_needs_the_whole_vocabulary_says_so(monkeypatch):
     for call in (
         lambda: token_kl(hidden, head, hidden, whole),
         lambda: head_logps(hidden, head, targets, impl="reference"),
-        lambda: head_logps(hidden, head, targets, engine="triton"),
+        lambda: head_logps(hidden, head, targets, engine="fused"),
     ):
-        with pytest.raises(ValueError, match=r"expected .*the whole vocabulary, got a slice"):
+        with pytest.raises(
+            ValueError, match=r"expected .*(the whole vocabulary|all of V), got a slice"
+        ):
             call()
 
 
