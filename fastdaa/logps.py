@@ -7,6 +7,7 @@ are summed in that dtype and rounded once to the dtype of their tensor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def token_logps(
         engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
             CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
             logits at all, and log-probs that differ from the other engines' in the last bits, so
-            both models of a comparison need it), or ``"auto"``, for now torch.
+            both models of a comparison need it), or ``"auto"``: triton on CUDA devices where its
+            kernels agree with fp64 (tried once a process), else torch.
         max_bytes: memory beyond inputs and returned gradients, as in :func:`fastdaa.plan_head`;
             None for the default of the device.
 
@@ -180,6 +182,28 @@ def token_stats(
     state, stats = score(hidden_states, head, targets, plan, stats=True)
     assert stats is not None
     return state.logps, stats
+
+
+@torch.no_grad()
+def sharper_logps(
+    hidden_states: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    *,
+    engine: str = "auto",
+    max_bytes: int | None = None,
+) -> Tensor:
+    """Log-probabilities ``[N]`` of the targets at half the temperature, no gradient (1U).
+
+    They are ``2 log p_t - log sum_v p_v^2``: together with the log-probs, what WPO (arXiv
+    2406.11827) needs to know about the sum of the squared probabilities of every token.
+
+    Args:
+        hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
+            :func:`token_logps`.
+    """
+    sharper = replace(head, temperature=head.temperature / 2)
+    return head_logps(hidden_states, sharper, targets, engine=engine, max_bytes=max_bytes)
 
 
 def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from fastdaa.call_size import CallSize
+from fastdaa.engine_check import LEAST_CAPABILITY, triton_obstacle
 from fastdaa.memory import Tiles, fits_whole, least_single_pass, plan_tiles, single_pass_sums
 from fastdaa.paths import GEMMS, PATHS, choose_path
 from fastdaa.validation import check_choice
@@ -143,8 +144,8 @@ def plan_head(
         loss_inside: the caller hands over the loss as well (:func:`fastdaa.pair_loss`).
         coupled: that loss couples all pairs of the batch, so it is not known inside a chunk.
         impl: ``"auto"``, or the path to take; one that cannot serve raises.
-        engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: torch,
-            until the Triton kernels have been measured on a GPU.
+        engine: ``"torch"``, ``"triton"``, ``"fused"`` (path ``score`` alone), or ``"auto"``: triton
+            on CUDA devices on which its kernels agree with fp64 (tried once a process), else torch.
         max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
             Sums that a path cannot do without count first, tiles get the rest. ``auto`` takes no
             single pass that takes more; where the sums of another path leave next to nothing (less
@@ -189,13 +190,17 @@ def _plan(
     loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool,
 ) -> HeadPlan:  # fmt: skip
     """The plan for checked sizes; ``may_keep``: gradients of logits can wait for backward."""
-    on_cpu, name = device.type == "cpu", "torch" if engine == "auto" else engine
+    on_cpu = device.type == "cpu"
+    name, engine_reason = engine, "asked for"
+    if engine == "auto":
+        name, engine_reason = _best_engine(size, device, plain=divergence or impl == "reference")
     whole = may_keep and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
     path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside, coupled)
-    chosen, engine_reason = _choose_engine(engine, path, device)
+    if engine in ("triton", "fused"):
+        _check_triton(engine, path, device)
     tiles_for = partial(
-        plan_tiles, size=size, engine=chosen, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
+        plan_tiles, size=size, engine=name, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
     )
     if path == "single_pass" and whole and size.head_grad:
         reason = "the head is trained and the gradients of the batch's logits fit in memory"
@@ -204,12 +209,12 @@ def _plan(
         path, reason = ("recompute", obstacle) if obstacle else (path, reason)
     tiles = tiles_for("divergence" if divergence else path)
     if path == "single_pass" and max_bytes is not None and tiles.extra_bytes > max_bytes:
-        least = least_single_pass(size, chosen, on_cpu=on_cpu, may_keep=may_keep)
+        least = least_single_pass(size, name, on_cpu=on_cpu, may_keep=may_keep)
         raise ValueError(
             f"max_bytes: expected at least {least} for impl='single_pass', {single_pass_sums(size)}"
             f" of them for sums of gradients, got {max_bytes}; impl='recompute' takes less"
         )
-    return HeadPlan(path, reason, *tiles, chosen, engine_reason, size.sparse or on_cpu, divergence)
+    return HeadPlan(path, reason, *tiles, name, engine_reason, size.sparse or on_cpu, divergence)
 
 
 def _check_sizes(size: CallSize, max_bytes: int | None) -> None:
@@ -240,15 +245,17 @@ def _obstacle(tiles: Tiles, size: CallSize, on_cpu: bool, max_bytes: int | None)
     return ""
 
 
-def _choose_engine(engine: str, path: str, device: torch.device) -> tuple[str, str]:
-    if engine in ("triton", "fused"):
-        _check_triton(engine, path, device)
-        return engine, "asked for"
-    if engine == "torch":
-        return "torch", "asked for"
-    if device.type != "cuda":
+def _best_engine(size: CallSize, device: torch.device, *, plain: bool) -> tuple[str, str]:
+    """The engine that ``auto`` is, and why if there was a choice; ``plain``: there is one alone."""
+    if device.type != "cuda" or plain:
         return "torch", ""
-    return "torch", "the Triton kernels are not yet measured on a GPU"
+    if size.operand == torch.float64:
+        return "torch", "fp64 is for plain torch"
+    obstacle = triton_obstacle(device)
+    if obstacle:
+        return "torch", obstacle
+    tried = torch.cuda.is_available()
+    return "triton", "its kernels agree with fp64 on this GPU" if tried else "what GPUs take"
 
 
 def check_engine(engine: str, device: torch.device) -> None:
@@ -270,8 +277,9 @@ def _check_triton(engine: str, path: str, device: torch.device) -> None:
     if device.type == "cuda":
         # A plan for a GPU may be made where there is none.
         here = torch.cuda.is_available()
-        capability = torch.cuda.get_device_capability(device) if here else (8, 0)
-        if capability < (8, 0):
+        least = LEAST_CAPABILITY
+        capability = torch.cuda.get_device_capability(device) if here else least
+        if capability < least:
             raise ValueError(
                 f"engine={engine!r}: expected a GPU of compute capability 8.0 or later, got "
                 f"{capability[0]}.{capability[1]}; engine='torch' takes it"

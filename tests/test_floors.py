@@ -24,10 +24,10 @@ FLOORS: list[set[str]] = [
     {"slices"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "memory", "compiled_selection"},
-    {"planner"},
     {"row_passes"},
-    {"engines"},
-    {"tiles", "objective_kernel"},
+    {"engines", "objective_kernel"},
+    {"tiles", "engine_check"},
+    {"planner"},
     {"score", "plan_call", "gradient_sums"},
     {"frozen", "recompute"},
     {"kept", "divergence_tiles", "compiled_logps"},

@@ -651,18 +651,6 @@ def plan(device, **kwargs):
     return plan_head(50257, device, hidden_grad=True, head_grad=True, **kwargs)
 
 
-def test_auto_is_torch_until_a_gpu_has_measured_triton():
-    assert plan("cpu").engine == plan("cuda").engine == "torch"
-    assert plan("cpu").explain().endswith("lies outside this call")
-    assert (
-        plan("cuda")
-        .explain()
-        .endswith("; engine torch: the Triton kernels are not yet measured on a GPU")
-    )
-    made = plan("cuda", engine="triton")
-    assert made.engine == "triton" and made.explain().endswith("; engine triton: asked for")
-
-
 def test_an_engine_that_cannot_serve_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"engine: expected one of 'auto'.*got 'fast'"):
         plan("cuda", engine="fast")

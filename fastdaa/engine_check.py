@@ -1,0 +1,129 @@
+"""Whether the Triton kernels work on the GPU at hand, before ``engine="auto"`` takes them.
+
+The kernels are held to fp64 on a small tile once for every device and process. What they are worth
+elsewhere (another driver, compiler, or architecture) is nothing to assume.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from fastdaa.engines import TorchTile, TritonTile
+from fastdaa.head import LmHead
+from fastdaa.losses import Objective
+from fastdaa.outputs import BatchTotals
+
+# Two splits of the vocabulary, the second of them narrow and odd.
+_COLUMNS = 12288 + 53
+_ROWS = 16
+LEAST_CAPABILITY = (8, 0)
+
+
+def triton_obstacle(device: torch.device) -> str:
+    """Why the Triton kernels cannot serve a CUDA device, one clause; empty if they can.
+
+    A plan for a GPU may be made where there is none: then nothing is known against them.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is not None:
+        return "the Triton kernels are made for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"the Triton kernels need compute capability 8.0, this GPU has {capability}"
+    if detect_fake_mode() is not None:
+        return "tensors without values"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _obstacle_on(torch.device("cuda", index))
+
+
+@cache
+def _obstacle_on(device: torch.device) -> str:
+    try:
+        wrong = wrong_results(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        obstacle = f"the Triton kernels do not run on this machine: {cause}"
+    else:
+        obstacle = f"the Triton kernels give wrong {', '.join(wrong)} here" if wrong else ""
+    if obstacle:
+        warnings.warn(
+            f"fastdaa: {obstacle}. Plain torch takes their place: slower, the same results. "
+            "`fastdaa doctor --kernels` compiles them one by one; please report it.",
+            stacklevel=2,
+        )
+    return obstacle
+
+
+@torch.no_grad()
+def wrong_results(device: torch.device) -> list[str]:
+    """Names of what the kernels compute wrongly on a device: nothing, where they work.
+
+    Statistics and gradients of a tile of logits against fp64, gradients over the logits against
+    those beside them, and the objective kernel's DPO against its formula. No products, no autograd:
+    hooks and modes of the caller see none.
+    """
+    with torch.inference_mode(False):
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (_ROWS, _COLUMNS)
+        z = 4.0 * torch.randn(shape, generator=generator, device=device)
+        targets = torch.randint(_COLUMNS, (_ROWS,), generator=generator, device=device)
+        found = _tile_differences(z, targets) | _objective_differences(z[:, 0].contiguous())
+        largest = torch.stack([value.double() for value in found.values()]).tolist()
+    limits = zip(found, largest, strict=True)
+    return [name for name, difference in limits if not difference <= _LIMITS[name]]
+
+
+# Log-probs are some -20 and entropies some 3 nats; bf16 entries have 8 bits.
+_LIMITS = {
+    "log-probs": 1e-4, "entropies": 1e-4, "gradients": 1e-2, "gradients in place": 0.0,
+    "losses": 1e-5, "coefficients": 1e-5,
+}  # fmt: skip
+
+
+def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    head = LmHead(z.new_empty((_COLUMNS, 1), dtype=torch.bfloat16))
+    everything, coefficients = slice(0, _COLUMNS), torch.ones_like(z[:, 0])
+    plain = TorchTile(head, z.double(), everything, torch.float64)
+    ours = TritonTile(head, z, everything, torch.bfloat16)
+    state, stats = ours.statistics(targets, stats=True)
+    beside = torch.empty_like(z, dtype=torch.bfloat16)
+    ours.gradient(state, targets, coefficients, out=beside)
+    in_place = ours.gradient(state, targets, coefficients)
+    true_state, true_stats = plain.statistics(targets, stats=True, keep=True)
+    assert stats is not None and true_stats is not None
+    truth = plain.gradient(true_state, targets, coefficients.double())
+    return {
+        "log-probs": (state.logps - true_state.logps).abs().amax(),
+        "entropies": (stats.entropy - true_stats.entropy).abs().amax(),
+        "gradients": (beside - truth).norm() / truth.norm(),
+        "gradients in place": (in_place - beside).abs().amax(),
+    }
+
+
+def _objective_differences(logps: Tensor) -> dict[str, Tensor]:
+    from fastdaa.objective_kernel import evaluate_objective
+
+    beta, lengths = 0.5, logps.new_tensor([3, 5, 6, 2], dtype=torch.int64)
+    ref = logps.new_tensor([1.0, -2.0, 0.5, 3.0])
+    values = evaluate_objective(
+        Objective.parse("dpo", beta=beta), logps, lengths, totals=BatchTotals(2, 9), ref_logps=ref
+    )
+    parts = torch.stack([part.sum() for part in logps.double().split([3, 5, 6, 2])]) - ref
+    margins = beta * (parts[0::2] - parts[1::2])
+    losses, slopes = -torch.nn.functional.logsigmoid(margins), -beta * torch.sigmoid(-margins)
+    assert values.coefficients is not None
+    return {
+        "losses": (values.losses - losses).abs().amax(),
+        "coefficients": (values.coefficients.view(2, 2)[:, 0] - slopes).abs().amax(),
+    }
