@@ -7,7 +7,7 @@ other; it may destroy its memory on the way. What statistics are is said in
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.row_passes import (
+    FP16_TARGET,
     RowState,
     entropy_gradient,
     finish_logits,
@@ -23,9 +24,36 @@ from fastdaa.row_passes import (
     logit_slope,
     move_to_front,
     scale_tile,
+    steepest_slope,
     take_statistics,
 )
 from fastdaa.vocab_shard import VocabShard
+
+if TYPE_CHECKING:
+    from fastdaa.kernels.merge_splits import RowStatistics
+
+ROW_MULTIPLE = 16
+"""Entries of which rows of logits are multiples on GPUs."""
+
+
+def logits_memory(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Memory ``[rows, width]`` for logits or their gradients. On GPUs rows begin at multiples of 16
+    entries, as the products that read them like it."""
+    multiple = 1 if device.type == "cpu" else ROW_MULTIPLE
+    stride = -(-width // multiple) * multiple
+    return torch.empty((rows, stride), dtype=dtype, device=device)[:, :width]
+
+
+class RowSlopes(NamedTuple):
+    """Statistics ``[r]``, and the derivative ``d logp / d z`` of every row's log-prob by its raw
+    products, which is ``factors[:, None] * slopes``: it needs no loss."""
+
+    state: RowState
+    values: TokenStats | None
+    slopes: Tensor
+    """``[r, c]``, wide or in the dtype of the next product."""
+    factors: Tensor
+    """``[r]``, wide."""
 
 
 class RowTile(Protocol):
@@ -51,6 +79,9 @@ class RowTile(Protocol):
         ``out`` of dtype ``operand``, which lies elsewhere, if given.
         """
 
+    def slopes(self, targets: Tensor, stats: bool = False, out: Tensor | None = None) -> RowSlopes:
+        """Statistics of whole rows and the derivatives of their log-probs; ``out`` as above."""
+
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """Gradient of ``sum(coefficients * entropy)`` by the raw products, as :meth:`gradient`."""
 
@@ -63,7 +94,7 @@ class TorchTile:
     """The row passes in plain torch, each elementwise step a pass over memory."""
 
     def __init__(self, head: LmHead, z: Tensor, columns: slice, operand: torch.dtype):
-        self.head, self.columns = head, columns
+        self.head, self.columns, self.operand = head, columns, operand
         self.z = finish_logits(head, z, columns)
         self.slope: Tensor | float | None = None
         """Kept by ``statistics``, whose exponentials then stand in ``z``."""
@@ -95,6 +126,10 @@ class TorchTile:
         dz = logit_gradient(p, state.logps, targets, coefficients, first_token, norm)
         dz = scale_tile(dz, slope)
         return dz if out is None else out.copy_(dz)
+
+    def slopes(self, targets: Tensor, stats: bool = False, out: Tensor | None = None) -> RowSlopes:
+        """See :class:`RowTile`."""
+        return _slopes_in_two_passes(self, targets, stats, out)
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """See :class:`RowTile`; wide, in the memory of the tile."""
@@ -140,11 +175,9 @@ class TritonTile:
             self.z, targets, stats=stats, first_column=self.first_token, **self.options
         )
         shard, vocab_size = self.head.shard, self.head.vocab_size
-        rows = merge_splits(gathered(states, shard) if shard else states, targets, vocab_size)
-        state = RowState(rows.m, rows.log_s, rows.logps)
-        if rows.entropy is None or rows.top1 is None or rows.mean_logit is None:
-            return state, None
-        return state, TokenStats(rows.entropy, rows.top1, rows.mean_logit)
+        return _state_and_values(
+            merge_splits(_gathered(states, shard) if shard else states, targets, vocab_size)
+        )
 
     def gradient(
         self, state: RowState, targets: Tensor, coefficients: Tensor,
@@ -160,6 +193,18 @@ class TritonTile:
             self.z, targets, *state, coefficients, dtype=self.operand, out=out, rows=picked,
             first_column=self.first_token, **self.options,
         )  # fmt: skip
+
+    def slopes(self, targets: Tensor, stats: bool = False, out: Tensor | None = None) -> RowSlopes:
+        """See :class:`RowTile`; in bf16 one read of the logits, beside them."""
+        if self.operand != torch.bfloat16 or self.head.shard is not None:
+            return _slopes_in_two_passes(self, targets, stats, out)
+        from fastdaa.kernels.row_slopes import take_row_slopes
+
+        if out is None:
+            rows, width = self.z.shape
+            out = logits_memory(rows, width, self.z.device, self.operand)
+        found, factors = take_row_slopes(self.z, targets, out, stats=stats, **self.options)
+        return RowSlopes(*_state_and_values(found), out, factors)
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """See :class:`RowTile`; in ``operand``, over the logits."""
@@ -179,7 +224,29 @@ class TritonTile:
         return sum_columns(gradient)
 
 
-def gathered(states: Tensor, shard: VocabShard) -> Tensor:
+def _slopes_in_two_passes(
+    tile: TorchTile | TritonTile, targets: Tensor, stats: bool, out: Tensor | None
+) -> RowSlopes:
+    state, values = tile.statistics(targets, stats, keep=True)
+    # With the sum of exp(z - m) as coefficients, entries are exp(z - m) itself: half-precision
+    # factors keep those of likely tokens near 1, and the sum is divided out of the result.
+    coefficients, factors = torch.exp(state.log_s), torch.exp(-state.log_s)
+    if tile.operand == torch.float16:
+        # The target's entry may reach V times the slope, which fp16 does not.
+        own = coefficients * -torch.expm1(state.logps)
+        lift = FP16_TARGET / (own.clamp(min=1.0) * steepest_slope(tile.head))
+        coefficients, factors = coefficients * lift, factors / lift
+    return RowSlopes(state, values, tile.gradient(state, targets, coefficients, out=out), factors)
+
+
+def _state_and_values(rows: RowStatistics) -> tuple[RowState, TokenStats | None]:
+    state = RowState(rows.m, rows.log_s, rows.logps)
+    if rows.entropy is None or rows.top1 is None or rows.mean_logit is None:
+        return state, None
+    return state, TokenStats(rows.entropy, rows.top1, rows.mean_logit)
+
+
+def _gathered(states: Tensor, shard: VocabShard) -> Tensor:
     """States ``[splits, fields, r]`` of the vocabulary splits of all processes, in their order."""
     from fastdaa.kernels.row_statistics import splits_of
 

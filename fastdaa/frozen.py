@@ -15,16 +15,8 @@ from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
-from fastdaa.row_passes import steepest_slope
 from fastdaa.score import join
-from fastdaa.tiles import (
-    FP16_TARGET,
-    Logits,
-    blocks,
-    product,
-    sum_over_shards,
-    without_autocast,
-)
+from fastdaa.tiles import Logits, blocks, product, sum_over_shards, without_autocast
 
 
 class Frozen(torch.autograd.Function):
@@ -81,14 +73,6 @@ def _rows(
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
     tile = logits.row_tile(logits.rows(rows), weight, slice(0, logits.head.width))
-    state, values = tile.statistics(targets, stats, keep=True)
-    # With the sum of exp(z - m) as coefficients, entries are exp(z - m) itself: half-precision
-    # factors keep those of likely tokens near 1, and the sum is divided out of the result.
-    coefficients, norm = torch.exp(state.log_s), torch.exp(-state.log_s)
-    if logits.operand == torch.float16:
-        # The target's entry may reach V times the slope, which fp16 does not.
-        own = coefficients * -torch.expm1(state.logps)
-        lift = FP16_TARGET / (own.clamp(min=1.0) * steepest_slope(logits.head))
-        coefficients, norm = coefficients * lift, norm / lift
-    dz = tile.gradient(state, targets, coefficients).to(logits.operand)
-    return state.logps, product(dz, weight).mul_(norm[:, None]), values
+    state, values, slopes, factors = tile.slopes(targets, stats)
+    by_hidden = product(slopes.to(logits.operand), weight)
+    return state.logps, by_hidden.mul_(factors[:, None]), values

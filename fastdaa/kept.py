@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.chunks import Chunk, ChunkObjective
+from fastdaa.engines import logits_memory
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import GradientSums
 from fastdaa.head import LmHead
@@ -36,7 +37,6 @@ from fastdaa.tiles import (
     Logits,
     blocks,
     filled_rows,
-    logits_memory,
     product,
     product_slices,
     without_autocast,

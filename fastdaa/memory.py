@@ -203,6 +203,8 @@ class _Room:
         size = self.size
         sums = size.selection + size.slopes + size.weight_copy
         row = gradient_row(size, self.engine) + size.wide * size.hidden_size + self.fill
+        if self.engine != "torch" and size.operand == torch.bfloat16:
+            row += size.narrow * size.width  # slopes beside the logits, from one read of them
         return self.whole_rows(sums, row)
 
     def whole_rows(self, sums: int, row: int) -> Tiles:

@@ -20,6 +20,8 @@ from fastdaa.vocab_shard import VocabShard
 
 # exp(-1e4) is 0 in every dtype; a floor keeps 0 * -inf out of the entropy.
 _FLOOR = -1.0e4
+# Gradient tiles in fp16 are scaled up to about this, far from both underflow and overflow.
+FP16_TARGET = 1024.0
 # Columns that a reduction on CUDA leaves to one block.
 _CUDA_ROW = 65536
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.chunks import Chunk, ChunkObjective
-from fastdaa.engines import RowTile
+from fastdaa.engines import RowTile, logits_memory
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients, GradientSums
 from fastdaa.head import LmHead
@@ -31,7 +31,6 @@ from fastdaa.tiles import (
     Logits,
     blocks,
     filled_rows,
-    logits_memory,
     without_autocast,
 )
 

@@ -14,18 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdaa.engines import ENGINES, RowTile
+from fastdaa.engines import ENGINES, ROW_MULTIPLE, RowTile, logits_memory
 from fastdaa.head import LmHead
-from fastdaa.row_passes import finish_logits, steepest_slope
+from fastdaa.row_passes import FP16_TARGET, finish_logits, steepest_slope
 from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, UNSPLIT_ENTRIES
 
 _HALVES = (torch.float16, torch.bfloat16)
 # torch.addmm takes an fp32 summand with half-precision factors.
 _ADDS_HALVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-# Gradient tiles in fp16 are scaled up to about this, far from both underflow and overflow.
-FP16_TARGET = 1024.0
 _SMALLEST_COEFFICIENT = 2.0**-100
-_WIDTH_MULTIPLE = 16
 # A slice of a product is a multiple of 128 rows.
 _SLICE_ROWS = 128
 
@@ -84,18 +81,10 @@ def filled_rows(rows: int, device: torch.device) -> int:
     return -(-rows // CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE if device.type == "cpu" else rows
 
 
-def logits_memory(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Memory ``[rows, width]`` for logits or their gradients. On GPUs rows begin at multiples of 16
-    entries, as the products that read them like it, and as statistics with equal bits need."""
-    multiple = 1 if device.type == "cpu" else _WIDTH_MULTIPLE
-    stride = -(-width // multiple) * multiple
-    return torch.empty((rows, stride), dtype=dtype, device=device)[:, :width]
-
-
 def _aligned(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """Memory for the logits of an odd vocabulary on a GPU; None where a product's own will do."""
     (rows, _), width = hidden.shape, weight.shape[0]
-    if width % _WIDTH_MULTIPLE == 0 or hidden.device.type == "cpu":
+    if width % ROW_MULTIPLE == 0 or hidden.device.type == "cpu":
         return None
     dtype = torch.float32 if hidden.dtype in _HALVES else hidden.dtype
     return logits_memory(rows, width, hidden.device, dtype)

@@ -31,6 +31,7 @@ specifications per compute capability)."""
 _WGMMA = re.compile(r"\b(?:HGMMA|QGMMA|IGMMA|UTC\w*MMA)\b")
 _TMA = re.compile(r"\bUTMA(?:LDG|STG|REDG)\b")
 # In PTX: products that round fp32 factors to 10 bits (mma, wgmma and tcgen05 name them alike).
+_FUSED = re.compile(r"\b(?:mul|add|sub)\.(?:ftz\.)?f32")
 _TF32 = re.compile(r"mma\S*tf32")
 _SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", re.MULTILINE)
@@ -56,6 +57,9 @@ class Entry(NamedTuple):
     """What the sm_90 machine code has to contain: ``"wgmma"``, ``"tma"``."""
     max_registers: int | None = None
     """Triton's ``maxnreg``, where the launcher gives one."""
+    fuses: bool = True
+    """Multiplications and additions may become one; where not, all variants of a kernel round
+    alike."""
 
 
 class Numbers(NamedTuple):
@@ -77,6 +81,8 @@ class Numbers(NamedTuple):
     """Instructions of the tensor memory accelerator."""
     tf32: int = 0
     """Products in PTX that round fp32 factors to TF32: no kernel here may have one."""
+    fused: int = 0
+    """Multiplications and additions in PTX that an assembler may make one: those without ``.rn``."""
 
 
 def measure(entry: Entry, target: str) -> Numbers:
@@ -99,6 +105,7 @@ def measure(entry: Entry, target: str) -> Numbers:
         len(_WGMMA.findall(sass)),
         len(_TMA.findall(sass)),
         len(_TF32.findall(compiled.asm["ptx"])),
+        len(_FUSED.findall(compiled.asm["ptx"])),
     )
 
 
@@ -117,6 +124,8 @@ def faults(entry: Entry, numbers: Numbers) -> list[str]:
         found.append(f"expected at most {limit} bytes of shared memory, got {numbers.shared}")
     if numbers.tf32:
         found.append(f"expected fp32 products as they are, got {numbers.tf32} in TF32")
+    if numbers.fused and not entry.fuses:
+        found.append(f"expected no fused multiply-adds, got {numbers.fused}")
     if numbers.target == "sm_90":
         found += [
             f"expected {use} instructions, got none"
@@ -146,7 +155,7 @@ def _compile(entry: Entry, target: str) -> Any:
         options={
             "num_warps": entry.num_warps,
             "num_stages": entry.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": entry.fuses,
             "maxnreg": entry.max_registers,
         },
     )

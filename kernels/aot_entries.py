@@ -12,6 +12,7 @@ from fastdaa.kernels.aot import TARGETS, Entry
 from fastdaa.kernels.column_sums import _sum_columns_kernel
 from fastdaa.kernels.configs import ROW_CONFIGS
 from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
+from fastdaa.kernels.row_slopes import _finish_row_slopes_kernel
 from fastdaa.kernels.row_statistics import _take_row_states_kernel
 from fastdaa.kernels.tile_entries import TILE_ENTRIES
 
@@ -23,6 +24,7 @@ def _each(
     constants: dict[str, Any],
     configs: dict[int, Any],
     blocks: tuple[str, ...] = ("BLOCK_V",),
+    fuses: bool = True,
 ) -> list[Entry]:
     """One entry for every distinct configuration, for the targets that use it."""
     made = []
@@ -31,22 +33,28 @@ def _each(
         sizes = {block: getattr(config, block.lower()) for block in blocks}
         full_name = f"{name}/{'x'.join(map(str, sizes.values()))}"
         values = {**constants, **sizes}
-        made.append(Entry(full_name, kernel, arguments, values, config.num_warps, targets=targets))
+        made.append(
+            Entry(full_name, kernel, arguments, values, config.num_warps, targets=targets,
+                  fuses=fuses)
+        )  # fmt: skip
     return made
 
 
 def _statistics(
-    name: str, bias: bool = False, cap: bool = False, stats: bool = False, m: str = ":16"
-) -> list[Entry]:
+    name: str, bias: bool = False, cap: bool = False, stats: bool = False, m: str = ":16",
+    slopes: bool = False,
+) -> list[Entry]:  # fmt: skip
     pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64", "states_ptr": "*fp32:16"}
     sizes = {"rows": "i32", "V": f"i32{m}", "first_column": "i32:16", "stride_zn": f"i32{m}"}
+    sizes |= {"stride_on": f"i32{m}"}
+    pointers |= {"slopes_ptr": "*bf16:16"} if slopes else {}
     arguments = {**pointers, **sizes, "inner": "fp32", "outer": "fp32"}
-    flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats}
-    absent = {} if bias else {"bias_ptr": None}
+    flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats, "HAS_SLOPES": slopes}
+    absent = ({} if bias else {"bias_ptr": None}) | ({} if slopes else {"slopes_ptr": None})
     arguments |= {"bias_ptr": "*bf16:16"} if bias else {}
     return _each(
         f"row_statistics/{name}", _take_row_states_kernel, arguments, {**flags, **absent},
-        ROW_CONFIGS["row_statistics"], ("SPLIT_V", "BLOCK_V"),
+        ROW_CONFIGS["row_statistics"], ("SPLIT_V", "BLOCK_V"), fuses=False,
     )  # fmt: skip
 
 
@@ -84,6 +92,20 @@ def _gradient(
     )  # fmt: skip
 
 
+def _slopes(name: str, bias: bool = False, cap: bool = False, m: str = ":16") -> list[Entry]:
+    vectors = ("m_ptr", "log_s_ptr", "logps_ptr", "factors_ptr")
+    arguments = {
+        "z_ptr": "*fp32:16", "targets_ptr": "*i64", **dict.fromkeys(vectors, "*fp32"),
+        "slopes_ptr": "*bf16:16", **dict.fromkeys(("V", "stride_zn", "stride_on"), f"i32{m}"),
+        "inner": "fp32", "outer": "fp32", **({"bias_ptr": "*bf16:16"} if bias else {}),
+    }  # fmt: skip
+    constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, **({} if bias else {"bias_ptr": None})}
+    return _each(
+        f"row_slopes/{name}", _finish_row_slopes_kernel, arguments, constants,
+        ROW_CONFIGS["row_gradient"],
+    )  # fmt: skip
+
+
 def _columns(name: str, dtype: str, m: str = ":16") -> list[Entry]:
     sizes = ("N", "rows_of_a_part", "column_blocks")
     arguments = {
@@ -102,6 +124,12 @@ ENTRIES: list[Entry] = [
     *_statistics("bias-softcap", bias=True, cap=True),
     *_statistics("stats", stats=True),
     *_statistics("stats-bias-softcap", bias=True, cap=True, stats=True),
+    *_statistics("slopes", slopes=True),
+    *_statistics("odd-vocabulary-slopes", m="", slopes=True),
+    *_statistics("stats-bias-softcap-slopes", bias=True, cap=True, stats=True, slopes=True),
+    *_slopes("plain"),
+    *_slopes("odd-vocabulary", m=""),
+    *_slopes("bias-softcap", bias=True, cap=True),
     *_gradient("bf16"),
     *_gradient("fp16", "fp16"),
     *_gradient("fp32", "fp32"),

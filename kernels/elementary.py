@@ -13,6 +13,7 @@ import triton.language as tl
 FLOOR = tl.constexpr(-1.0e4)
 # Below every logit that a softmax can tell from -inf: the start of a running maximum.
 LOWEST = tl.constexpr(-3.0e38)
+_ONE = tl.constexpr(2.0**40)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -65,3 +66,16 @@ def tanh_and_slope(x):
     far = (1.0 - e) * r
     u = tl.where(t < 0.3025, x + x * (t * p), tl.where(x < 0.0, -far, far))
     return u, 4.0 * e * (r * r)
+
+
+@triton.jit
+def exact_sum(x):
+    """Sum of lanes, each below 2^9 in size, the same bits in any order; NaN if one of them is.
+
+    In fixed point of 2^-40: how lanes lie in threads, and so the order of a sum of floats, depends
+    on what else a kernel reads and writes.
+    """
+    valid = x == x
+    parts = (tl.where(valid, x, 0.0) * _ONE).to(tl.int64)
+    total = tl.sum(parts, axis=0).to(tl.float32) * (1.0 / _ONE)
+    return tl.where(tl.min(valid.to(tl.int32), axis=0) == 0, float("nan"), total)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.elementary import LOWEST, exp, floored
+from fastdaa.kernels.elementary import LOWEST, exact_sum, exp, floored
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
 from fastdaa.kernels.merge_splits import (
     SCORE_FIELDS,
@@ -28,19 +28,26 @@ from fastdaa.kernels.merge_splits import (
 )
 from fastdaa.kernels.operands import on_device
 
+# The exponential of more, in nats, would leave the range of fp32. Rows whose targets are that
+# unlikely do not use it.
+MOST_ABOVE = tl.constexpr(64.0)
+
 
 # The alignment of targets, which are read one value a program, and the number of rows change with
-# the batch: a variant of the code for each would be compiled in the middle of training.
+# the batch: a variant of the code for each would be compiled in the middle of training. Launched
+# without fused multiply-adds: which of them a compiler forms depends on what else is asked for, and
+# the policy, whose gradient is wanted, has to round like the reference.
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets_ptr"])
 def _take_row_states_kernel(
     z_ptr,  # [rows, V]
     bias_ptr,  # [V] or None
     targets_ptr,  # [rows] int64
     states_ptr,  # [splits, fields, rows]
-    rows, V, first_column, stride_zn,
+    slopes_ptr,  # [rows, V] bf16 or None
+    rows, V, first_column, stride_zn, stride_on,
     inner, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr,
-    SPLIT_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, SPLIT_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(V, SPLIT_V)
     split = tl.program_id(0) % splits
@@ -49,8 +56,12 @@ def _take_row_states_kernel(
     first = split * SPLIT_V
     end = tl.minimum(first + SPLIT_V, V)
     target = tl.load(targets_ptr + row) - first_column
+    valid = (target >= 0) & (target < V)
+    target = tl.where(valid, target, -1).to(tl.int32)
+    own = load_products(z_row, bias_ptr, target, valid, HAS_BIAS)
+    own, _ = finish_logits(own, inner, outer, HAS_SOFTCAP)
     here = (target >= first) & (target < end)
-    target = tl.where(here, target, -1).to(tl.int32)
+    anchor = tl.where(own == float("-inf"), 0.0, own)
 
     m = tl.full([BLOCK_V], LOWEST, tl.float32)  # running maximum of a lane
     s = tl.zeros([BLOCK_V], tl.float32)  # sum of e = exp(z - m)
@@ -61,7 +72,11 @@ def _take_row_states_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < end
         z = load_products(z_row, bias_ptr, columns, inside, HAS_BIAS)
-        z, _ = finish_logits(z, inner, outer, HAS_SOFTCAP)
+        z, slope = finish_logits(z, inner, outer, HAS_SOFTCAP)
+        if HAS_SLOPES:
+            ratio = exp(tl.minimum(z - anchor, MOST_ABOVE))
+            out = (-ratio * slope).to(slopes_ptr.dtype.element_ty)
+            tl.store(slopes_ptr + row * stride_on + columns, out, mask=inside)
         if HAS_STATS:
             total += tl.where(inside, z, 0.0)
         z = tl.where(inside & (columns != target), z, float("-inf"))
@@ -79,17 +94,15 @@ def _take_row_states_kernel(
     top = tl.max(m, axis=0)
     gap = floored(m - top)
     e = exp(gap)
-    own = load_products(z_row, bias_ptr, target, here, HAS_BIAS)
-    own, _ = finish_logits(own, inner, outer, HAS_SOFTCAP)
     fields: tl.constexpr = 6 if HAS_STATS else 3
     state_ptr = states_ptr + split.to(tl.int64) * fields * rows + row
     field = tl.cast(rows, tl.int64)
     tl.store(state_ptr, tl.where(top == LOWEST, float("-inf"), top))
-    tl.store(state_ptr + field, tl.sum(s * e, axis=0))
+    tl.store(state_ptr + field, exact_sum(s * e))
     tl.store(state_ptr + 2 * field, tl.where(here, own, float("-inf")))
     if HAS_STATS:
-        tl.store(state_ptr + 3 * field, tl.sum(e * (w + s * gap), axis=0))
-        tl.store(state_ptr + 4 * field, tl.sum(q * (e * e), axis=0))
+        tl.store(state_ptr + 3 * field, exact_sum(e * (w + s * gap)))
+        tl.store(state_ptr + 4 * field, exact_sum(q * (e * e)))
         tl.store(state_ptr + 5 * field, tl.sum(total, axis=0))
 
 
@@ -103,14 +116,14 @@ def take_row_states(
     softcap: float | None = None,
     temperature: float = 1.0,
     stats: bool = False,
+    slopes: Tensor | None = None,
     config: RowConfig | None = None,
 ) -> Tensor:
     """States of the vocabulary splits in a tile of raw products, read once and not changed.
 
     Args:
         z: ``[r, c]`` products of hidden states and weight, any floating dtype up to fp32 (fp32
-            keeps the accuracy contract), contiguous along c. Rows that begin at multiples of 64
-            bytes have the same bits in every tile.
+            keeps the accuracy contract), contiguous along c, any row stride.
         targets: ``[r]`` int64 over the whole vocabulary, any stride.
         first_column: of the tile; whole splits of ``config.split_v`` columns lie before it.
         bias: ``[c]`` of the tile's columns, any floating dtype.
@@ -118,6 +131,8 @@ def take_row_states(
         softcap: cap of the logits, or None.
         temperature: divisor of the logits after the cap.
         stats: for the four metrics, too.
+        slopes: ``[r, c]`` with contiguous columns; becomes minus every probability over the
+            target's, times the slope of the logits, in its dtype. The tile holds whole rows.
         config: block sizes; None for the table's.
 
     Returns:
@@ -142,12 +157,12 @@ def take_row_states(
         with on_device(z):
             _take_row_states_kernel[(rows * splits,)](
                 z, bias if bias is None else bias.contiguous(), targets.contiguous(),
-                states,
-                rows, width, first_column, z.stride(0),
+                states, slopes,
+                rows, width, first_column, z.stride(0), 0 if slopes is None else slopes.stride(0),
                 inner, outer,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_STATS=stats,
-                SPLIT_V=config.split_v, BLOCK_V=config.block_v, num_warps=config.num_warps,
-                enable_fp_fusion=True,
+                HAS_SLOPES=slopes is not None, SPLIT_V=config.split_v, BLOCK_V=config.block_v,
+                num_warps=config.num_warps, enable_fp_fusion=False,
             )  # fmt: skip
     return states
 

@@ -121,7 +121,12 @@ def _merges() -> list[Entry]:
         Entry(
             "score/merge", _merge_splits_kernel,
             {**states, "targets_ptr": "*i64", "out_ptr": "*fp32:16", "V": "i32"},
-            {"BLOCK": 128, "STATS": True}, 4,
+            {"BLOCK": 128, "STATS": True}, 4, fuses=False,
+        ),
+        Entry(
+            "score/merge-plain", _merge_splits_kernel,
+            {**states, "targets_ptr": "*i64", "out_ptr": "*fp32:16", "V": "i32"},
+            {"BLOCK": 128, "STATS": False}, 4, fuses=False,
         ),
         Entry(
             "divergence/merge", _merge_gaps_kernel,

@@ -196,13 +196,14 @@ def test_every_table_entry_is_compiled_for_every_target() -> None:
         pytest.param({}, (), None, id="none"),
         pytest.param({"spills": 8}, (), "expected no spills, got 8", id="spills"),
         pytest.param({"tf32": 8}, (), "products as they are, got 8 in TF32", id="tf32"),
+        pytest.param({"fused": 8}, (), "no fused multiply-adds, got 8", id="fused"),
         pytest.param({"shared": SHARED_LIMIT["sm_90"] + 1}, (), "shared memory", id="shared"),
         pytest.param({"tma": 3}, ("wgmma", "tma"), "expected wgmma instructions", id="wgmma"),
         pytest.param({"wgmma": 3}, ("wgmma", "tma"), "expected tma instructions", id="tma"),
     ],
 )
 def test_a_fault_is_found(change: dict[str, Any], uses: tuple[str, ...], fault: str | None) -> None:
-    entry = Entry("n", None, {}, {}, 4, uses=uses)
+    entry = Entry("n", None, {}, {}, 4, uses=uses, fuses=False)
     numbers = Numbers("n", "sm_90", 32, 0, 0, 100, 0, 0)._replace(**change)
     found = faults(entry, numbers)
     assert (len(found) == 1 and fault in found[0]) if fault else found == []

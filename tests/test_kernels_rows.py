@@ -36,9 +36,10 @@ import triton.language as tl  # noqa: E402
 from fastdaa.kernels import configs  # noqa: E402
 from fastdaa.kernels.column_sums import sum_columns  # noqa: E402
 from fastdaa.kernels.configs import RowConfig  # noqa: E402
-from fastdaa.kernels.elementary import expm1, log1p, tanh_and_slope  # noqa: E402
+from fastdaa.kernels.elementary import exact_sum, expm1, log1p, tanh_and_slope  # noqa: E402
 from fastdaa.kernels.merge_splits import merge_splits  # noqa: E402
 from fastdaa.kernels.row_gradient import write_row_gradient  # noqa: E402
+from fastdaa.kernels.row_slopes import take_row_slopes  # noqa: E402
 from fastdaa.kernels.row_statistics import (  # noqa: E402
     take_row_states,
     take_row_statistics,
@@ -642,6 +643,113 @@ def test_gradients_of_half_precision_over_their_own_logits(
         error = (got.double() - want).norm()
         # Truncation to bf16 is twice as coarse as rounding, and it does not average out.
         assert error <= (2e-3 if dtype == "fp16" else 8e-3) * want.norm()
+
+
+# Statistics and slopes in one read
+
+
+def slopes_truth(z, targets, **options) -> Tensor:
+    """``d logp / d z`` by the raw products, in fp64."""
+    return gradient_truth(z, targets, torch.ones_like(z[:, 0]), **options)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("r", "v"), [(1, 1), (3, 2), (5, 64), (5, 65), (4, 203)])
+def test_slopes_against_fp64(poisoned, r, v, head, dtype):
+    z, targets, options = rows_of(r, v, head)
+    before, out = z.clone(), torch.empty_like(z, dtype=DTYPES[dtype])
+    rows, factors = take_row_slopes(z, targets, out, stats=True, config=SMALL, **options)
+    assert torch.equal(z, before)
+    want = take_row_statistics(z, targets, stats=True, config=SMALL, **options)
+    assert all(torch.equal(a, b) for a, b in zip(rows, want, strict=True))
+    truth = slopes_truth(z, targets, **options)
+    got = factors.double()[:, None] * out.double()
+    allowed = (UNIT[dtype] + 4e-6) * truth.abs() + 1e-7 * truth.abs().amax(dim=1, keepdim=True)
+    assert ((got - truth).abs() <= allowed + 1e-12).all()
+
+
+@pytest.mark.parametrize("below", [20.0, 31.0, 33.0, 100.0])
+@pytest.mark.parametrize("head", ["plain", "everything"])
+def test_slopes_of_targets_however_unlikely(poisoned, below, head):
+    z, targets, options = rows_of(6, 203, head)
+    if head == "plain":  # a cap keeps logits near each other
+        z[2, targets[2]] = z[2].amax() - below
+        z[4, targets[4]] = z[4].amax() + 20.0
+    out = torch.empty_like(z, dtype=torch.bfloat16)
+    rows, factors = take_row_slopes(z, targets, out, config=SMALL, **options)
+    likely = torch.where(rows.logps > -32, rows.logps.exp(), 1.0)
+    torch.testing.assert_close(factors, likely, rtol=5e-6, atol=0.0)
+    truth = slopes_truth(z, targets, **options)
+    got = factors.double()[:, None] * out.double()
+    finite = truth.isfinite()
+    assert finite.sum() >= truth.numel() - 203
+    error = (got - truth)[finite].abs()
+    assert (error <= 1.01 * 2.0**-7 * truth[finite].abs() + 1e-30).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning")
+def test_slopes_of_an_excluded_target(poisoned):
+    z, targets, _ = rows_of(3, 203)
+    z[1, targets[1]] = -torch.inf
+    out = torch.empty_like(z, dtype=torch.bfloat16)
+    rows, factors = take_row_slopes(z, targets, out, config=SMALL)
+    assert rows.logps[1] == -torch.inf and factors[1] == 1.0
+    want = torch.zeros(203).index_fill_(0, targets[1].cpu(), 1.0) - z[1].cpu().softmax(0)
+    torch.testing.assert_close(out[1].float().cpu(), want, rtol=1e-2, atol=1e-6)
+
+
+def test_slopes_of_a_confident_target_do_not_vanish():
+    z = torch.zeros(1, 37, device=DEVICE)
+    z[0, 5] = 40.0
+    out = torch.empty_like(z)
+    _, factors = take_row_slopes(z, torch.tensor([5], device=DEVICE), out)
+    assert (factors * out[0, 5]).item() == pytest.approx(36 * math.exp(-40), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|divide):RuntimeWarning")
+def test_slopes_of_broken_rows_say_so_and_leave_the_others_alone():
+    z, targets, _ = rows_of(6, 40)
+    z[1, 7], z[2, 7] = torch.nan, torch.inf
+    targets[3], targets[4] = -1, 40
+    out = torch.empty_like(z, dtype=torch.bfloat16)
+    _, factors = take_row_slopes(z, targets, out, config=SMALL)
+    got = factors[:, None] * out.float()
+    assert got[1].isnan().any() and got[2].isnan().any() and got[3:5].isnan().all()
+    truth = slopes_truth(z[[0, 5]], targets[[0, 5]])
+    torch.testing.assert_close(got[[0, 5]].double(), truth, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": torch.float16}, {"size": (4, 39)}], ids=["fp16", "shape"]
+)
+def test_slopes_that_cannot_be_written_are_refused(change):
+    z, targets, _ = rows_of(4, 40)
+    out = torch.empty(change.get("size", (4, 40)), dtype=change.get("dtype"), device=DEVICE)
+    with pytest.raises(ValueError, match=r"slopes: expected \[4, 40\] of bf16 or fp32"):
+        take_row_slopes(z, targets, out)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["as-is", "reversed"])
+def test_sums_of_lanes_do_not_depend_on_their_order(order):
+    """How lanes lie in threads is up to the compiler, and differs between variants of a kernel."""
+    lanes = torch.rand(512, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6
+    index = (
+        torch.arange(512, device=DEVICE).flip(0) if order.step else torch.arange(512, device=DEVICE)
+    )
+    out = torch.empty(2, device=DEVICE)
+    _sum_kernel[(1,)](lanes[index].contiguous(), out, BLOCK=512)
+    assert out[0].item() == pytest.approx(lanes.double().sum().item(), rel=6e-8)
+    again = torch.empty(2, device=DEVICE)
+    _sum_kernel[(1,)](lanes, again, BLOCK=512)
+    assert torch.equal(out, again)
+
+
+@triton.jit
+def _sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr, exact_sum(x))
+    tl.store(out_ptr + 1, exact_sum(-x))
 
 
 # The choice of the engine
