@@ -21,10 +21,21 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--losses", type=names, metavar="A,B", help="these losses only")
     what.add_argument("--list", action="store_true", help="list cases and contenders, then stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--dtype", choices=DTYPES, help="default: the case's own")
-    how.add_argument("--threads", type=positive, metavar="N", help="torch threads on the CPU")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of all inputs (default: 0)")
+    how.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where it runs (default: cuda where there is one)"
+    )
+    how.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the inputs (default: the case's own)"
+    )
+    how.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="torch threads on the CPU (default: torch's own)",
+    )
+    how.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all inputs (default: 0)"
+    )
     how.add_argument("--repeats", type=positive, metavar="N", help="timed calls of a contender")
     how.add_argument(
         "--budget", type=seconds, metavar="S", help="stop timing a contender after S seconds"

@@ -192,6 +192,7 @@ def sharper_logps(
     *,
     engine: str = "auto",
     max_bytes: int | None = None,
+    selected: bool = False,
 ) -> Tensor:
     """Log-probabilities ``[N]`` of the targets at half the temperature, no gradient (1U).
 
@@ -200,10 +201,12 @@ def sharper_logps(
 
     Args:
         hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
-            :func:`token_logps`.
+            :func:`token_logps`. selected: as in :func:`head_logps`.
     """
     sharper = replace(head, temperature=head.temperature / 2)
-    return head_logps(hidden_states, sharper, targets, engine=engine, max_bytes=max_bytes)
+    return head_logps(
+        hidden_states, sharper, targets, engine=engine, max_bytes=max_bytes, selected=selected
+    )
 
 
 def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ class PairLossOutput(NamedTuple):
     """``[N]`` policy log-probability of every scored token, detached."""
     stats: TokenStats | None
     """Token statistics, if asked for."""
+    pair_weights: Tensor | None = None
+    """``[B]`` what the loss of every pair was multiplied by, with ``use_weighting``."""
 
     def __repr__(self) -> str:
         return _row(

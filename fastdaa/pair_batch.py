@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastdaa.chunks import Chunk
 from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
-from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
+from fastdaa.losses.weights import desensitized, on_policy_weights, tail_tokens
+from fastdaa.outputs import (
+    BatchTotals,
+    PairLogps,
+    PairLossOutput,
+    TokenSelection,
+    TokenStats,
+    short,
+)
 from fastdaa.validation import check_counts, check_indices, check_vector
 
 
 class PairBatch:
-    """Everything an objective needs beside the policy's log-probs, cut to any range of pairs."""
+    """Everything an objective needs beside the policy's log-probs, cut to any range of pairs.
+
+    ``sharper_logps [N]`` are those of :func:`fastdaa.logps.sharper_logps`, for ``use_weighting``.
+    """
 
     def __init__(
         self,
@@ -25,6 +41,7 @@ class PairBatch:
         advantages: Tensor | None,
         totals: BatchTotals | None,
         engine: str = "torch",
+        sharper_logps: Tensor | None = None,
     ):
         self.ref_is_summed = False
         sequences, tokens = len(selection.counts), sum(selection.counts)
@@ -35,9 +52,17 @@ class PairBatch:
         if ref_token_logps is not None:
             check_vector("ref_token_logps", ref_token_logps, tokens, device)
             ref_token_logps = ref_token_logps.detach().contiguous()
-            if ref_logps is None:
-                self.ref_is_summed = True
-                ref_logps = sequence_logps(ref_token_logps, selection.lengths)
+        alpha, _ = weighting_of(objective)
+        self.tail, self.alpha = None, 1.0 if alpha is None else alpha
+        if alpha is not None:
+            if ref_token_logps is None:
+                raise ValueError(f"ref_token_logps: expected [{tokens}] for {objective}, got None")
+            self.tail = tail_tokens(selection.lengths, tokens)
+            weighted = desensitized(ref_token_logps, self.tail, alpha)
+            ref_logps = sequence_logps(weighted, selection.lengths)
+        elif ref_token_logps is not None and ref_logps is None:
+            self.ref_is_summed = True
+            ref_logps = sequence_logps(ref_token_logps, selection.lengths)
         if ref_logps is not None:
             check_vector("ref_logps", ref_logps, sequences, device)
             ref_logps = ref_logps.detach().contiguous()
@@ -52,6 +77,7 @@ class PairBatch:
         self.selection, self.objective, self.advantages = selection, objective, advantages
         self.completion_lengths = completion_lengths.contiguous()
         self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
+        self.sharper_logps = sharper_logps
         here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
         self.totals = here if totals is None else totals
         self.in_kernel = engine == "triton" and _has_kernel(objective)
@@ -67,11 +93,12 @@ class PairBatch:
         log-probs, both without gradient."""
         if self.in_kernel:
             return self._in_kernel(token_logps, chunk)
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_hooks():
             leaf = token_logps.detach().requires_grad_()
             losses = self.losses(leaf, chunk)
             if not losses.requires_grad:
                 return losses.detach(), torch.zeros_like(token_logps)
+            _check_reads_alone(losses, leaf)
             (coefficients,) = torch.autograd.grad(losses.sum() / self.totals.pairs, leaf)
         return losses.detach(), coefficients
 
@@ -101,6 +128,14 @@ class PairBatch:
         lengths = self.selection.lengths[sequences]
         completion = self.completion_lengths[sequences]
         policy = pair_logps(sequence_logps(token_logps, lengths), completion)
+        more: dict[str, Any] = {}
+        if self.tail is not None:
+            weighted = desensitized(token_logps, self.tail[chunk.tokens], self.alpha)
+            more["unweighted"] = policy
+            policy = pair_logps(sequence_logps(weighted, lengths), completion)
+        weights = self._pair_weights(token_logps, chunk)
+        if weights is not None:
+            more["pair_weights"] = weights
         ref = None
         if self.ref_logps is not None:
             ref = pair_logps(self.ref_logps[sequences].to(policy.chosen.dtype), completion)
@@ -115,7 +150,16 @@ class PairBatch:
                 pairs=self.totals.pairs,
                 tokens=self._tokens,
             )
-        return self.objective(policy, ref, self.totals, token_part)
+        return self.objective(policy, ref, self.totals, token_part, **more)
+
+    def _pair_weights(self, token_logps: Tensor, chunk: Chunk) -> Tensor | None:
+        """WPO's weights ``[b]`` of a chunk's pairs, without gradient; None where none are asked."""
+        if self.sharper_logps is None:
+            return None
+        sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
+        lengths = self.selection.lengths[sequences]
+        alignments = self.sharper_logps[chunk.tokens] - token_logps
+        return on_policy_weights(sequence_logps(alignments, lengths), lengths)
 
     def output(
         self, loss: Tensor, losses: Tensor, logps: Tensor, stats: TokenStats | None
@@ -123,10 +167,57 @@ class PairBatch:
         """The public result."""
         sums = sequence_logps(logps, self.selection.lengths)
         policy: PairLogps = pair_logps(sums, self.completion_lengths)
-        return PairLossOutput(loss, losses, policy, logps, stats)
+        weights = self._pair_weights(logps, self.everything)
+        return PairLossOutput(loss, losses, policy, logps, stats, weights)
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Leaves hooks on saved tensors to what waits for the caller's backward pass.
+
+    Those of activation checkpointing would compute the whole call again, for the few numbers that a
+    graph inside it saves.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # raised where hooks are disabled: then there are none
+            stack.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
+        yield
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _check_reads_alone(losses: Tensor, leaf: Tensor) -> None:
+    """Raise ``ValueError`` if the losses have a gradient for another tensor than ``leaf``.
+
+    A function of the caller's may read one, as a scale that is learned, whose gradient would be
+    lost here.
+    """
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", leaf)
+        if variable is not leaf:
+            raise ValueError(
+                "objective: expected a function of the log-probs alone, got one that reads another "
+                f"tensor that requires a gradient, {short(variable)}; detach it, or take the loss "
+                "outside the head with impl='recompute' (without torch.compile) or token_logps"
+            )
+        pending += [following for following, _ in node.next_functions]
 
 
 def _has_kernel(objective: Objective) -> bool:
     from fastdaa.objective_kernel import has_kernel
 
-    return isinstance(objective, Objective) and has_kernel(objective)
+    plain = weighting_of(objective) == (None, False)
+    return plain and isinstance(objective, Objective) and has_kernel(objective)
+
+
+def weighting_of(objective: Objective) -> tuple[float | None, bool]:
+    """``ld_alpha`` and ``use_weighting``; what is called like an objective may have neither."""
+    own = isinstance(objective, Objective)
+    return (objective.ld_alpha, objective.use_weighting) if own else (None, False)

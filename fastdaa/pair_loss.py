@@ -13,14 +13,14 @@ from torch import Tensor
 from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps_and_stats
+from fastdaa.logps import head_logps_and_stats, sharper_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
-from fastdaa.pair_batch import PairBatch
+from fastdaa.pair_batch import PairBatch, weighting_of
 from fastdaa.planner import HeadPlan
 from fastdaa.selection import select_rows
 from fastdaa.single_pass import plan_loss, single_pass
-from fastdaa.validation import check_head_inputs, check_indices
+from fastdaa.validation import check_floating, check_head_inputs, check_indices, check_kind
 
 
 def pair_loss(
@@ -41,6 +41,8 @@ def pair_loss(
 ) -> PairLossOutput:
     """Mean preference loss over ``B`` pairs, differentiable towards hidden states and head.
 
+    An objective with ``use_weighting`` costs 1U more: one product of the head, without gradient.
+
     Args:
         hidden_states: ``[..., D]`` of the backbone; flattened, its rows are what
             ``selection.rows`` points at.
@@ -49,9 +51,9 @@ def pair_loss(
             :func:`fastdaa.select_pairs`.
         objective: what to minimise, e.g. ``Objective.parse("dpo", beta=0.1)``.
         ref_logps: ``[2B]`` reference log-probs of the sequences, in nats; a constant, as
-            ``ref_token_logps`` and ``advantages`` are.
+            ``ref_token_logps`` and ``advantages`` are. Not read with ``ld_alpha``.
         ref_token_logps: ``[N]`` reference log-probs of the tokens, instead of or (for objectives
-            with token-level terms) beside ``ref_logps``.
+            with token-level terms or ``ld_alpha``) beside ``ref_logps``.
         completion_lengths: ``[2B]`` int64 divisors of per-token means; None for the scored tokens.
         advantages: ``[2B]`` advantages of the completions, for token-level objectives.
         totals: sizes of the whole batch, if these pairs are only a part of it. The losses of the
@@ -69,10 +71,22 @@ def pair_loss(
     Raises:
         TypeError, ValueError: tensors that do not fit together, a missing reference, or a path
             or engine that cannot serve the call.
+        RuntimeError: an objective with ``use_weighting`` inside a graph of
+            ``torch.compile(fullgraph=True)``; without ``fullgraph`` the graph breaks here.
         ImportError: ``engine="triton"`` without the package triton.
     """
+    check_floating("hidden_states", hidden_states)
+    check_kind("head", head, LmHead, "LmHead(weight)")
+    check_kind("selection", selection, TokenSelection, "select_pairs(labels)")
+    if isinstance(objective, str):
+        check_kind("objective", objective, Objective, f"Objective.parse({objective!r})")
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    _, use_weighting = weighting_of(objective)
     if torch.compiler.is_compiling():
+        if use_weighting:
+            raise RuntimeError("pair_loss: expected a call outside torch.compile with "
+                               "use_weighting, got one inside; wrap it with "
+                               "torch.compiler.disable")  # fmt: skip
         return compiled_pair_loss(
             flat.index_select(0, selection.rows), head, selection, objective,
             References(ref_logps, ref_token_logps, completion_lengths, advantages), totals,
@@ -85,9 +99,14 @@ def pair_loss(
         rows, head, coupled=objective.coupled, sparse=objective.sparse, selected=True, stats=stats,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
+    sharper = None
+    if use_weighting:
+        sharper = sharper_logps(
+            rows, head, selection.targets, engine=engine, max_bytes=max_bytes, selected=True
+        )
     batch = PairBatch(
         selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
-        plan.engine,
+        plan.engine, sharper,
     )  # fmt: skip
     if plan.path == "single_pass":
         return _single_pass(rows, head, batch, plan, stats)

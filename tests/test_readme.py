@@ -107,12 +107,14 @@ FASTDAA_COMMANDS = [
 
 @cache
 def help_of(*command: str) -> str:
-    """What ``fastdaa COMMAND --help`` prints: the real parser's word, without running anything."""
+    """What the whole help of ``fastdaa COMMAND`` prints: the real parser's word, nothing runs."""
     from fastdaa.cli import main
+    from fastdaa.cli.common_options import COMMON
 
+    whole = "--help-all" if command and command[0] in COMMON else "--help"
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
-        raise SystemExit(main([*command, "--help"]))
+        raise SystemExit(main([*command, whole]))
     assert stop.value.code in (0, None), said.getvalue()
     return said.getvalue()
 

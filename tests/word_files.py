@@ -41,6 +41,23 @@ def write_pairs_and_reward(folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
 
 
+def write_pairs(path: Path, count: int) -> list[dict[str, str]]:
+    """Pairs of many lengths, which it also returns; the first of more are the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> str:
+        length = int(torch.randint(1, 8, (), generator=generator))
+        picked = torch.randint(len(WORDS), (length,), generator=generator).tolist()
+        return " ".join(WORDS[i] for i in picked)
+
+    rows = [
+        {"prompt": text(), "chosen": f" w1 {text()}", "rejected": f" w2 {text()}"}
+        for _ in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
 def command_line(files: Path, command: str, model: Any, out: Any, **options: Any) -> list[str]:
     """A command over the pairs; options of None are left out."""
     given = {"model": model, "dataset": files / "pairs.jsonl", "output_dir": out, "use_cpu": True}

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
-    "sft": "teach a model the completions of a dataset",
+    "sft": "fine-tune a model on the completions of a dataset",
     "reward": "train a reward model on preference pairs",
     "online": "improve a policy on its own completions: APA, PPO, AWR",
     "evaluate": "measure a model on preference pairs: accuracy, margins, KL",
     "doctor": "show versions, devices, and how a model would be trained",
-    "demo": "over-optimise a known reward on the CPU: a small sweep, its law, a page",
+    "demo": "over-optimise a known reward on the CPU: a small sweep and its page",
     "bench": "measure speed and memory against other implementations",
     "study": "measure over-optimisation: quality against KL, scaling laws, a page",
 }
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command found something wrong. A bare ``--debug`` shows tracebacks.
     """
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(_help())
         return 0 if arguments else _USAGE_ERROR
     command, *rest = arguments
@@ -90,11 +90,12 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _help() -> str:
     lines = ["usage: fastdaa COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<8} {text}" for name, text in available().items()]
+    lines += [f"  {name:<8}  {text}" for name, text in available().items()]
     lines += [
         "",
         "options:",
         "  -h, --help     this text; `fastdaa COMMAND --help` shows a command's options",
+        "  --help-all     behind train, sft, reward, online, evaluate: every option",
         "  -V, --version  the version of fastdaa",
         "  --debug        show tracebacks of errors",
     ]

@@ -13,7 +13,7 @@ from fastdaa.train.options import check_count
 from fastdaa.train.quantization import QuantizationOptions
 from fastdaa.validation import shown
 
-_WHAT = "Trains a policy on preference pairs. MODEL and DATASET are local paths or hub ids."
+_WHAT = "Trains a policy on preference pairs. M and D are local paths or hub ids."
 
 
 @dataclass
@@ -25,68 +25,72 @@ class ModelArguments:
     model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
     dataset: list[str] = field(
         metadata={
-            "help": "Preference pairs: a .jsonl, .json, .csv or .parquet file, a folder of "
-            "such files, a saved dataset, or a hub id; several are mixed. Configuration and split "
-            "may stand behind it: owner/name:config:split, path::split."
+            "help": "Preference pairs: files, folders or hub ids. Files are .jsonl, .json, .csv or "
+            ".parquet, a folder holds such files or a saved dataset, and several are mixed. "
+            "Configuration and split may stand behind each: owner/name:config:split, path::split."
         }
     )
     dataset_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "One a dataset, how often its rows are used: 0.25 a random quarter, 2 twice. "
-            "Default: 1."
+            "help": "One weight per dataset: how often its rows are used (0.25: a random quarter, "
+            "2: twice). Default: 1 each."
         },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Configuration of hub datasets that name none."}
+        default=None,
+        metadata={"help": "Configuration (subset) of hub datasets, where DATASET names none."},
     )
     dataset_split: str | None = field(
         default=None,
         metadata={
-            "help": "Split to train on, of datasets that name none. Default: the only one, or "
-            "train."
+            "help": "Split to use, where DATASET names none. Default: the only one, or train."
         },
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column with the prompt. Default: recognised."}
+        default=None, metadata={"help": "Column with the prompt. Default: detected."}
     )
     chosen_column: str | None = field(
-        default=None, metadata={"help": "Column with the better answer. Default: recognised."}
+        default=None, metadata={"help": "Column with the better answer. Default: detected."}
     )
     rejected_column: str | None = field(
-        default=None, metadata={"help": "Column with the worse answer. Default: recognised."}
+        default=None, metadata={"help": "Column with the worse answer. Default: detected."}
     )
     completion_column: str | None = field(
-        default=None, metadata={"help": "Column with the only answer. Default: recognised."}
+        default=None,
+        metadata={"help": "Column with the answer, where there is only one. Default: detected."},
     )
     messages_column: str | None = field(
-        default=None, metadata={"help": "Column with the conversation. Default: recognised."}
+        default=None, metadata={"help": "Column with the conversation. Default: detected."}
     )
     eval_dataset: list[str] | None = field(
-        default=None, metadata={"help": "Rows to evaluate on; several are mixed. Default: none."}
+        default=None, metadata={"help": "Data to evaluate on. Several are mixed. Default: none."}
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split of eval_dataset, or else of dataset."}
+        default=None, metadata={"help": "Split to evaluate on, of eval_dataset or else of dataset."}
     )
     test_size: float | None = field(
         default=None,
-        metadata={"help": "Evaluate on that share (below 1) or number of the training rows."},
+        metadata={
+            "help": "Hold out this share (below 1) or number of training rows for evaluation."
+        },
     )
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Train on the first so many pairs; of a mixture, on a random choice."},
+        metadata={"help": "Train on the first N rows only; of a mixture, on N random ones."},
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "dtype of the weights; auto: as they are stored."}
+        default="float32", metadata={"help": "dtype of the weights. With auto it is as stored."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a model on the hub."}
+        default=False, metadata={"help": "Run Python code that comes with a model."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the model; matters in layout padded only."}
+        default=None, metadata={"help": "The model's own attention, used by --layout padded only."}
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "Chat template: a Jinja file, or the template itself."}
+        default=None,
+        metadata={"help": "A Jinja file, or the template itself. Default: the tokenizer's."},
     )
 
     def __post_init__(self) -> None:
@@ -130,15 +134,19 @@ class AdapterArguments(QuantizationOptions, ModelArguments):
     continues_adapters: ClassVar[bool] = True
     """Whether an adapter as the model is trained further where no new one is asked for."""
 
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters."})
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters, not the weights."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by alpha / r."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of adapters: alpha / r."})
     lora_dropout: float = field(
         default=0.0, metadata={"help": "Dropout of adapters; needs --disable_dropout false."}
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules with adapters. Default: all linear ones but the head."},
+        metadata={
+            "help": "Names of modules that get adapters. Default: all linear ones but the head."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -165,7 +173,7 @@ class TrainArguments(AdapterArguments):
     """What ``fastdaa train`` builds before it calls the trainer."""
 
     ref_model: str | None = field(
-        default=None, metadata={"help": "Reference. Default: the policy as it is at the start."}
+        default=None, metadata={"help": "Reference model. Default: the policy at the start."}
     )
     # Options of their own, read beside these.
     track: TrackArguments = field(init=False, default_factory=TrackArguments)
@@ -188,7 +196,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, PreferenceConfig]:
 
 def build_parser() -> OptionParser:
     """The parser of all options of ``fastdaa train``."""
-    return option_parser("train", _KINDS, _WHAT, title="preference training", shown="[--loss dpo] ")
+    return option_parser("train", _KINDS, _WHAT, title="preference training")
 
 
 def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments) -> Any:

@@ -7,7 +7,8 @@ import difflib
 import importlib
 import shlex
 from collections.abc import Sequence
-from typing import NoReturn
+
+from fastdaa.cli.plain_parser import PlainParser
 
 MEASURING = {
     "head": "log-probabilities of the output head, forward and backward",
@@ -34,13 +35,6 @@ def run(argv: Sequence[str]) -> int:
         )
         raise ValueError(f"expected a benchmark, got {kind!r}{hint}")
     return _measure(kind, rest)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Leaves a mistake to the command line's one line, without the usage of all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _measure(kind: str, argv: Sequence[str]) -> int:
@@ -81,8 +75,9 @@ def _resolve(options: argparse.Namespace) -> None:
         options.threads = torch.get_num_threads()
 
 
-def _parser(prog: str, text: str) -> argparse.ArgumentParser:
-    return _Parser(prog=prog, description=text, allow_abbrev=False, conflict_handler="resolve")
+def _parser(prog: str, text: str) -> PlainParser:
+    description = text[0].upper() + text[1:]
+    return PlainParser(prog=prog, description=description, conflict_handler="resolve")
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -95,7 +90,7 @@ def _overview() -> argparse.ArgumentParser:
         prog="fastdaa bench",
         usage="fastdaa bench COMMAND [options]",
         description="\n".join(["commands:", *lines]),
-        epilog="`fastdaa bench COMMAND --help` adds a command's own options. "
+        epilog="`fastdaa bench COMMAND --help` adds a command's own options.\n"
         "`fastdaa bench report FILE... --output DIR` needs nothing but rows.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,8 +1,7 @@
-"""``fastdaa doctor``: versions, devices, and how a model would be trained, with the reasons."""
+"""``fastdaa doctor``: Shows versions, devices, and how a model would be trained, with reasons."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.cli.kernel_search import search_kernels
+from fastdaa.cli.plain_parser import PlainParser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +35,18 @@ class Row(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Prints the report; 1 if a required package is missing or too old, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="fastdaa doctor", description=__doc__.split(": ", 1)[1], allow_abbrev=False
+    parser = PlainParser(prog="fastdaa doctor", description=__doc__.split(": ", 1)[1])
+    parser.add_argument(
+        "--model", help="a local folder or a hub id, of which only the configuration is read"
     )
-    parser.add_argument("--model", help="a local folder or hub id; only its config is read")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
     parser.add_argument(
         "--kernels",
         action="store_true",
         help="compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed; a minute or "
-        "two the first time) and print what the machine code needs",
+        "two the first time) and print their registers, spills and shared memory",
     )
     parser.add_argument(
         "--search-kernels",

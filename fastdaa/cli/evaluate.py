@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import math
-import os
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
 
 from fastdaa.cli import building, paths
 from fastdaa.cli.arguments import ModelArguments
 from fastdaa.cli.options import option_parser, read_options
 from fastdaa.cli.runs import command_run
 from fastdaa.train.config import PreferenceConfig
+from fastdaa.train.evaluation_file import check_output, write_facts
+from fastdaa.train.evaluation_processes import be_quiet, meet, run_together
+from fastdaa.train.quantization import QuantizationOptions
 
 if TYPE_CHECKING:
-    from fastdaa.train.trainer import PreferenceTrainer
+    from fastdaa.train.evaluation import EvaluationTrainer
 
 _WHAT = (
     "Measures a model on preference pairs against a reference: accuracy, margins, log-probs, exact "
     "KL, and what else the evaluations of `fastdaa train` tell."
 )
 _TAKEN = (
-    *("loss_type", "loss_weights", "beta", "label_smoothing", "loss_kwargs"),
+    *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting"),
+    "loss_kwargs",
     *("max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "layout", "attention"),
     *("tokens_per_pack", "impl", "head_engine", "head_max_bytes"),
     *("log_exact_kl", "log_token_stats"),
@@ -37,8 +40,10 @@ _FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl/sequence", "kl/to
 
 
 @dataclass
-class EvaluateArguments(ModelArguments):
+class EvaluateArguments(QuantizationOptions, ModelArguments):
     """What ``fastdaa evaluate`` builds before it measures."""
+
+    continues_adapters: ClassVar[bool] = True
 
     model: str = field(metadata={"help": "Model to measure: a local folder or a hub id."})
     dataset: list[str] = field(
@@ -52,17 +57,22 @@ class EvaluateArguments(ModelArguments):
         },
     )
     output: str | None = field(
-        default=None, metadata={"help": "JSON file for the numbers. Default: none."}
+        default=None,
+        metadata={"help": "JSON file for the numbers. Default: none.", "metavar": "FILE"},
     )
-    seed: int = field(default=42, metadata={"help": "Of mixtures of datasets."})
+    seed: int = field(default=42, metadata={"help": "Seed of mixtures of datasets."})
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Measure on the first so many pairs; of a mixture, on a random choice."},
+        metadata={"help": "Measure on the first N pairs only; of a mixture, on N random ones."},
     )
     # All pairs are to be evaluated on.
     eval_dataset: list[str] | None = field(init=False, default=None)
     eval_split: str | None = field(init=False, default=None)
     test_size: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_quantization()
 
 
 def _options_of(kind: type, names: Sequence[str]) -> type:
@@ -87,7 +97,15 @@ def _options_of(kind: type, names: Sequence[str]) -> type:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measures as ``argv`` says, prints a table, and writes ``--output``; 0."""
+    """Measures as ``argv`` says, prints a table, and writes ``--output``; 0.
+
+    Of several processes that a launcher has started, each measures its share of the pairs; the
+    first one prints and writes.
+    """
+    return run_together(functools.partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     kinds = (EvaluateArguments, _options_of(PreferenceConfig, _TAKEN))
     parser = option_parser(
         "evaluate", kinds, _WHAT, title="pairs and their loss",
@@ -99,53 +117,108 @@ def run(argv: Sequence[str]) -> int:
             output_dir=scratch, seed=arguments.seed, report_to="none",
             **{name: values[name] for name in _TAKEN},
         )  # fmt: skip
-        with command_run(main_process=config.process_index == 0):
+        main_process = config.process_index == 0
+        with command_run(main_process=main_process):
+            if not main_process:
+                be_quiet()
             return _evaluate(arguments, config)
 
 
 def _evaluate(arguments: Any, config: PreferenceConfig) -> int:
     from fastdaa.cli.load_data import load_splits
     from fastdaa.data.pairs import PAIRS
+    from fastdaa.train.evaluation import EvaluationTrainer
 
-    if config.world_size > 1:
-        raise ValueError(
-            f"expected one process, got {config.world_size}: of several, some would measure pairs "
-            "twice to have whole batches; start it without a launcher"
-        )
-    output = _check_output(arguments.output)
-    reference = _reference(arguments, config)
-    for name, source in (("model", arguments.model), ("ref_model", reference)):
-        if source is not None:
-            paths.check_model(name, source)
+    _check_processes(config)
+    main_process = config.process_index == 0
+    output = check_output(arguments.output) if main_process else None
+    reference = _check_models(arguments, config)
     tokenizer = building.load_tokenizer(arguments)
     pairs, _ = load_splits(arguments, PAIRS, on_bad_row=config.on_bad_row, seed=arguments.seed)
     building.check_template(tokenizer, pairs)
-    model = building.load_model(arguments.model, arguments, device=config.device)
+    model, given = _load_models(arguments, reference, config)
     building.check_vocabulary(model, tokenizer)
-    given = None
-    if reference is not None:
-        given = building.load_model(reference, arguments, "ref_model", device=config.device)
-    trainer = _trainer(model, given, config, pairs, tokenizer)
+    meet()
+    ref_tokenizer = None if reference is None else _tokenizer_of(reference, arguments)
+    trainer = EvaluationTrainer(model, given, config, pairs, tokenizer, ref_tokenizer)
+    meet()
     metrics, rows = _measure(trainer), cast("Sized", trainer.eval_dataset)
-    if trainer.is_world_process_zero():
+    if main_process:
         facts = {
             "model": arguments.model, "ref_model": reference, "dataset": arguments.dataset,
-            "pairs": len(rows), "objective": str(config.objective()),
-            "max_length": config.max_length, "layout": trainer.layout, "metrics": metrics,
+            "pairs": len(rows), "pairs_left_out": len(pairs) - len(rows),
+            "objective": str(config.objective()), "max_length": config.max_length,
+            "dtype": arguments.dtype, "bf16": config.bf16,
+            "quantization": trainer.frozen_facts.get("quantization"), "layout": trainer.layout,
+            "processes": config.world_size, "metrics": metrics,
         }  # fmt: skip
         _print(facts)
         if output is not None:
-            _write(output, facts)
+            write_facts(output, facts)
     return 0
 
 
-def _check_output(given: str | None) -> Path | None:
-    if given is None:
-        return None
-    path = Path(given)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OSError(f"output: expected a JSON file in a folder that exists, got {given}")
-    return path
+def _check_models(arguments: Any, config: PreferenceConfig) -> str | None:
+    """Look at what is to be loaded before it is; what the model is measured against, or None."""
+    from fastdaa.cli.quantization import check_quantized
+    from fastdaa.train.evaluation_models import check_head, check_stored
+
+    reference = _reference(arguments, config)
+    for name, source in (("model", arguments.model), ("ref_model", reference)):
+        if source is None:
+            continue
+        paths.check_model(name, source)
+        adapter = paths.adapter_of(name, source)
+        folder = Path(source).expanduser()
+        whole = str(folder) if folder.is_dir() else source
+        check_head(name, whole if adapter is None else adapter.base)
+        if name == "model" and adapter is None:
+            check_stored(name, whole, arguments.quantizes)
+    check_quantized(arguments)
+    return reference
+
+
+def _load_models(arguments: Any, reference: str | None, config: PreferenceConfig) -> list[Any]:
+    """The model and its reference, each as it was stored; None where there is no reference."""
+    from fastdaa.train.evaluation_models import check_finite, warn_of_quantization
+
+    loaded: list[Any] = []
+    for name, source in (("model", arguments.model), ("ref_model", reference)):
+        if source is None:
+            loaded.append(None)
+            continue
+        loaded.append(building.load_model(source, arguments, name, device=config.device))
+        check_finite(name, loaded[-1])
+    adapter = paths.adapter_of("model", arguments.model)
+    if adapter is not None:
+        warn_of_quantization(loaded[0], adapter.source)
+    return loaded
+
+
+def _tokenizer_of(source: str, arguments: Any) -> Any:
+    """The tokenizer of a reference; None where there is none."""
+    from transformers import AutoTokenizer
+
+    from fastdaa.train.adapter_files import tokenizer_source
+
+    # Many references are weights alone.
+    with contextlib.suppress(OSError, ValueError):
+        return AutoTokenizer.from_pretrained(
+            tokenizer_source(source), trust_remote_code=arguments.trust_remote_code
+        )
+    return None
+
+
+def _check_processes(config: PreferenceConfig) -> None:
+    """Raise ``ValueError`` for processes that would share more than the pairs."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED"):
+        if config.world_size > 1 and parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"expected processes that each hold the whole model, got {name} by `accelerate "
+                "launch`; start with `accelerate launch --multi_gpu` or `torchrun`"
+            )
 
 
 def _reference(arguments: Any, config: PreferenceConfig) -> str | None:
@@ -163,22 +236,7 @@ def _reference(arguments: Any, config: PreferenceConfig) -> str | None:
     return None
 
 
-def _trainer(model: Any, given: Any, config: Any, pairs: Any, tokenizer: Any) -> PreferenceTrainer:
-    from fastdaa.train.callbacks import Curves, MetricsWriter
-    from fastdaa.train.stages import PooledStore
-    from fastdaa.train.trainer import PreferenceTrainer
-
-    trainer = PreferenceTrainer(
-        model, given, args=config, eval_dataset=pairs, processing_class=tokenizer
-    )
-    for kind in (Curves, MetricsWriter):
-        trainer.remove_callback(kind)
-    # Every pair or token counts the same here, whatever batch it is in.
-    trainer.store_type = PooledStore  # type: ignore[misc]
-    return trainer
-
-
-def _measure(trainer: PreferenceTrainer) -> dict[str, float]:
+def _measure(trainer: EvaluationTrainer) -> dict[str, float]:
     import torch
 
     try:
@@ -208,14 +266,3 @@ def _print(facts: Mapping[str, Any]) -> None:
     console.print(f"{facts['model']}{against}", highlight=False, soft_wrap=True)
     console.print(facts["objective"], highlight=False, soft_wrap=True)
     console.print(table)
-
-
-def _write(path: Path, facts: Mapping[str, Any]) -> None:
-    """The numbers as JSON, at once; null where one is not finite."""
-    finite = {n: v if math.isfinite(v) else None for n, v in facts["metrics"].items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        json.dumps({**facts, "metrics": finite}, indent=1, allow_nan=False) + "\n",
-        encoding="utf-8",
-    )
-    os.replace(temporary, path)

@@ -29,45 +29,45 @@ class OnlineArguments(AdapterArguments):
     model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
     dataset: list[str] = field(
         metadata={
-            "help": "Prompts: a file, folder or hub id of prompts, prompts with completions, "
-            "preference pairs or conversations; several are mixed."
+            "help": "Prompts: files, folders or hub ids. They hold prompts, prompts with "
+            "completions, preference pairs or conversations; several are mixed."
         }
     )
     reward: str | None = field(
         default=None,
         metadata={
-            "help": "A reward model (folder or hub id), or a function of prompts and completions: "
-            "module:function or file.py:function."
+            "help": "Reward model (folder or hub id), or a function of prompts and completions "
+            "(module:function or file.py:function)."
         },
     )
     ref_model: str | None = field(
-        default=None, metadata={"help": "Reference. Default: the policy as it is at the start."}
+        default=None, metadata={"help": "Reference model. Default: the policy at the start."}
     )
     max_prompt_length: int | None = field(
         default=512, metadata={"help": "Longer prompts are left out."}
     )
     eval_steps: int = field(
-        default=10, metadata={"help": "Iterations between two measurements on held-out prompts."}
+        default=10, metadata={"help": "Iterations between measurements on held-out prompts."}
     )
     eval_rollouts: int = field(
         default=64,
-        metadata={"help": "Completions of a measurement, of the held-out prompts in turn."},
+        metadata={"help": "Completions per measurement, of the held-out prompts in turn."},
     )
     rollouts: str = field(
         default="transformers",
-        metadata={"help": "What generates.", "choices": ROLLOUT_SOURCES},
+        metadata={"help": "What generates completions.", "choices": ROLLOUT_SOURCES},
     )
-    generation_batch_size: int = field(
-        default=64, metadata={"help": "Prompts that are answered at a time."}
-    )
+    generation_batch_size: int = field(default=64, metadata={"help": "Prompts answered at once."})
     vllm_memory: float = field(
         default=0.3, metadata={"help": "Share of the GPU's memory that vLLM may use."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay off accelerators."})
+    use_cpu: bool = field(
+        default=False, metadata={"help": "Stay on the CPU where there is an accelerator."}
+    )
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "Stop at a row that cannot be used, or count such rows.",
+            "help": "At a row that cannot be used: stop, or skip and count it.",
             "choices": ON_BAD_ROW,
         },
     )
@@ -75,17 +75,18 @@ class OnlineArguments(AdapterArguments):
     pipeline: bool = field(
         default=False,
         metadata={
-            "help": "First `fastdaa sft` and `fastdaa reward` on dataset, which holds preference "
-            "pairs, in output_dir/sft and output_dir/reward. Stages that are done are skipped."
+            "help": "Run `fastdaa sft` and `fastdaa reward` first, on dataset, which holds "
+            "preference pairs. They go to output_dir/sft and output_dir/reward, and are skipped "
+            "where they are done."
         },
     )
     sft_options: dict[str, Any] | str | None = field(
         default_factory=dict,
-        metadata={"help": "Pipeline: options of the first stage, as JSON."},
+        metadata={"help": "Options of `fastdaa sft` in the pipeline: '{\"num_train_epochs\": 1}'."},
     )
     reward_options: dict[str, Any] | str | None = field(
         default_factory=dict,
-        metadata={"help": "Pipeline: options of the second stage, as JSON."},
+        metadata={"help": "Options of `fastdaa reward` in the pipeline, in the same form."},
     )
 
     def __post_init__(self) -> None:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import get_annotations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from fastdaa.cli.common_options import COMMON, EXAMPLES, plain_words
+from fastdaa.cli.help_format import CommonFormatter, OptionFormatter, fill_usage
 from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option
 from fastdaa.validation import shown
 
 _NONE_WORDS = ("none", "null")
-_LONGEST_CHOICES = 60
-_TRAINER_HELP = " Every option of transformers.TrainingArguments is here under its own name, too."
+_GENERAL = ("help", "help_all", "config")
+_TRAINER_HELP = " Every option of transformers.TrainingArguments is accepted under its own name."
 _TRAINER_TITLE = "training (transformers.TrainingArguments)"
-_CONFIG_HELP = (
-    " A YAML file given with --config holds defaults, under the same names, that options on the "
-    "command line override."
-)
+_CONFIG_HELP = "YAML file of defaults under the same names; the command line overrides it."
 
 
 def read_options(
@@ -51,7 +52,9 @@ def read_options(
     # A misspelt option is named before argparse misses the one that was meant.
     for given in (text.split("=")[0] for text in argv if text.startswith("--")):
         if given not in parser._option_string_actions:
-            raise ValueError(f"unknown option {given!r}{nearest_option(parser, given[2:], '--')}")
+            near = nearest_option(parser, given[2:], "--")
+            every = f"; `{parser.prog} --help-all` lists all options"
+            raise ValueError(f"unknown option {given!r}{near or every}")
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         raise ValueError(f"expected options such as --model, got {shown(rest[0])}")
@@ -75,34 +78,46 @@ def option_parser(
     parser = OptionParser(
         list(kinds),
         prog=f"fastdaa {command}",
-        usage=f"fastdaa {command} --model M --dataset D {shown}[--output_dir O] [options]",
-        description=what + (_TRAINER_HELP if trainer else "") + _CONFIG_HELP,
-        epilog="A bare --debug shows tracebacks of errors.",
-        formatter_class=_Formatter,
+        usage=f"fastdaa {command} --model M --dataset D {shown}[--output_dir DIR] [options]",
+        description=what + (_TRAINER_HELP if trainer else ""),
+        formatter_class=OptionFormatter,
         allow_abbrev=False,
     )
     if "--output_dir" not in parser._option_string_actions:
         parser.usage = f"fastdaa {command} --model M --dataset D {shown}[options]"
     parser.sections = _sections(kinds, title)
+    parser.common = COMMON.get(command, {})
+    parser.examples = EXAMPLES.get(command, {})
     if trainer:
         # Scripts of transformers ask for it; here, asking for something else would be an error.
         parser.set_defaults(do_train=True)
-    parser.add_argument("--config", help="YAML file of defaults.")
+    if parser.common:
+        parser._option_string_actions["--help"].help = "show the common options, and exit"
+    for option, text in (
+        ("--help-all", f"show all {parser.count + 1} options, and exit"),
+        ("--help_all", argparse.SUPPRESS),
+    ):
+        parser.add_argument(
+            option, action=_HelpAll, nargs=0, dest="help_all", default=argparse.SUPPRESS, help=text
+        )
+    parser.add_argument("--config", metavar="FILE", help=_CONFIG_HELP)
     resume = parser._option_string_actions.get("--resume_from_checkpoint")
     if resume is not None:
         resume.nargs, resume.const = "?", "true"
-        resume.help = "A checkpoint, or nothing for the last complete one in output_dir."
+        resume.help = "Continue from the last complete checkpoint in output_dir, or from this one."
     if trainer:
         parser._option_string_actions[
             "--output_dir"
         ].help = "Folder of checkpoints, metrics and the model. Default: trainer_output."
+    for action in parser._actions:
+        action.help = plain_words(action.dest, action.help)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for action in parser._actions:
         hint = hints.get(action.dest)
         if hint in (int | None, float | None):
             action.type = _or_none(action.type)
         elif dict in (action.type, get_origin(action.type)):
-            action.type = _object
+            action.type = json_object
         elif hint in (str | bool, bool | str):
             action.type = _word_or_bool
     return parser
@@ -117,29 +132,64 @@ class OptionParser(HfArgumentParser):
     """Raises instead of printing a usage text of two hundred options.
 
     Attributes:
-        sections: titles and names of options, in the order of ``--help``; the others come first.
+        sections: titles and names of all options, in the order of ``--help-all``.
+        common: the same of those that ``--help`` shows; nothing: all.
+        examples: what a command line does, and the line itself.
     """
 
-    sections: Sequence[tuple[str, list[str]]] = ()
+    sections: Sequence[tuple[str, Sequence[str]]] = ()
+    common: Mapping[str, Sequence[str]] = MappingProxyType({})
+    examples: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        # One of the spellings that argparse lists: --max_steps/--max-steps.
+        raise ValueError(re.sub(r"^(argument --\w+)/[^:]*", r"\1", message))
 
     def format_help(self) -> str:
-        """The text of ``--help``."""
-        titled = [name for _, names in self.sections for name in names]
-        general = [action.dest for action in self._actions if action.dest not in titled]
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        """The text of ``--help``: the common options, examples, and where the others are."""
+        if not self.common:
+            return self.format_help_all()
+        shown = 1 + sum(map(len, self.common.values()))
+        more = f"These are {shown} of {self.count} options; `{self.prog} --help-all` lists all.\n"
+        formatter = CommonFormatter(prog=self.prog)
+        return self._page(formatter, [*self.common.items()]) + self._ending() + more
+
+    def format_help_all(self) -> str:
+        """The text of ``--help-all``."""
+        return self._page(self._get_formatter(), self.sections) + self._ending()
+
+    @property
+    def count(self) -> int:
+        """The number of options, without those that show help."""
+        return len({action.dest for action in self._actions} - {"help", "help_all"})
+
+    def _page(self, formatter: Any, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
+        formatter.add_usage(
+            fill_usage(self.usage or "", formatter._width), self._actions,
+            self._mutually_exclusive_groups,
+        )  # fmt: skip
         formatter.add_text(self.description)
-        for title, names in [("options", general), *self.sections]:
+        for title, names in [("options", _GENERAL), *sections]:
             formatter.start_section(title)
             places = {name: place for place, name in enumerate(names)}
             shown = [action for action in self._actions if action.dest in places]
             formatter.add_arguments(sorted(shown, key=lambda action: places[action.dest]))
             formatter.end_section()
-        formatter.add_text(self.epilog)
-        return formatter.format_help()
+        return str(formatter.format_help())
+
+    def _ending(self) -> str:
+        lines = [f"  # {what}\n  {line}\n" for what, line in self.examples.items()]
+        shown = "\nexamples:\n" + "".join(lines) if lines else ""
+        return f"{shown}\nA bare --debug shows tracebacks of errors.\n"
+
+
+class _HelpAll(argparse.Action):
+    """``--help-all``: prints every option and exits."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        # As argparse prints: a reader that has seen enough (`| head`) is no error.
+        parser._print_message(parser.format_help_all(), sys.stdout)
+        parser.exit()
 
 
 def _sections(kinds: Sequence[Any], title: str) -> list[tuple[str, list[str]]]:
@@ -156,43 +206,6 @@ def _sections(kinds: Sequence[Any], title: str) -> list[tuple[str, list[str]]]:
     return [first, (title, own), *between, *([(_TRAINER_TITLE, trainer)] if trainer else [])]
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows one spelling of an option, and only defaults that say something."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)
-        spelled = [option for option in action.option_strings if "-" not in option.lstrip("-")]
-        shown.option_strings = spelled or action.option_strings
-        return super()._format_action_invocation(shown)
-
-    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
-        if not _has_long_choices(action):
-            return super()._metavar_formatter(action, default_metavar)
-        return lambda size: (action.dest.upper(),) * size
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if isinstance(action, argparse._StoreFalseAction):
-            return f"Turn --{action.dest} off."
-        if action.default in (None, "", [], {}):
-            return action.help
-        return super()._get_help_string(action)
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        try:
-            text = super()._expand_help(action)
-        except (ValueError, TypeError):
-            # Some releases of transformers have a bare % in a help text.
-            text = action.help or ""
-        if _has_long_choices(action):
-            text = f"{text.rstrip()} One of: {', '.join(map(str, action.choices or ()))}."
-        return text
-
-
-def _has_long_choices(action: argparse.Action) -> bool:
-    """Whether its choices would make a line that no terminal has room for."""
-    return len(",".join(map(str, action.choices or ()))) > _LONGEST_CHOICES
-
-
 def _or_none(convert: Any) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return None if text.lower() in _NONE_WORDS else convert(text)
@@ -202,7 +215,7 @@ def _or_none(convert: Any) -> Callable[[str], Any]:
     return read
 
 
-def _object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """An option of mappings, which `dict` itself cannot read."""
     try:
         read = json.loads(text)

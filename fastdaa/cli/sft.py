@@ -24,8 +24,8 @@ class SftArguments(AdapterArguments):
     model: str = field(metadata={"help": "Model to train: a local folder or a hub id."})
     dataset: list[str] = field(
         metadata={
-            "help": "A file, folder or hub id of prompts with completions, preference pairs (the "
-            "chosen side is learnt), conversations (messages) or plain text."
+            "help": "Examples: files, folders or hub ids. They hold prompts with completions, "
+            "preference pairs (the chosen side is learnt), conversations (messages) or plain text."
         }
     )
 

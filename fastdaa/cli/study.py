@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+
+from fastdaa.cli.plain_parser import PlainParser
 
 ACTIONS = (
     "full",
@@ -30,24 +32,31 @@ in a small language whose reward is known exactly, and in tables of your own run
 
 def run(argv: Sequence[str]) -> int:
     """Runs the action that ``argv`` names and returns its exit code."""
+    if not argv or argv[0] == "help":
+        build_parser().print_help()
+        return 0 if argv else 2
+    if not argv[0].startswith("-") and argv[0] not in ACTIONS:
+        near = difflib.get_close_matches(argv[0], ACTIONS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else f"; one of {', '.join(ACTIONS)}"
+        raise ValueError(f"expected an action, got {argv[0]!r}{hint}")
     options = build_parser().parse_args(list(argv))
     return int(options.action(options))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> PlainParser:
     """The parser of all actions whose module exists."""
-    parser = argparse.ArgumentParser(
-        prog="fastdaa study", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser = PlainParser(
+        prog="fastdaa study", usage="fastdaa study ACTION [options]", description=_DESCRIPTION,
+        epilog="`fastdaa study ACTION --help` shows an action's options.",
+    )  # fmt: skip
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, module in available().items():
         description = module.__doc__.split(": ", 1)[-1] if module.__doc__ else module.HELP
         action = actions.add_parser(
             name,
+            prog=f"fastdaa study {name}",
             help=module.HELP,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            description=description[0].upper() + description[1:],
         )
         module.add_arguments(action)
         action.set_defaults(action=module.run)

@@ -22,8 +22,9 @@ class TrackArguments:
     track_reward: str | None = field(
         default=None,
         metadata={
-            "help": "Scores answers: module:function, path/to/file.py:function (prompts and "
-            "completions to a list of numbers), or a reward model's folder or hub id."
+            "help": "Measure quality and KL of samples, scored by this. It is module:function, "
+            "path/to/file.py:function (prompts and completions to a list of numbers), or a reward "
+            "model's folder or hub id."
         },
     )
     track_judge: str | None = field(
@@ -34,31 +35,32 @@ class TrackArguments:
         },
     )
     track_judge_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds that the judge may take for one measurement."}
+        default=600.0, metadata={"help": "Seconds that the judge may take per measurement."}
     )
     track_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps between two measurements. Default: at every checkpoint."},
+        metadata={"help": "Steps between measurements. Default: at every checkpoint."},
     )
     track_dataset: str | None = field(
-        default=None, metadata={"help": "Pairs with the prompts. Default: the evaluation pairs."}
+        default=None,
+        metadata={"help": "Pairs whose prompts are answered. Default: the evaluation pairs."},
     )
     track_prompts: int = field(
-        default=64, metadata={"help": "Number of prompts, each answered once a measurement."}
+        default=64, metadata={"help": "Prompts per measurement, each answered once."}
     )
     track_max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
     track_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the samples, and of the KL."}
     )
-    track_batch_size: int = field(
-        default=16, metadata={"help": "Prompts that are answered at a time."}
+    track_batch_size: int = field(default=16, metadata={"help": "Prompts answered at once."})
+    track_seed: int = field(
+        default=0, metadata={"help": "Seed of the choice of prompts and of sampling."}
     )
-    track_seed: int = field(default=0, metadata={"help": "Chooses prompts and random numbers."})
     track_stop: int | None = field(
         default=None,
         metadata={
-            "help": "Stop, with a checkpoint, after so many measurements in a row in which quality "
-            "has fallen while KL has grown. Default: warn only."
+            "help": "Stop, with a checkpoint, after N measurements in a row in which quality has "
+            "fallen while KL has grown. Default: warn only."
         },
     )
 

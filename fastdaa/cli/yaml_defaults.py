@@ -6,14 +6,19 @@ import argparse
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fastdaa.validation import shown
 
+if TYPE_CHECKING:
+    from fastdaa.cli.options import OptionParser
 
-def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+_OTHER_NAMES = {"lr": "learning_rate"}
+
+
+def apply_yaml(parser: OptionParser, path: Path) -> None:
     """Makes the values of a YAML file the defaults of ``parser``.
 
     Raises:
@@ -35,7 +40,7 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     seen: dict[str, str] = {}
     for key, value in content.items():
         action = parser._option_string_actions.get(f"--{key}")
-        if action is None or key in ("config", "help"):
+        if action is None or action.dest in ("config", "help", "help_all"):
             raise ValueError(f"{path}: unknown key {key!r}{nearest_option(parser, str(key))}")
         # `loss` and `loss_type` are one option, and so are `max_steps` and `max-steps`.
         if action.dest in seen:
@@ -50,13 +55,17 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         action.required = False
 
 
-def nearest_option(parser: argparse.ArgumentParser, given: str, prefix: str = "") -> str:
+def nearest_option(parser: OptionParser, given: str, prefix: str = "") -> str:
     """`` (did you mean ...?)`` with the option most like ``given``, or nothing."""
     wanted = given.replace("-", "_")
     for action in parser._actions:
         # What was a switch once and is a choice now, such as group_by_length.
         if wanted in (action.choices or ()):
             return f" (did you mean {f'{prefix}{action.dest} {wanted}'!r}?)"
+    # What other programs call a common option: --epochs, --batch_size, --lr.
+    for name in (name for names in parser.common.values() for name in names):
+        if name.endswith(f"_{wanted}") or name == _OTHER_NAMES.get(wanted):
+            return f" (did you mean {prefix + name!r}?)"
     names = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     spelled = [name for name in names if "-" not in name]
     near = difflib.get_close_matches(wanted, spelled, n=1)

@@ -76,3 +76,25 @@ def check_value(loss: Loss, name: str, value: Any) -> None:
         expected = f"a finite number {words}" if words != "finite" else "a finite number"
     if not valid:
         raise ValueError(f"expected {name} of {loss.name} to be {expected}, got {value!r}")
+
+
+def check_weighting(losses: Sequence[Loss], ld_alpha: object, use_weighting: object) -> None:
+    """Raise ``ValueError`` unless the weightings of an objective have a meaning for ``losses``."""
+    names = ", ".join(dict.fromkeys(loss.name for loss in losses))
+    if ld_alpha is not None:
+        number = isinstance(ld_alpha, (int, float)) and not isinstance(ld_alpha, bool)
+        if not number or not 0 <= ld_alpha <= 1:  # type: ignore[operator]
+            raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
+        if not any(loss.level == "pair" and loss.needs_ref for loss in losses):
+            raise ValueError(
+                "ld_alpha: expected a loss that compares the log-probs of sequences with a "
+                f"reference, got {names}"
+            )
+    if not isinstance(use_weighting, bool):
+        raise ValueError(f"use_weighting: expected True or False, got {use_weighting!r}")
+    ranked = [loss.name for loss in losses if loss.ranked]
+    if use_weighting and ranked:
+        raise ValueError(
+            f"use_weighting: expected losses of single pairs, got {', '.join(ranked)}, which sorts "
+            "the pairs of a batch, so that no loss belongs to a pair that could be weighted"
+        )

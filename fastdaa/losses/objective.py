@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import count
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.losses.custom import is_custom
-from fastdaa.losses.hyperparameters import check_accepted, check_value
+from fastdaa.losses.hyperparameters import check_accepted, check_value, check_weighting
 from fastdaa.losses.registry import Loss, get_loss
 from fastdaa.outputs import BatchTotals, PairLogps
 
@@ -74,15 +74,28 @@ class Objective:
     The loss of a batch is the mean of the returned vector over all pairs of the batch. Chunks of
     the batch may be evaluated one at a time if the objective is not ``coupled``: give ``totals`` of
     the whole batch, sum what comes back, and divide by the pairs of the whole batch.
+
+    Raises:
+        ValueError: no loss with a weight above 0, or a weighting that does not go with the losses.
     """
 
     terms: tuple[Term, ...]
+    ld_alpha: float | None = None
+    """LD-DPO (arXiv 2409.06411): what a token beyond the length of the shorter completion counts,
+    in [0, 1], in losses of sequences that read a reference; None for 1, without a token's
+    reference log-prob having to be known."""
+    use_weighting: bool = False
+    """WPO (arXiv 2406.11827): each pair's loss is multiplied by
+    :func:`fastdaa.losses.weights.on_policy_weights`."""
     key: str = field(init=False, repr=False, compare=False)
     """Name under which :meth:`by_key` finds it: compiled graphs hold strings, not objects."""
 
     def __post_init__(self) -> None:
         if not self.terms or all(term.weight == 0 for term in self.terms):
             raise ValueError("expected at least one loss with a weight above 0, got none")
+        check_weighting([term.loss for term in self.terms], self.ld_alpha, self.use_weighting)
+        if self.ld_alpha is not None:
+            object.__setattr__(self, "ld_alpha", float(self.ld_alpha))
         object.__setattr__(self, "key", _register(self))
 
     def __hash__(self) -> int:
@@ -90,7 +103,7 @@ class Objective:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, so that another process registers it, too.
-        return type(self), (self.terms,)
+        return type(self), (self.terms, self.ld_alpha, self.use_weighting)
 
     @staticmethod
     def by_key(key: str) -> Objective:
@@ -104,14 +117,22 @@ class Objective:
         losses: str | Loss | Sequence[str | Loss],
         *,
         weights: Sequence[float] | None = None,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
         **hyperparameters: Any,
     ) -> Objective:
         """Build a mixture from names, aliases, or losses of :func:`fastdaa.losses.custom_loss`.
 
         Each hyperparameter goes to every chosen loss that has it; a value of None means the loss's
-        own default. Weights default to 1. Raises ``ValueError`` for unknown losses, for
-        hyperparameters that no chosen loss uses, and for values out of range.
+        own default. Weights default to 1. ``ld_alpha`` and ``use_weighting`` are those of the
+        class. Raises ``ValueError`` for unknown losses, for hyperparameters that no chosen loss
+        uses, and for values out of range.
         """
+        asked: object = losses
+        if not isinstance(asked, (str, Loss, Iterable)):
+            raise TypeError(
+                f"losses: expected names or custom_loss(...), got {type(asked).__name__}"
+            )
         names = [losses] if isinstance(losses, (str, Loss)) else list(losses)
         weights = [1.0] * len(names) if weights is None else list(weights)
         if len(weights) != len(names):
@@ -124,7 +145,7 @@ class Objective:
             Term(loss, weight, {k: v for k, v in given.items() if k in loss.hyperparameters})
             for loss, weight in zip(chosen, weights, strict=True)
         )
-        return cls(tuple(terms))
+        return cls(tuple(terms), ld_alpha, use_weighting)
 
     @property
     def pair_terms(self) -> tuple[Term, ...]:
@@ -160,6 +181,11 @@ class Objective:
         return bool(self.token_terms)
 
     @property
+    def needs_ref_tokens(self) -> bool:
+        """Whether the sums of a reference are not enough, and log-probs of its tokens are read."""
+        return self.ld_alpha is not None or any(term.loss.needs_ref for term in self.token_terms)
+
+    @property
     def beta(self) -> float:
         """Scale of the logged rewards: beta of the first loss that has one, else 1."""
         betas = (term.values["beta"] for term in self.terms if "beta" in term.values)
@@ -171,29 +197,42 @@ class Objective:
         ref: PairLogps | None,
         totals: BatchTotals | None = None,
         token_losses: Tensor | None = None,
+        *,
+        unweighted: PairLogps | None = None,
+        pair_weights: Tensor | None = None,
     ) -> Tensor:
         """Losses ``[B]`` of the pairs given, in the dtype of the log-probabilities.
 
         ``totals`` describes the whole batch when these pairs are a chunk of it. An objective with
         token-level terms needs the result of ``token_losses`` for the same pairs, which is added.
-        Raises ``ValueError`` if a reference or the token losses are missing or superfluous, or if a
-        function of the caller's does not give one loss a pair.
+        With ``ld_alpha``, the sums of ``policy`` and ``ref`` are those of
+        :func:`~fastdaa.losses.weights.desensitized` log-probs, and ``unweighted`` are the policy's
+        plain sums, for terms that read no reference. ``pair_weights [B]`` go with
+        ``use_weighting``. Raises ``ValueError`` if a reference or one of these is missing or
+        superfluous, or if a function of the caller's does not give one loss a pair.
         """
-        if self.has_token_level != (token_losses is not None):
-            wanted = "token_losses" if self.has_token_level else "no token_losses"
-            raise ValueError(f"expected {wanted} for the objective {self}")
+        self._check_given("token_losses", token_losses, self.has_token_level)
+        self._check_given("unweighted", unweighted, self.ld_alpha is not None)
+        self._check_given("pair_weights", pair_weights, self.use_weighting)
         parts = [] if token_losses is None else [token_losses]
         for term in self.pair_terms:
             _require_ref(term, ref)
             values = {**term.values, "totals": totals} if term.loss.takes_totals else term.values
-            losses = term.loss.fn(policy, ref, **values)
+            plain = unweighted is not None and not term.loss.needs_ref
+            losses = term.loss.fn(unweighted if plain else policy, ref, **values)
             if losses.shape != policy.chosen.shape:
                 raise ValueError(
                     f"{term.loss.name}: expected one loss a pair, {list(policy.chosen.shape)}, "
                     f"got {list(losses.shape)}"
                 )
             parts.append(_weighted(term, losses))
-        return reduce(torch.add, parts)
+        losses = reduce(torch.add, parts)
+        return losses if pair_weights is None else losses * pair_weights
+
+    def _check_given(self, name: str, given: object, wanted: bool) -> None:
+        if wanted != (given is not None):
+            named = name if wanted else f"no {name}"
+            raise ValueError(f"expected {named} for the objective {self}")
 
     def token_losses(
         self,
@@ -234,7 +273,10 @@ class Objective:
         return sums * pairs / max(tokens, 1)
 
     def __str__(self) -> str:
-        return " + ".join(str(term) for term in self.terms)
+        parts = [" + ".join(str(term) for term in self.terms)]
+        if self.ld_alpha is not None:
+            parts.append(f"ld_alpha={self.ld_alpha}")
+        return ", ".join([*parts, "use_weighting"] if self.use_weighting else parts)
 
 
 def implicit_rewards(

@@ -30,6 +30,8 @@ class Loss:
     """Reads the reference log-probabilities; otherwise they may be None."""
     coupled: bool = False
     """Couples the pairs of a batch, which then cannot be split into chunks."""
+    ranked: bool = False
+    """Entry i of the losses belongs to rank i of the batch, and to no pair."""
     sparse: bool = False
     """Gives many tokens a derivative of exactly 0: those of satisfied pairs, or of one side."""
 
@@ -160,13 +162,21 @@ _TABLE = (
         "Wu et al., Self-Play Preference Optimization, arXiv 2405.00675",
         "both log-ratios regressed to plus and minus 1/(2 beta)",
     ),
-    Loss("aot", coupled.aot, _AOT, "sorted policy margins above sorted ref margins", coupled=True),
+    Loss(
+        "aot",
+        coupled.aot,
+        _AOT,
+        "sorted policy margins above sorted ref margins",
+        coupled=True,
+        ranked=True,
+    ),
     Loss(
         "aot_unpaired",
         coupled.aot_unpaired,
         _AOT,
         "sorted chosen log-ratios above sorted rejected ones",
         coupled=True,
+        ranked=True,
     ),
     Loss(
         "discopop",

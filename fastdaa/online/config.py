@@ -18,6 +18,7 @@ CONTROLLERS = ("fixed", "adaptive")
 CRITICS = ("separate", "shared")
 CRITIC_HEADS = ("mlp", "linear")
 SCALINGS = ("none", "running_std")
+CONFIG_FILE = "online_config.json"
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 _POSITIVE = (
@@ -50,18 +51,21 @@ class OnlineConfig(HeadOptions, PackOptions):
 
     output_dir: str | None = field(
         default="online_output",
-        metadata={"help": "Metrics, checkpoints, model; none: nothing is written."},
+        metadata={"help": "Folder of metrics, checkpoints and model."},
     )
     algorithm: Algorithm = field(
-        default="apa", metadata={"help": "apa, ppo or awr.", "choices": ALGORITHMS}
+        default="apa", metadata={"help": "On-policy algorithm.", "choices": ALGORITHMS}
     )
     iterations: int = field(
-        default=100, metadata={"help": "Rounds of rollouts and updates on them."}
+        default=100, metadata={"help": "Rounds of rollouts and of updates on them."}
     )
-    rollouts_per_iteration: int = field(default=128, metadata={"help": "Completions a round."})
-    minibatch: int = field(default=8, metadata={"help": "Completions an optimiser step."})
+    rollouts_per_iteration: int = field(
+        default=128, metadata={"help": "Completions per iteration."}
+    )
+    minibatch: int = field(default=8, metadata={"help": "Completions per optimiser step."})
     epochs: int = field(
-        default=2, metadata={"help": "Passes over the rollouts.", "aliases": ["--ppo_epochs"]}
+        default=2,
+        metadata={"help": "Passes over the rollouts of an iteration.", "aliases": ["--ppo_epochs"]},
     )
 
     kl_lambda: float = field(
@@ -74,17 +78,19 @@ class OnlineConfig(HeadOptions, PackOptions):
     max_advantage_weight: float = field(
         default=20.0, metadata={"help": "AWR: largest weight exp(advantage / kl_lambda)."}
     )
-    clip_range: float = field(default=0.2, metadata={"help": "PPO: clipping of the ratio."})
+    clip_range: float = field(
+        default=0.2, metadata={"help": "PPO: how far the probability ratio may leave 1."}
+    )
     clip_range_value: float | None = field(
         default=None,
-        metadata={"help": "Clipping of values around the old ones. Default: none."},
+        metadata={"help": "How far values may leave the old ones. Default: no limit."},
     )
     kl_coef: float = field(
         default=0.05, metadata={"help": "PPO: cost of a nat of KL, in units of the score."}
     )
     kl_controller: str = field(
         default="fixed",
-        metadata={"help": "PPO: whether kl_coef moves.", "choices": CONTROLLERS},
+        metadata={"help": "PPO: keep kl_coef, or adapt it to kl_target.", "choices": CONTROLLERS},
     )
     kl_target: float = field(
         default=6.0, metadata={"help": "Adaptive controller: KL in nats a sequence."}
@@ -93,14 +99,15 @@ class OnlineConfig(HeadOptions, PackOptions):
         default=10_000.0, metadata={"help": "Adaptive controller: its pace, in rollouts."}
     )
 
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
     gae_lambda: float = field(
         default=0.95, metadata={"help": "Advantages: 0 one-step errors, 1 whole returns."}
     )
     whiten_advantages: str = field(
         default="auto",
         metadata={
-            "help": "Over a minibatch: masked (valid tokens), unmasked (padding counts, as in the "
+            "help": "Whiten advantages over a minibatch: masked (valid tokens), unmasked "
+            "(padding counts, as in the "
             "authors' code) or none; auto: masked for ppo, else none, because it would undo the "
             "anchor of apa.",
             "choices": WHITENING,
@@ -109,7 +116,10 @@ class OnlineConfig(HeadOptions, PackOptions):
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the critic's loss."})
     critic: str = field(
         default="separate",
-        metadata={"help": "A copy of the backbone, or the policy's own.", "choices": CRITICS},
+        metadata={
+            "help": "The critic has a copy of the backbone, or the policy's own.",
+            "choices": CRITICS,
+        },
     )
     critic_head: str = field(
         default="mlp",
@@ -117,46 +127,59 @@ class OnlineConfig(HeadOptions, PackOptions):
     )
     reward_scaling: str = field(
         default="running_std",
-        metadata={"help": "Divide scores by their deviation so far.", "choices": SCALINGS},
+        metadata={
+            "help": "running_std: divide scores by their standard deviation so far.",
+            "choices": SCALINGS,
+        },
     )
     reward_clip: float | None = field(
-        default=None, metadata={"help": "Largest absolute scaled score. Default: none."}
+        default=None,
+        metadata={"help": "Largest absolute value of a scaled score. Default: no limit."},
     )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the scaled score of completions without EOS."}
     )
 
     temperature: float = field(
-        default=1.0, metadata={"help": "Of sampling, and of all log-probs with it."}
+        default=1.0, metadata={"help": "Temperature of sampling, and of all log-probs with it."}
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Of the policy."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the policy."})
     critic_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of a separate critic or its head. Default: the policy's."}
+        default=None,
+        metadata={
+            "help": "Learning rate of a separate critic, or of its head. Default: the policy's."
+        },
     )
     lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Of both rates.", "choices": SCHEDULES}
+        default="constant",
+        metadata={"help": "Schedule of both learning rates.", "choices": SCHEDULES},
     )
     warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps of linear warm-up."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first moment."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second moment."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of Adam's first moment."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Decay of Adam's second moment."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled (AdamW)."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay (AdamW)."})
     max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Of policy and critic, each for itself; 0: no clipping."}
+        default=1.0,
+        metadata={
+            "help": "Largest gradient norm of policy and critic, each by itself; 0: no clipping."
+        },
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Dropout 0 in all models."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set all dropout probabilities to 0."}
+    )
     bf16: bool = field(default=False, metadata={"help": "bf16 mixed precision."})
 
-    seed: int = field(default=0, metadata={"help": "Of prompts, rollouts and minibatches."})
+    seed: int = field(default=0, metadata={"help": "Seed of prompts, rollouts and minibatches."})
     logging_steps: int = field(default=1, metadata={"help": "Iterations between logged rows."})
     save_steps: int = field(default=10, metadata={"help": "Iterations between checkpoints."})
     save_total_limit: int = field(
-        default=2, metadata={"help": "Checkpoints that are kept; 0: all."}
+        default=2, metadata={"help": "Newest checkpoints to keep; 0: all."}
     )
     stop_on_collapse: bool = field(
-        default=False, metadata={"help": "End where the monitor sees a collapse."}
+        default=False, metadata={"help": "Stop where the monitor sees a collapse of the policy."}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
@@ -210,7 +233,7 @@ class OnlineConfig(HeadOptions, PackOptions):
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``online_config.json`` into ``folder``."""
-        path = Path(folder) / "online_config.json"
+        path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return path

@@ -17,6 +17,7 @@ REF_METRICS = ("displacement/chosen", "displacement/fraction", "kl/k1")
 KL_METRICS = ("kl/token", "kl/sequence")
 TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 LOGIT_METRICS = ("logits/chosen", "logits/rejected")
+WEIGHT_METRICS = ("weights/mean",)
 REWARD_METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     "rewards/center",

@@ -29,6 +29,9 @@ class PreferenceConfig(HeadOptions, PackedConfig):
         loss_weights: one weight a loss; 1 each by default.
         beta: strength of the KL regularisation; by default the loss's own.
         label_smoothing: probability that a label is flipped; by default the loss's own.
+        ld_alpha: LD-DPO: what tokens beyond the length of the shorter completion count, in [0, 1];
+            None for 1.
+        use_weighting: WPO: weigh every pair by how likely the policy would write it.
         loss_kwargs: any other hyperparameter of the chosen losses, by name; JSON text or a dict.
         max_length: longest sequence of prompt and completion, in tokens; None for no limit.
         truncation_mode: ``"keep_start"`` keeps the first tokens of a sequence and drops pairs whose
@@ -66,20 +69,31 @@ class PreferenceConfig(HeadOptions, PackedConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["dpo"],
         metadata={
-            "help": f"Losses, of which several make a mixture: {', '.join(LOSSES)} "
+            "help": f"One loss, or several as a mixture: {', '.join(LOSSES)} "
             "(docs/objectives.md, also for TRL's names).",
             "aliases": ["--loss"],
         },
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight a loss; 1 each by default."}
+        default=None, metadata={"help": "One weight per loss. Default: 1 each."}
     )
     beta: float | None = field(
-        default=None, metadata={"help": "Strength of the KL regularisation. Default: the loss's."}
+        default=None, metadata={"help": "Strength of the KL penalty. Default: the loss's."}
     )
     label_smoothing: float | None = field(
         default=None,
         metadata={"help": "Probability that a label is flipped. Default: the loss's."},
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LD-DPO: what tokens beyond the shorter completion's length count, 0 to 1. "
+            "Default: 1."
+        },
+    )
+    use_weighting: bool = field(
+        default=False,
+        metadata={"help": "WPO: weigh pairs by their probability under the policy."},
     )
     # HfArgumentParser reads this union, in this order, as text.
     loss_kwargs: dict[str, Any] | str | None = field(
@@ -89,11 +103,14 @@ class PreferenceConfig(HeadOptions, PackedConfig):
 
     precompute_ref_log_probs: bool = field(
         default=False,
-        metadata={"help": "Reference log-probs before training, cached on disk between runs."},
+        metadata={
+            "help": "Compute reference log-probs before training, and keep them on disk for other "
+            "runs."
+        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Pairs of a batch while precomputing. Default: the evaluation batch."},
+        metadata={"help": "Batch size while precomputing. Default: that of evaluation."},
     )
     ref_cache_dir: str | None = field(
         default=None,
@@ -121,9 +138,9 @@ class PreferenceConfig(HeadOptions, PackedConfig):
                 of range.
         """
         hyperparameters = dict(cast("dict[str, Any]", self.loss_kwargs))
-        for name in ("beta", "label_smoothing"):
+        for name in ("beta", "label_smoothing", "ld_alpha", "use_weighting"):
             value = getattr(self, name)
-            if value is None:
+            if value is None or value is False:
                 continue
             if name in hyperparameters:
                 raise ValueError(

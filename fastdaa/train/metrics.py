@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.logps import pair_logps
+from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective, implicit_rewards
+from fastdaa.losses.weights import desensitized, tail_tokens
 from fastdaa.outputs import PairLogps, PairLossOutput, TokenStats
 
 if TYPE_CHECKING:
@@ -37,17 +38,28 @@ class Sums(NamedTuple):
     """The divisors, known on the host."""
 
 
-def pair_metrics(output: PairLossOutput, ref: PairLogps | None, objective: Objective) -> Sums:
-    """Rewards, log-probs, lengths, log-ratios and displacement of the pairs of a pack."""
+def pair_metrics(
+    output: PairLossOutput,
+    ref: PairLogps | None,
+    objective: Objective,
+    compared: tuple[PairLogps, PairLogps] | None = None,
+) -> Sums:
+    """Rewards, log-probs, lengths, log-ratios, displacement and weights of the pairs of a pack.
+
+    Args:
+        compared: sums of policy and reference that the loss has compared, if not ``output.policy``
+            and ``ref``; rewards and log-probs are those, as TRL logs them.
+    """
     policy = output.policy
-    chosen_rewards, rejected_rewards = implicit_rewards(policy, ref, objective.beta)
+    summed, summed_ref = (policy, ref) if compared is None else compared
+    chosen_rewards, rejected_rewards = implicit_rewards(summed, summed_ref, objective.beta)
     values = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,
         "rewards/accuracies": chosen_rewards > rejected_rewards,
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
+        "logps/chosen": summed.chosen,
+        "logps/rejected": summed.rejected,
         "logps/chosen_per_token": policy.chosen / policy.chosen_lengths.clamp(min=1),
         "logps/rejected_per_token": policy.rejected / policy.rejected_lengths.clamp(min=1),
         "completions/chosen_length": policy.chosen_lengths,
@@ -58,6 +70,8 @@ def pair_metrics(output: PairLossOutput, ref: PairLogps | None, objective: Objec
         values["displacement/chosen"] = moved
         values["displacement/fraction"] = moved < 0
         values["kl/k1"] = 0.5 * (moved + policy.rejected - ref.rejected)
+    if output.pair_weights is not None:
+        values["weights/mean"] = output.pair_weights
     dtype = policy.chosen.dtype
     totals = torch.stack([value.to(dtype) for value in values.values()]).sum(dim=1)
     return Sums(tuple(values), totals, (float(policy.chosen.numel()),) * len(values))
@@ -100,7 +114,7 @@ def pack_metrics(
     """Everything that is known of a pack."""
     output, pairs = result.output, len(pack["counts"]) // 2
     logps = None if ref is None else pair_logps(ref.sequence_logps, pack["completion_lengths"])
-    sums = [pair_metrics(output, logps, objective)]
+    sums = [pair_metrics(output, logps, objective, _compared(pack, output, ref, objective))]
     if output.stats is not None:
         sums.append(token_metrics(output.stats, pack["lengths"], pack["counts"]))
     if result.kl is not None:
@@ -108,6 +122,26 @@ def pack_metrics(
     if result.aux_loss is not None:
         sums.append(aux_metrics(result.aux_loss, pairs))
     return sums
+
+
+def _compared(
+    pack: Mapping[str, Any],
+    output: PairLossOutput,
+    ref: ReferenceScores | None,
+    objective: Objective,
+) -> tuple[PairLogps, PairLogps] | None:
+    """The sums of LD-DPO under policy and reference; None where all tokens count the same."""
+    alpha, lengths = objective.ld_alpha, pack["lengths"]
+    if alpha is None or ref is None or ref.token_logps is None:
+        return None
+    tail = tail_tokens(lengths, sum(pack["counts"]))
+    policy, reference = (
+        pair_logps(
+            sequence_logps(desensitized(logps, tail, alpha), lengths), pack["completion_lengths"]
+        )
+        for logps in (output.token_logps, ref.token_logps)
+    )
+    return policy, reference
 
 
 class MetricStore:

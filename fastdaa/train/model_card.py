@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdaa import __version__
 from fastdaa.losses.objective import Objective
+from fastdaa.losses.weights import LD_DPO, WPO
 from fastdaa.train.best_model import BestModel
 from fastdaa.train.shown import shown_text
 
@@ -127,11 +128,16 @@ def _opening(base_model: str | None, datasets: Sequence[str]) -> str:
 
 
 def _papers(objective: Objective) -> str:
+    parts = [(term.loss.name, term.loss.summary, term.loss.paper) for term in objective.terms]
+    if objective.ld_alpha is not None:
+        parts.append(("ld_alpha", "less weight on what only the longer completion has", LD_DPO))
+    if objective.use_weighting:
+        parts.append(("use_weighting", "pairs weighted by their probability", WPO))
     lines = []
-    for term in objective.terms:
-        paper = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", term.loss.paper)
-        lines.append(f"- {term.loss.name}: {term.loss.summary}. {paper}")
-    return "\n".join(dict.fromkeys(lines)) + "\n"
+    for name, summary, paper in dict.fromkeys(parts):
+        linked = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+        lines.append(f"- {name}: {summary}. {linked}")
+    return "\n".join(lines) + "\n"
 
 
 def _results(rows: Sequence[Mapping[str, Any]], best: BestModel | None) -> str:

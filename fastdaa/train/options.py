@@ -23,11 +23,11 @@ class PackOptions:
 
     attention: str = field(
         default="auto",
-        metadata={"help": "Kernel that attends over packed rows.", "choices": ATTENTION_CHOICES},
+        metadata={"help": "Attention kernel for packed rows.", "choices": ATTENTION_CHOICES},
     )
     tokens_per_pack: int | None = field(
         default=None,
-        metadata={"help": "Tokens of one forward. Default: a whole batch at once."},
+        metadata={"help": "Most tokens of one forward pass. Default: a whole batch at once."},
     )
 
     def check_packs(self) -> None:
@@ -42,21 +42,24 @@ class HeadOptions:
 
     impl: str = field(
         default="auto",
-        metadata={"help": "Way through the LM head; auto: planned.", "choices": IMPL_CHOICES},
+        metadata={
+            "help": "How the LM head is computed; auto: planned for the device.",
+            "choices": IMPL_CHOICES,
+        },
     )
     head_engine: str = field(
         default="auto",
         metadata={
-            "help": "What works on tiles of logits: torch, or triton for the kernels (CUDA; not "
-            "yet measured on a GPU); auto: torch.",
+            "help": "What computes tiles of logits: torch, or triton (kernels for CUDA); auto: "
+            "triton on GPUs whose kernels agree with fp64, else torch.",
             "choices": ENGINE_CHOICES,
         },
     )
     head_max_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Bytes that the head may take beyond its inputs and gradients. Default: the "
-            "device's."
+            "help": "Bytes that the head may take beyond its inputs and gradients. Default: what "
+            "the device has room for."
         },
     )
 

@@ -43,18 +43,20 @@ class PackedConfig(PackOptions, TrainingArguments):
 
     logging_steps: float = field(
         default=10,
-        metadata={"help": "Steps between two logged rows; below 1: a share of all steps."},
+        metadata={"help": "Steps between logged rows. Below 1: a share of all steps."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Log the average instead of a loss that is not finite."}
+        default=False,
+        metadata={"help": "Where a loss is not finite, log the average so far instead."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Leave it off: the trainer picks columns itself."}
+        default=False, metadata={"help": "Must stay off: the trainer picks columns itself."}
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "bf16 mixed precision. Default: on where a CUDA device has it, unless fp16.",
+            "help": "bf16 mixed precision. Default: true on CUDA devices that have it, unless "
+            "fp16 is set.",
             "nargs": "?",
             "const": True,
         },
@@ -62,21 +64,23 @@ class PackedConfig(PackOptions, TrainingArguments):
 
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Longest sequence of prompt and completion in tokens, or none."},
+        metadata={"help": "Longest prompt with completion, in tokens, or none."},
     )
     truncation_mode: Literal["keep_start", "keep_end"] = field(
-        default="keep_start", metadata={"help": "Which tokens of too long a sequence are kept."}
+        default="keep_start", metadata={"help": "Which end of a sequence that is too long is kept."}
     )
     on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Stop at a row that cannot be used, or count such rows."}
+        default="error",
+        metadata={"help": "At a row that cannot be used: stop, or skip and count it."},
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise, for slow chat templates."}
+        default=None,
+        metadata={"help": "Processes that tokenise; helps with slow chat templates. Default: one."},
     )
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How sequences lie in a batch; auto: the fastest that fits.",
+            "help": "How sequences lie in a batch; auto: the fastest that the model can run.",
             "choices": ("auto", *LAYOUTS),
         },
     )

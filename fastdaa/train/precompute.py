@@ -45,7 +45,7 @@ class Precompute:
 
     def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
         self.trainer, self.reference = trainer, reference
-        self.tokens = trainer.objective.has_token_level
+        self.tokens = trainer.objective.needs_ref_tokens
         self.cache = ReferenceCache(trainer.args.ref_cache_root(), _model_key(trainer, model))
 
     def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:

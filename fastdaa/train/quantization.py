@@ -32,7 +32,7 @@ class QuantizationOptions:
     )
     bnb_4bit_quant_type: str = field(
         default="nf4",
-        metadata={"help": "The values that 4 bits stand for.", "choices": QUANT_TYPES},
+        metadata={"help": "Which 16 values 4 bits stand for.", "choices": QUANT_TYPES},
     )
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "Quantise the scales of 4-bit blocks, too."}

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdaa.data import PairCollator, PairRows
-from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS
+from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
 from fastdaa.train.adapters import adapter_words, is_adapted
@@ -26,6 +26,7 @@ from fastdaa.train.best_metric import (
     PAIR_METRICS,
     REF_METRICS,
     TOKEN_METRICS,
+    WEIGHT_METRICS,
 )
 from fastdaa.train.best_model import best_model, rows_of_saved
 from fastdaa.train.config import PreferenceConfig
@@ -181,6 +182,7 @@ class PreferenceTrainer(PackLoop):
             *(REF_METRICS if self._has_ref else ()),
             *(KL_METRICS if exact else ()),
             *((*TOKEN_METRICS, *LOGIT_METRICS) if args.log_token_stats else ()),
+            *(WEIGHT_METRICS if args.use_weighting else ()),
         ]
 
     def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,10 +243,11 @@ class PreferenceTrainer(PackLoop):
         check_dataset(dataset, name)
         dataset = self._tokenize(dataset, name)
         cached = isinstance(self.reference, CachedReference)
-        if cached and REF_FIELDS[0] not in dataset.column_names:
+        columns = [*REF_FIELDS, *(REF_TOKEN_FIELDS if self.objective.needs_ref_tokens else ())]
+        if cached and not set(columns) <= set(dataset.column_names):
             raise ValueError(
                 f"{name}: expected a dataset that the trainer was made with, or one with the "
-                f"columns {', '.join(REF_FIELDS)}: with precompute_ref_log_probs no reference "
+                f"columns {', '.join(columns)}: with precompute_ref_log_probs no reference "
                 "model is kept"
             )
         return PairRows(dataset)

@@ -110,7 +110,7 @@ def test_rows_have_the_documented_names_and_no_others(make_trainer, pairs, repos
     text = Path(repository_root, "docs", "metrics.md").read_text()
     table = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
     documented = {name for cell in table for name in re.findall(r"`([^`]+)`", cell)}
-    trainer = make_trainer(eval_dataset=pairs(4))
+    trainer = make_trainer(eval_dataset=pairs(4), use_weighting=True)
     trainer.train()
     from_trainer = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
     row = trainer.state.log_history[0]

@@ -9,35 +9,17 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
-WORDS = [f"w{i}" for i in range(20)]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from word_files import command_line, word_tokenizer, write_pairs_and_reward
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_model):
     """A folder with a model and its tokenizer, and a file of pairs."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("files")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
-    model = tiny_model(attention_dropout=0.1)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-
-    def text():
-        picked = torch.randint(len(WORDS), (6,), generator=generator).tolist()
-        return " ".join(WORDS[i] for i in picked)
-
-    rows = [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(8)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny_model(attention_dropout=0.1).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    write_pairs_and_reward(folder)
     return folder
 
 
@@ -55,11 +37,8 @@ def fastdaa(start_run, files, tmp_path):
 
 
 def arguments(files, folder):
-    return [
-        *("train", "--model", f"{files}/model", "--dataset", f"{files}/pairs.jsonl"),
-        *("--output_dir", str(folder), "--per_device_train_batch_size", "2", "--max_steps", "4"),
-        *("--learning_rate", "0.01", "--logging_steps", "1", "--use_cpu"),
-    ]
+    options = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 0.01}
+    return command_line(files, "train", files / "model", folder, **options)
 
 
 def test_interrupted_and_continued_as_the_command_says(fastdaa, files, tmp_path):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ends of the KL ranges for length, in nats (default: thirds of the rows)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="FILE", help="default: correlations.json beside the table"
+        "--output", metavar="FILE", help="JSON file (default: correlations.json beside the table)"
     )
 
 

@@ -15,16 +15,21 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
-    parser.add_argument("--preset", default="H", help="H (harsh) or M (mild); default: H")
-    parser.add_argument("--seed", type=int, default=0, help="of world and samples; default: 0")
-    parser.add_argument("--size", default="d32", help="d12, d32 or d64; default: d32")
+    parser.add_argument(
+        "--output_dir", default="study_output",
+        help="folder of the results; default: study_output",
+    )  # fmt: skip
+    parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
+    parser.add_argument("--seed", type=int, default=0, help="seed of world and samples; default: 0")
+    parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
     parser.add_argument(
         "--policies", nargs="+", default=[], metavar="FOLDER",
         help="saved policies of that world; default: those of a short DPO run",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=256, help="a repeat; default: 256")
-    parser.add_argument("--repeats", type=int, default=200, help="default: 200")
+    parser.add_argument("--samples", type=int, default=256, help="samples per repeat; default: 256")
+    parser.add_argument(
+        "--repeats", type=int, default=200, help="repeats of each estimate; default: 200"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

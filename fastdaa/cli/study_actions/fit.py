@@ -34,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the reference's score (default: 0 for gold, 0.5 for win_rate, else that of the rows "
         "at KL = 0)",
     )  # fmt: skip
-    parser.add_argument("--laws", nargs="+", default=["log", "d", "kl"], help="default: log d kl")
+    parser.add_argument(
+        "--laws", nargs="+", default=["log", "d", "kl"], help="laws to fit (default: log d kl)"
+    )
     parser.add_argument(
         "--resample", choices=("auto", "points", "runs", "seeds"), default="auto",
         help="what the bootstrap draws (default: seeds if a group has three, runs if it has two)",
     )  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="default: fits.json beside the table")
+    parser.add_argument(
+        "--output", metavar="FILE", help="JSON file (default: fits.json beside the table)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -21,10 +21,13 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
+    parser.add_argument(
+        "--output_dir", default="study_output",
+        help="folder of the results; default: study_output",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2],
-        help="of worlds and runs; sizes and R-DPO use the first two; default: 0 1 2",
+        help="seeds of worlds and runs; sizes and R-DPO use the first two; default: 0 1 2",
     )  # fmt: skip
     add_workers(parser)
 

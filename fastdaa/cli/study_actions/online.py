@@ -18,22 +18,35 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
+    parser.add_argument(
+        "--output_dir", default="study_output",
+        help="folder of the results; default: study_output",
+    )  # fmt: skip
     parser.add_argument(
         "--algorithms", nargs="+", default=["apa", "ppo", "awr"],
-        help="of apa, ppo and awr; default: all three",
+        help="some of apa, ppo and awr; default: all three",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--apa_lambdas", nargs="+", type=float, help="default: 0.05 0.1 0.2 0.5 1")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs; default: 0 1 2"
+    )
+    parser.add_argument(
+        "--apa_lambdas", nargs="+", type=float, help="lambda of APA; default: 0.05 0.1 0.2 0.5 1"
+    )
     parser.add_argument(
         "--whitened_lambdas", nargs="*", type=float,
-        help="of APA with whitened advantages; default: 0.2 1",
+        help="lambda of APA with whitened advantages; default: 0.2 1",
     )  # fmt: skip
-    parser.add_argument("--ppo_coefs", nargs="+", type=float, help="default: 0 0.05 0.1 0.2 0.5")
-    parser.add_argument("--awr_lambdas", nargs="+", type=float, help="default: 0.2 0.5 1 2")
-    parser.add_argument("--preset", default="H", help="H (harsh) or M (mild); default: H")
-    parser.add_argument("--size", default="d32", help="d12, d32 or d64; default: d32")
-    parser.add_argument("--iterations", type=int, default=40, help="of each run; default: 40")
+    parser.add_argument(
+        "--ppo_coefs", nargs="+", type=float, help="KL cost of PPO; default: 0 0.05 0.1 0.2 0.5"
+    )
+    parser.add_argument(
+        "--awr_lambdas", nargs="+", type=float, help="lambda of AWR; default: 0.2 0.5 1 2"
+    )
+    parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
+    parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
+    parser.add_argument(
+        "--iterations", type=int, default=40, help="iterations of each run; default: 40"
+    )
     add_workers(parser)
     parser.add_argument("--dry_run", action="store_true", help="list the runs, and do none")
 

@@ -17,20 +17,27 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
-    parser.add_argument("--presets", nargs="+", default=["H"], help="of H and M; default: H")
     parser.add_argument(
-        "--losses", nargs="+", default=["dpo", "ipo", "slic"],
-        help="of dpo, ipo, slic and rdpo (length-regularised DPO); default: dpo ipo slic",
+        "--output_dir", default="study_output",
+        help="folder of the results; default: study_output",
     )  # fmt: skip
     parser.add_argument(
-        "--betas", nargs="+", type=float, help="default: 0.005 0.02 0.05 0.1 0.2 0.5 1 2"
+        "--presets", nargs="+", default=["H"], help="worlds: H (harsh), M (mild); default: H"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument(
-        "--sizes", nargs="+", default=["d32"], help="of d12, d32, d64; default: d32"
+        "--losses", nargs="+", default=["dpo", "ipo", "slic"],
+        help="some of dpo, ipo, slic and rdpo (length-regularised DPO); default: dpo ipo slic",
+    )  # fmt: skip
+    parser.add_argument(
+        "--betas", nargs="+", type=float, help="betas; default: 0.005 0.02 0.05 0.1 0.2 0.5 1 2"
     )
-    parser.add_argument("--length_alpha", type=float, help="of rdpo; default: 0.1")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="seeds of worlds and runs; default: 0"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["d32"], help="model sizes: d12, d32, d64; default: d32"
+    )
+    parser.add_argument("--length_alpha", type=float, help="length penalty of rdpo; default: 0.1")
     parser.add_argument(
         "--checkpoints", type=int, default=5, help="evaluations of a run; default: 5"
     )

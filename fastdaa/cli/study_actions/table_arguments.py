@@ -38,9 +38,13 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--duplicates", choices=("error", "last"), default="error",
         help="a run and checkpoint that comes twice: refuse it (default) or keep the last",
     )  # fmt: skip
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples (default: 1000)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="default: 0.95")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap's random numbers")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="resamples for intervals (default: 1000)"
+    )
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, help="confidence of intervals (default: 0.95)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
 
 
 def read(options: argparse.Namespace) -> Table:

@@ -14,11 +14,11 @@ HELP = "measure quality and KL of finished checkpoints"
 _INTERRUPTED = 130
 _NUMBERS: tuple[tuple[str, int | float, str, str], ...] = (
     ("judge_timeout", 600.0, "S", "seconds that the judge may take for a checkpoint"),
-    ("temperature", 1.0, "T", "of the samples"),
+    ("temperature", 1.0, "T", "temperature of the samples"),
     ("prompts", 64, "N", "different prompts, each answered once"),
     ("max_new_tokens", 256, "N", "tokens of an answer; longer ones are cut"),
     ("batch_size", 16, "N", "prompts answered at a time"),
-    ("seed", 0, "N", "chooses the prompts and starts the random numbers"),
+    ("seed", 0, "N", "seed of the choice of prompts and of sampling"),
 )
 
 
@@ -41,13 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, letter, words in _NUMBERS:
         how.add_argument(
             f"--{name}", type=type(default), default=default, metavar=letter,
-            help=f"{words} (%(default)s)",
+            help=f"{words} (default: %(default)s)",
         )  # fmt: skip
-    how.add_argument("--dtype", default="auto", help="of the weights (%(default)s: as stored)")
-    how.add_argument("--device", help="default: an accelerator, where there is one")
+    how.add_argument(
+        "--dtype", default="auto", help="dtype of the weights (default: %(default)s, as stored)"
+    )
+    how.add_argument("--device", help="where it runs (default: an accelerator, where there is one)")
     where = parser.add_argument_group("where it goes")
     where.add_argument(
-        "--table", default="track.jsonl", metavar="FILE", help="appended to (%(default)s)"
+        "--table",
+        default="track.jsonl",
+        metavar="FILE",
+        help="table that rows are appended to (default: %(default)s)",
     )
     where.add_argument("--run", help="name in the table (default: the output folder's)")
     where.add_argument(

@@ -14,18 +14,20 @@ HELP = "exact small problems: null space, tree with one pair, closed forms"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the action."""
     parser.add_argument(
-        "--losses", nargs="+", default=["dpo", "ipo", "slic"], help="default: dpo ipo slic"
-    )
+        "--losses", nargs="+", default=["dpo", "ipo", "slic"],
+        help="losses; default: dpo ipo slic",
+    )  # fmt: skip
     parser.add_argument(
-        "--betas", nargs="+", type=float, default=[0.01, 0.1, 0.5], help="default: 0.01 0.1 0.5"
-    )
+        "--betas", nargs="+", type=float, default=[0.01, 0.1, 0.5],
+        help="betas; default: 0.01 0.1 0.5",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=6, help="number of seeds (default: 6)")
     parser.add_argument(
         "--workers", type=int, help="processes (default: one a core, at most one a seed and pair)"
     )
     parser.add_argument(
         "--output", metavar="FILE", default="study_output/tree.json",
-        help="default: study_output/tree.json",
+        help="JSON file of the results; default: study_output/tree.json",
     )  # fmt: skip
 
 

@@ -25,10 +25,13 @@ _INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument("--output_dir", default="study_output", help="default: study_output")
-    parser.add_argument("--preset", default="H", help="H (harsh) or M (mild); default: H")
-    parser.add_argument("--seed", type=int, default=0, help="of the world; default: 0")
-    parser.add_argument("--size", default="d32", help="d12, d32 or d64; default: d32")
+    parser.add_argument(
+        "--output_dir", default="study_output",
+        help="folder of the results; default: study_output",
+    )  # fmt: skip
+    parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world; default: 0")
+    parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
     parser.add_argument(
         "--no_curves", action="store_true", help="only show the world and its reference"
     )

@@ -42,7 +42,7 @@ class LinearPreferenceLoss(nn.Module):
             if not name.startswith("_") and name != "training"
         )
 
-    def _with_nll(self, loss: str, alpha: float, **hyperparameters: object) -> Objective:
+    def _with_nll(self, loss: str, alpha: float, **hyperparameters: Any) -> Objective:
         """``loss`` and, if wanted, ``alpha`` times the likelihood of the chosen completions."""
         names, weights = [loss], [1.0]
         if self.compute_nll_loss:

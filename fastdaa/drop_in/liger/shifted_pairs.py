@@ -8,7 +8,13 @@ from torch import Tensor
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, head_logps_and_stats, pair_logps, sequence_logps
 from fastdaa.outputs import PairLogps, TokenSelection
-from fastdaa.validation import check_floating, check_head_inputs, check_indices, check_shape
+from fastdaa.validation import (
+    check_floating,
+    check_head_inputs,
+    check_indices,
+    check_readable,
+    check_shape,
+)
 
 
 def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
@@ -23,6 +29,7 @@ def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
             rows.
     """
     check_indices("target", target, tuple(getattr(target, "shape", ())))
+    check_readable("target", target)
     if target.ndim != 2 or target.shape[0] % 2 or not target.shape[0]:
         raise ValueError(
             f"target: expected shape [2B, T], all chosen and then all rejected, got "

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps_and_stats
+from fastdaa.logps import head_logps_and_stats, sharper_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,12 +103,7 @@ def _score(
         per_token["mean_logits"] = spread(stats.mean_logit)
         per_token["is_top1"] = spread(stats.top1) > 0
     if wanted.sum_sq:
-        # At half the temperature, a token's log-prob is 2 log p_t - log sum_v p_v^2.
-        sharper = replace(head, temperature=head.temperature / 2)
-        with torch.no_grad():
-            sharp, _ = head_logps_and_stats(
-                rows, sharper, tokens, max_bytes=wanted.options["max_bytes"]
-            )
-            per_token[_SUM_SQ] = spread(2 * logps - sharp)
+        sharper = sharper_logps(rows, head, tokens, max_bytes=wanted.options["max_bytes"])
+        per_token[_SUM_SQ] = spread(2 * logps.detach() - sharper)
     loss = -logps.sum() / scored.sum().clamp(min=1)
     return FusedCausalLMOutput(loss=loss, label_mask=scored, **per_token)

@@ -1,0 +1,33 @@
+"""The parser of commands whose options are few: its errors are one line, like everyone's."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fastdaa.cli.help_format import HelpFormatter
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Raises ``ValueError`` where ``argparse`` would print the usage of all options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves a mistake to the command line's one line."""
+        raise ValueError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what is unknown here, where the options are known that may have been meant."""
+        read, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+        return read, unknown
+
+    def _nearest(self, unknown: Sequence[str]) -> str:
+        given = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(given, self._option_string_actions, n=1)
+        return f" (did you mean {near[0]!r}?)" if near and given.startswith("--") else ""
