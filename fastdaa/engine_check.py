@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +29,10 @@ def triton_obstacle(device: torch.device) -> str:
 
     A plan for a GPU may be made where there is none: then nothing is known against them.
     """
+    if detect_fake_mode() is not None:
+        return "tensors without values"
+    if device.index in _OBSTACLES:
+        return _OBSTACLES[device.index]
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if torch.version.hip is not None:
@@ -39,14 +42,19 @@ def triton_obstacle(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"the Triton kernels need compute capability 8.0, this GPU has {capability}"
-    if detect_fake_mode() is not None:
-        return "tensors without values"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _obstacle_on(torch.device("cuda", index))
+    if index not in _OBSTACLES:
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is captured before the Triton kernels were tried: call once before"
+        _OBSTACLES[index] = _try_kernels(torch.device("cuda", index))
+    return _OBSTACLES[index]
 
 
-@cache
-def _obstacle_on(device: torch.device) -> str:
+_OBSTACLES: dict[int, str] = {}
+"""What came of it, by the index of the device."""
+
+
+def _try_kernels(device: torch.device) -> str:
     try:
         wrong = wrong_results(device)
     except torch.OutOfMemoryError:
@@ -60,7 +68,7 @@ def _obstacle_on(device: torch.device) -> str:
         warnings.warn(
             f"fastdaa: {obstacle}. Plain torch takes their place: slower, the same results. "
             "`fastdaa doctor --kernels` compiles them one by one; please report it.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return obstacle
 

@@ -22,13 +22,13 @@ def plan(device="cuda", **kwargs):
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU to plan for, as far as questions to PyTorch go."""
-    engine_check._obstacle_on.cache_clear()
+    monkeypatch.setattr(engine_check, "_OBSTACLES", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(engine_check, "wrong_results", lambda device: [])
-    yield monkeypatch
-    engine_check._obstacle_on.cache_clear()
+    return monkeypatch
 
 
 def test_the_kernels_agree_with_fp64():
@@ -123,6 +123,15 @@ def test_kernels_that_do_not_run_are_left_with_a_warning(gpu):
     gpu.setattr(engine_check, "wrong_results", fail)
     with pytest.warns(UserWarning, match=r"do not run on this machine: no C compiler\. Plain"):
         assert plan().engine == "torch"
+
+
+def test_a_graph_is_not_captured_with_kernels_that_were_not_tried(gpu):
+    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert plan().engine == "torch" and "call once before" in plan().explain()
+    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert plan().engine == "triton"
+    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert plan().engine == "triton"
 
 
 def test_a_full_gpu_says_nothing_about_the_kernels(gpu):

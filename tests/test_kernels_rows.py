@@ -669,6 +669,26 @@ def test_slopes_against_fp64(poisoned, r, v, head, dtype):
     assert ((got - truth).abs() <= allowed + 1e-12).all()
 
 
+@pytest.mark.parametrize("v", [30000, 24577], ids=["multiple-of-16", "odd"])
+def test_all_variants_give_a_row_the_same_bits(v):
+    """A policy's gradient, its metrics, a reference in tiles or in rows that are not aligned."""
+    z, targets, _ = rows_of(3, v, spread=6.0)
+    want = take_row_statistics(z, targets)
+    slopes = torch.empty_like(z, dtype=torch.bfloat16)
+    moved = torch.empty(3, v + 3, device=DEVICE)[:, 3:].copy_(z)
+    split = configs.row_config("row_statistics", z.device).split_v
+    tiles = [
+        take_row_states(z[:, start : start + split].contiguous(), targets, first_column=start)
+        for start in range(0, v, split)
+    ]
+    for got in (
+        take_row_statistics(z, targets, stats=True), take_row_slopes(z, targets, slopes)[0],
+        take_row_slopes(z, targets, slopes, stats=True)[0], take_row_statistics(moved, targets),
+        merge_splits(torch.cat(tiles), targets, v),
+    ):  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True))
+
+
 @pytest.mark.parametrize("below", [20.0, 31.0, 33.0, 100.0])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_slopes_of_targets_however_unlikely(poisoned, below, head):
