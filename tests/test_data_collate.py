@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdaa.data import PairCollator, dense_mask, selection_from
+from fastdaa.data.collate import SequenceCollator
 
 LAYOUTS = ("prefix_shared", "packed", "padded")
 PAD = 0
@@ -161,6 +162,22 @@ def test_packed_by_hand() -> None:
     assert pack["rows"].tolist() == [1, 4, 5]
     assert pack["segments"]["kv_index"].tolist() == list(range(7))
     assert "attention_mask" not in pack
+
+
+def test_prompts_with_one_completion_by_hand() -> None:
+    rows = [
+        {"row_id": 7, "prompt_ids": [11, 12], "completion_ids": [13]},
+        {"row_id": 9, "prompt_ids": [14], "completion_ids": [15, 16, 17]},
+    ]
+    batch = SequenceCollator()(rows)
+    assert batch["row_ids"].tolist() == [7, 9]
+    (pack,) = batch["packs"]
+    assert pack["input_ids"].tolist() == [[11, 12, 13, 14, 15, 16, 17]]
+    assert (pack["rows"].tolist(), pack["targets"].tolist()) == ([1, 3, 4, 5], [13, 15, 16, 17])
+    assert pack["padded_tokens"] == 2 * 4
+    packs = SequenceCollator("padded", PAD, tokens_per_pack=4)(rows)["packs"]
+    assert [pack["input_ids"].tolist() for pack in packs] == [[[14, 15, 16, 17]], [[11, 12, 13]]]
+    assert [pack["padded_tokens"] for pack in packs] == [4, 4]
 
 
 def test_unequal_skips_are_stored_as_two_sequences() -> None:

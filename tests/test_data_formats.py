@@ -478,6 +478,21 @@ def test_prompts_need_no_answers(tmp_path: Path) -> None:
         assert load_examples(source, prompts_only=True).to_list() == [{"prompt": ASK}]
         with pytest.raises(DataError):
             load_examples(source)
+    for empty in ("", []):
+        source = write(tmp_path / "prompts.jsonl", {"prompt": empty})
+        with pytest.raises(DataError, match=":1: field 'prompt': expected text or messages"):
+            load_examples(source, prompts_only=True)
+
+
+def test_examples_are_all_text_or_all_conversations(tmp_path: Path) -> None:
+    chat, text = {"prompt": ASK, "completion": ANSWER}, {"prompt": "p", "completion": "c"}
+    for rows, expected in (
+        ((chat, text), "a list of messages as before, got text"),
+        ((text, chat), "text as before, got a list of messages"),
+    ):
+        source = write(tmp_path / "examples.jsonl", *rows)
+        with pytest.raises(DataError, match=f":2: field 'prompt': expected {expected}"):
+            load_examples(source)
 
 
 @pytest.mark.parametrize(
@@ -485,12 +500,13 @@ def test_prompts_need_no_answers(tmp_path: Path) -> None:
     [
         ({"conversations": [GPT, HUMAN]}, ":1: field 'conversations': expected a last message"),
         ({"conversations": [GPT]}, ":1: field 'conversations': expected a question and an answer"),
+        ({"prompt": [], "completion": ANSWER}, ":1: field 'prompt': expected at least one message"),
         ({"instruction": "i", "output": ""}, ":1: field 'output': expected an answer with content"),
         ({"instruction": "i", "output": "a", "response": "b"},
          ": expected one column with the completion, got 'output' and 'response'; say which with "
          "completion_column"),
     ],
-    ids=["question last", "no question", "empty output", "two outputs"],
+    ids=["question last", "no question", "empty prompt", "empty output", "two outputs"],
 )  # fmt: skip
 def test_broken_examples(tmp_path: Path, record: Any, message: str) -> None:
     path = write(tmp_path / "examples.jsonl", record)

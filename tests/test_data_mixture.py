@@ -230,6 +230,9 @@ def test_named_columns_of_one_source(files: list[Path], tmp_path: Path) -> None:
     message = f"{files[0]}, {files[1]}: prompt_column: expected a column 'aks', got none with it"
     with pytest.raises(DataError, match="^" + re.escape(message) + "$"):
         load_mixture(files, columns={"prompt": "aks"})
+    message = f"{other}: prompt_column: expected a column 'aks', got 'ask', 'chosen', 'rejected'"
+    with pytest.raises(DataError, match="^" + re.escape(message) + "$"):
+        load_mixture([other], columns={"prompt": "aks"})
 
 
 @pytest.mark.parametrize(

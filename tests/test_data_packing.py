@@ -27,11 +27,7 @@ def test_packs_are_those_of_the_textbook_algorithm(seed: int) -> None:
     rng = random.Random(seed)
     budget = rng.randint(1, 60)
     lengths = [rng.randint(0, 40) for _ in range(rng.randint(1, 70))]
-    packs = pack_by_length(lengths, budget)
-    assert packs == first_fit_decreasing(lengths, budget)
-    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
-    for pack in packs:
-        assert len(pack) == 1 or sum(lengths[i] for i in pack) <= budget
+    assert pack_by_length(lengths, budget) == first_fit_decreasing(lengths, budget)
 
 
 @pytest.mark.parametrize(

@@ -339,12 +339,22 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         load_pairs("owner/pairs", split="x")
 
 
-def test_an_unreachable_hub() -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ConnectionError("no route\nto the hub"), "ConnectionError: no route"),
+     (TimeoutError(), "TimeoutError: no message")],
+    ids=["several lines", "no message"],
+)  # fmt: skip
+def test_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def load_dataset(path, name=None):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = (
         "owner/missing: expected a local path or a hub dataset that can be reached; there is no "
-        "such path, and loading it from the hub failed: "
+        f"such path, and loading it from the hub failed: {said}"
     )
-    with pytest.raises(DataError, match=re.escape(message)):
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         load_pairs("owner/missing")
 
 

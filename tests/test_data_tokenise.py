@@ -11,6 +11,7 @@ import pytest
 from fastdaa.data import DataError, PairCollator, PairRows, tokenize_pairs
 from fastdaa.data.encode import split_sequences
 from fastdaa.data.reports import TokenizeReport
+from fastdaa.data.tokenise_prompts import tokenize_prompts
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -19,6 +20,9 @@ transformers = pytest.importorskip("transformers")
 CHATML = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<e>{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
+)
+REFUSES_BAD = (
+    "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no!') }}{% endif %}" + CHATML
 )
 
 
@@ -200,6 +204,18 @@ def test_the_dataset_is_in_memory_and_typed() -> None:
     assert result.features["chosen_ids"] == datasets.List(datasets.Value("int32"))
 
 
+def test_more_tokens_than_offsets_can_address_come_in_chunks(monkeypatch) -> None:
+    rows = [text("p" * n, "a", "b" * (n + 3)) for n in (1, 2, 6, 1, 1)]
+    dataset, tokenizer = datasets.Dataset.from_list(rows), make_tokenizer()
+    whole, _ = tokenize_pairs(dataset, tokenizer)
+    monkeypatch.setattr("fastdaa.data.columns._TOKENS_PER_CHUNK", 3)
+    parts, _ = tokenize_pairs(dataset, tokenizer)
+    assert parts.to_list() == whole.to_list()
+    chunks = parts.data.column("prompt_ids").chunks
+    # A row is never cut, however long it is.
+    assert [chunk.value_lengths().to_pylist() for chunk in chunks] == [[1, 2], [6], [1, 1]]
+
+
 def test_conversations_without_a_template_are_refused_before_any_work() -> None:
     tokenizer = make_tokenizer(template=None)
     with pytest.raises(DataError, match=r"tokenizer: expected a chat template, .* got none"):
@@ -218,6 +234,23 @@ def test_an_empty_dataset() -> None:
         tokenize_pairs(datasets.Dataset.from_list([text()]).select([]), make_tokenizer())
 
 
+def test_prompts_that_cannot_be_asked_are_counted() -> None:
+    chats = datasets.Dataset.from_list([chat("bad"), chat("p")])
+    tokenizer = make_tokenizer(template=REFUSES_BAD)
+    prompts, left_out = tokenize_prompts(chats, tokenizer, on_bad_row="skip")
+    assert [tokenizer.convert_ids_to_tokens(prompt.ids) for prompt in prompts] == [
+        ["<u>", "p", "<e>", "<a>"]
+    ]
+    assert left_out == {"chat template failed": 1}
+    with pytest.raises(DataError, match="row 1: expected a prompt that the chat template accepts"):
+        tokenize_prompts(chats, tokenizer)
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Strip()
+    texts = datasets.Dataset.from_list([text(" "), text("p")])
+    prompts, left_out = tokenize_prompts(texts, tokenizer)
+    assert [prompt.text for prompt in prompts] == ["p"]
+    assert left_out == {"prompts without a token": 1}
+
+
 def test_bad_rows_of_a_dataset_made_elsewhere() -> None:
     dataset = datasets.Dataset.from_list([text(), text(chosen="cd"), text()])
     with pytest.raises(DataError, match=r"^dataset: row 2: field 'rejected': expected another"):
@@ -229,11 +262,8 @@ def test_bad_rows_of_a_dataset_made_elsewhere() -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_found() -> None:
-    template = (
-        "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no!') }}{% endif %}" + CHATML
-    )
     dataset = datasets.Dataset.from_list([chat("p"), chat("bad"), chat("q")])
-    tokenizer = make_tokenizer(template=template)
+    tokenizer = make_tokenizer(template=REFUSES_BAD)
     message = "dataset: row 2: expected a conversation that the chat template accepts, got "
     with pytest.raises(
         DataError, match="^" + re.escape(message) + r"TemplateError: no! \(on_bad_row"

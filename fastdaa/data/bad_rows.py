@@ -15,8 +15,8 @@ Row = TypeVar("Row")
 
 def good_rows(
     records: Records, read: Callable[[Any], Row], on_bad_row: OnBadRow, report: SkipReport
-) -> Iterator[tuple[Place, Any, Row]]:
-    """Place, record and ``read(record)`` of all records but those that ``read`` refuses.
+) -> Iterator[tuple[Place, Row]]:
+    """Place and ``read(record)`` of all records but those that ``read`` refuses.
 
     Args:
         read: raises :class:`BadRow` for a record that cannot be used.
@@ -30,7 +30,7 @@ def good_rows(
         except BadRow as problem:
             handle_bad_row(place, problem, on_bad_row, report)
             continue
-        yield place, record, row
+        yield place, row
 
 
 def handle_bad_row(place: Place, problem: BadRow, on_bad_row: OnBadRow, report: SkipReport) -> None:

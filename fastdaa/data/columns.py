@@ -15,6 +15,8 @@ from fastdaa.data.fields import ADVANTAGE_FIELDS
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TOKENS_PER_CHUNK = 2**30
+
 
 class TokenColumns:
     """Rows go in one by one, a dataset in memory comes out; ids are kept as 32-bit numbers.
@@ -71,13 +73,14 @@ class TokenColumns:
         return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(table)))
 
 
-def _list_chunks(ends: np.ndarray, values: Any, limit: int = 2**30) -> Any:
+def _list_chunks(ends: np.ndarray, values: Any) -> Any:
     """Lists of ``values`` in chunks that 32-bit offsets can address."""
     import pyarrow
 
     chunks, start = [], 0
     while start < len(ends) - 1:
-        stop = max(int(np.searchsorted(ends, ends[start] + limit, side="right")) - 1, start + 1)
+        most = ends[start] + _TOKENS_PER_CHUNK
+        stop = max(int(np.searchsorted(ends, most, side="right")) - 1, start + 1)
         offsets = pyarrow.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
         part = values.slice(int(ends[start]), int(ends[stop] - ends[start]))
         chunks.append(pyarrow.ListArray.from_arrays(offsets, part))

@@ -47,6 +47,17 @@ def bad_field(reason: str, field: str, expected: str, got: str) -> BadRow:
     return BadRow(reason, f"field {field!r}: expected {expected}, got {got}", field)
 
 
+def mixed_formats(field: str, value: object, like: str) -> BadRow:
+    """A :class:`BadRow` for text where messages are expected, or the other way round.
+
+    Args:
+        like: what has the expected form, such as ``as in 'chosen'``.
+    """
+    kinds = ("text", "a list of messages")
+    expected, got = kinds if isinstance(value, list) else kinds[::-1]
+    return bad_field("mixed formats", field, f"{expected} {like}", got)
+
+
 def describe(value: Any) -> str:
     """``value`` in a few words, for an error message."""
     if value is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdaa.data.assemble import messages_in
 from fastdaa.data.bad_rows import OnBadRow, good_rows
-from fastdaa.data.errors import BadRow, bad_field, describe
+from fastdaa.data.errors import BadRow, bad_field, describe, mixed_formats
 from fastdaa.data.formats import recognise
 from fastdaa.data.kinds import CheckedRow, RecordKind
 from fastdaa.data.known_formats import example_format
@@ -122,13 +122,11 @@ def checked_examples(
         kind = type(example["prompt"])
         first = first or kind
         if kind is not first:
-            names = ("text", "a list of messages")
-            kinds = names if first is str else names[::-1]
-            raise bad_field("mixed formats", "prompt", f"{kinds[0]} as before", kinds[1])
+            raise mixed_formats("prompt", example["prompt"], "as before")
         return example
 
     read = found.reader(normalise, columns)
-    for place, _, (_, example) in good_rows(records, read, on_bad_row, report):
+    for place, (_, example) in good_rows(records, read, on_bad_row, report):
         yield place, example, {}
 
 
@@ -141,8 +139,7 @@ def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
         raise bad_field("missing prompt", "prompt", "text or messages", "none")
     prompt, completion = (read_turns(field, record[field]) for field in EXAMPLE_FIELDS)
     if isinstance(prompt, list) != isinstance(completion, list):
-        kinds = ("a list of messages", "text") if isinstance(prompt, list) else ("text", "messages")
-        raise bad_field("mixed formats", "completion", f"{kinds[0]} as in 'prompt'", kinds[1])
+        raise mixed_formats("completion", completion, "as in 'prompt'")
     if isinstance(completion, list):
         if not prompt:
             raise bad_field("missing prompt", "prompt", "at least one message", "an empty list")

@@ -32,19 +32,14 @@ def exclusive_cumsum(values: Ints) -> Ints:
     return np.cumsum(values) - values
 
 
-def spans_packed(
-    prompt_len: Ints, completion_len: Ints, reuses: NDArray[np.bool_] | None = None
-) -> Spans:
+def spans_packed(prompt_len: Ints, completion_len: Ints, reuses: NDArray[np.bool_]) -> Spans:
     """Sequences back to back; one that ``reuses`` a prompt has that of the sequence before it.
 
     Args:
         prompt_len: ``[S]`` prompt tokens that each sequence sees.
         completion_len: ``[S]`` completion tokens.
-        reuses: ``[S]`` sequences whose prompt is stored with the one before, which has its own;
-            None for none.
+        reuses: ``[S]`` sequences whose prompt is stored with the one before, which has its own.
     """
-    if reuses is None:
-        reuses = np.zeros(len(prompt_len), dtype=bool)
     own_prompt = np.where(reuses, 0, prompt_len)
     query_len = own_prompt + completion_len
     query_start = exclusive_cumsum(query_len)

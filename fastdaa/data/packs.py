@@ -30,11 +30,12 @@ def packed(
         reuses: ``[S]`` sequences whose prompt is that of the one before and is stored there; None
             for none.
     """
+    if reuses is None:
+        reuses = np.zeros(len(prompts), dtype=bool)
     spans = layouts.spans_packed(_lengths(prompts), _lengths(completions), reuses)
-    own = np.ones(len(prompts), dtype=bool) if reuses is None else ~reuses
     pieces = []
-    for prompt, completion, stored in zip(prompts, completions, own, strict=True):
-        pieces += [prompt, completion] if stored else [completion]
+    for prompt, completion, reused in zip(prompts, completions, reuses, strict=True):
+        pieces += [completion] if reused else [prompt, completion]
     input_ids = torch.from_numpy(np.concatenate(pieces))[None]
     return {
         "input_ids": input_ids,

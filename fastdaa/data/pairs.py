@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from fastdaa.data.bad_rows import OnBadRow, good_rows
-from fastdaa.data.errors import bad_field
+from fastdaa.data.errors import bad_field, mixed_formats
 from fastdaa.data.formats import recognise
 from fastdaa.data.kinds import CheckedRow, RecordKind
 from fastdaa.data.known_formats import pair_format
@@ -105,29 +105,24 @@ def checked_pairs(
     """
     columns = columns or {}
     found, records = recognise(records, lambda first: pair_format(first, columns), source)
-    kind: tuple[bool, bool] | None = None
+    first: tuple[bool, bool] | None = None
 
     def normalise(record: Any) -> dict[str, Any]:
-        nonlocal kind
+        nonlocal first
         pair = normalise_pair(record)
-        own = (is_conversational(pair), record.get("prompt") is not None)
-        kind = kind or own
-        _check_kind(kind, own)
+        conversational, prompted = is_conversational(pair), record.get("prompt") is not None
+        first = first or (conversational, prompted)
+        if conversational != first[0]:
+            raise mixed_formats("chosen", pair["chosen"], "as in the first row")
+        if prompted != first[1]:
+            kinds = ("no prompt", "one") if prompted else ("a prompt", "none")
+            raise bad_field("mixed formats", "prompt", f"{kinds[0]} as in the first row", kinds[1])
         return pair
 
     ours = (*PAIR_FIELDS, *TEMPLATE_FIELDS)
     read = found.reader(normalise, columns)
-    for place, _, (record, pair) in good_rows(records, read, on_bad_row, report):
+    for place, (record, pair) in good_rows(records, read, on_bad_row, report):
         yield place, pair, {field: value for field, value in record.items() if field not in ours}
 
 
 PAIRS = RecordKind("pair", PAIR_FIELDS, checked_pairs, scored=True)
-
-
-def _check_kind(first: tuple[bool, bool], found: tuple[bool, bool]) -> None:
-    if first[0] != found[0]:
-        kinds = ("a list of messages", "text") if first[0] else ("text", "a list of messages")
-        raise bad_field("mixed formats", "chosen", f"{kinds[0]} as in the first row", kinds[1])
-    if first[1] != found[1]:
-        kinds = ("a prompt", "none") if first[1] else ("no prompt", "one")
-        raise bad_field("mixed formats", "prompt", f"{kinds[0]} as in the first row", kinds[1])

@@ -69,11 +69,9 @@ class TokenizeReport:
     unit: str = "pair"
     """What is counted."""
 
-    def drop(self, reason: str, example: str | None = None) -> None:
+    def drop(self, reason: str) -> None:
         """Count one pair that is left out."""
         self.dropped[reason] += 1
-        if example is not None:
-            self.first.setdefault(reason, example)
 
     def log(self, logger: logging.Logger, name: str) -> None:
         """Log the report of the dataset ``name``; that much was left out is a line of its own."""

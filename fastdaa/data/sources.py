@@ -59,8 +59,6 @@ def parse_source(text: str) -> Source:
 def without_split(text: str) -> str:
     """A source without the split that it names."""
     source = parse_source(text)
-    if source.split is None:
-        return text
     return source.path if source.name is None else f"{source.path}:{source.name}"
 
 

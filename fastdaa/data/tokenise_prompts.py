@@ -49,7 +49,8 @@ def tokenize_prompts(
     """
     skips = SkipReport()
     prompts: list[TokenizedPrompt] = []
-    for place, example, _ in checked_examples(rows_of(dataset, "dataset"), on_bad_row, skips, True):
+    rows = rows_of(dataset, "dataset")
+    for place, example, _ in checked_examples(rows, on_bad_row, skips, prompts_only=True):
         check_tokenizer(tokenizer, example["prompt"], dataset, needs_eos=False)
         try:
             ids = encode_prompt(example, tokenizer)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdaa.data.errors import BadRow, bad_field, describe
+from fastdaa.data.errors import BadRow, bad_field, describe, mixed_formats
 from fastdaa.data.turns import check_content, check_last_role, read_turns, without_nulls
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
@@ -40,8 +40,7 @@ def normalise_pair(record: Any) -> dict[str, Any]:
     pair = {field: _read_side(field, record[field]) for field in ("chosen", "rejected")}
     conversational = isinstance(pair["chosen"], list)
     if isinstance(pair["rejected"], list) != conversational:
-        kinds = ("a list of messages", "text") if conversational else ("text", "a list of messages")
-        raise bad_field("mixed formats", "rejected", f"{kinds[0]} as in 'chosen'", kinds[1])
+        raise mixed_formats("rejected", pair["rejected"], "as in 'chosen'")
     if pair["chosen"] == pair["rejected"]:
         got = f"the same: {describe(pair['rejected'])}"
         raise bad_field("chosen equals rejected", "rejected", "another answer than 'chosen'", got)

@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from fastdaa.online.config import OnlineConfig
+from fastdaa.online.config import CONFIG_FILE, OnlineConfig
+from fastdaa.online.models import Models
 from fastdaa.online.types import Experience, Rollouts
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.quantization import is_quantized
 
-CONFIG_FILE, STATE_FILE, COMPLETE_FILE = "online_config.json", "state.pt", "trainer_state.json"
+STATE_FILE, COMPLETE_FILE = "state.pt", "trainer_state.json"
 # What may differ from the run that is resumed: it changes no number but by rounding.
 _FREE = {
     *("output_dir", "iterations", "logging_steps", "save_steps", "save_total_limit"),
@@ -52,14 +53,14 @@ class Place(NamedTuple):
 def save_checkpoint(
     config: OnlineConfig,
     place: Place,
-    models: Mapping[str, nn.Module],
+    models: Models,
     state: Mapping[str, Any],
     experience: Experience | None,
 ) -> Path:
     """Writes a checkpoint beside its place and moves it there; older ones beyond the limit go.
 
     Args:
-        models: ``policy`` and ``critic``.
+        models: of which the policy and the critic are saved.
         state: what else goes on, of tensors and plain values.
         experience: of the iteration that is under way.
     """
@@ -69,10 +70,10 @@ def save_checkpoint(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy: Any = models["policy"]
+    policy: Any = models.policy
     save = _save_trained if is_quantized(policy) else save_model
     save(policy, str(partial / "model.safetensors"), metadata={"format": "pt"})
-    save(models["critic"], str(partial / "critic.safetensors"))
+    save(models.critic, str(partial / "critic.safetensors"))
     # An adapter also as PEFT saves it: the weights that it has together with its base have other
     # names than those of a model, which would be loaded without them.
     (policy if is_adapted(policy) else causal_lm(policy).config).save_pretrained(partial)
@@ -141,9 +142,7 @@ class Loaded(NamedTuple):
     experience: Experience | None
 
 
-def load_checkpoint(
-    folder: str | Path, config: OnlineConfig, models: Mapping[str, nn.Module]
-) -> Loaded:
+def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) -> Loaded:
     """Weights into ``models``, random states into torch, numpy and Python; the rest is returned.
 
     Raises:
@@ -154,10 +153,10 @@ def load_checkpoint(
     if not checkpoints.is_complete(folder) or not (folder / STATE_FILE).is_file():
         raise FileNotFoundError(f"resume: expected a complete checkpoint, got {folder}")
     _check_config(folder, config)
-    device = str(causal_lm(models["policy"]).device)
-    load = _load_trained if is_quantized(models["policy"]) else load_model
-    load(models["policy"], str(folder / "model.safetensors"), device=device)
-    load(models["critic"], str(folder / "critic.safetensors"), device=device)
+    device = str(causal_lm(models.policy).device)
+    load = _load_trained if is_quantized(models.policy) else load_model
+    load(models.policy, str(folder / "model.safetensors"), device=device)
+    load(models.critic, str(folder / "critic.safetensors"), device=device)
     content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     restore_random_states(content.pop("random"))
     saved = content.pop("experience")

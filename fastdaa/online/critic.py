@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdaa.selection import select_rows
 from fastdaa.train.attention import enable_segments, placeholder_mask
 from fastdaa.train.backbone import backbone_of, causal_lm
 
@@ -83,4 +84,4 @@ class Critic(nn.Module):
             attention_mask=placeholder_mask(pack["input_ids"]),
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[0].index_select(0, pack["rows"]))
+        return self.head(select_rows(hidden[0], pack["rows"]))

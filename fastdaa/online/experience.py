@@ -11,20 +11,12 @@ from torch import Tensor, nn
 
 from fastdaa.online.advantages import gae
 from fastdaa.online.config import OnlineConfig
-from fastdaa.online.critic import Critic
+from fastdaa.online.models import Models
 from fastdaa.online.packs import make_packs
 from fastdaa.online.rewards import RunningStd, sequence_sums, shape_scores, token_rewards
 from fastdaa.online.scoring import TokenScores, score_tokens, score_values
 from fastdaa.online.types import Completions, Experience, RewardSource, Rollouts, RolloutSource
 from fastdaa.train.backbone import causal_lm
-
-
-class Models(NamedTuple):
-    """The three networks."""
-
-    policy: nn.Module
-    reference: nn.Module
-    critic: Critic
 
 
 class Collected(NamedTuple):
@@ -121,17 +113,19 @@ def assess(
     }
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         shared = critic if critic.shared else None
-        mine = score_tokens(policy, packs, lengths, critic=shared, **options)
-        theirs = score_tokens(reference, packs, lengths, **options)
-        values = mine.values if critic.shared else score_values(critic, packs, lengths)
+        policy_scores = score_tokens(policy, packs, lengths, critic=shared, **options)
+        ref_scores = score_tokens(reference, packs, lengths, **options)
+        values = policy_scores.values if critic.shared else score_values(critic, packs, lengths)
     assert values is not None
-    logratios = mine.logps - theirs.logps if config.algorithm == "ppo" else None
+    logratios = policy_scores.logps - ref_scores.logps if config.algorithm == "ppo" else None
     rewards = token_rewards(rollouts.scores, lengths, logratios=logratios, kl_coef=kl_coef)
     advantages, returns = gae(
         rewards, values, lengths, gamma=config.gamma, gae_lambda=config.gae_lambda
     )
-    experience = Experience(rollouts, mine.logps, theirs.logps, values, advantages, returns)
-    return experience, mine, theirs
+    experience = Experience(
+        rollouts, policy_scores.logps, ref_scores.logps, values, advantages, returns
+    )
+    return experience, policy_scores, ref_scores
 
 
 def collect(
@@ -159,8 +153,8 @@ def collect(
     sampled = time.perf_counter()
     rollouts = score_rollouts(sources[1], prompts, completions, config, running, tokenizer)
     scored = time.perf_counter()
-    experience, mine, theirs = assess(models, rollouts, config, kl_coef)
-    metrics = _metrics(experience, mine, theirs, config, kl_coef)
+    experience, policy_scores, ref_scores = assess(models, rollouts, config, kl_coef)
+    metrics = _metrics(experience, policy_scores, ref_scores, config, kl_coef)
     tokens = int(rollouts.lengths.sum())
     metrics |= {
         "rollout_tokens_per_second": tokens / max(sampled - began, 1e-9),
@@ -173,26 +167,26 @@ def collect(
 
 def _metrics(
     experience: Experience,
-    mine: TokenScores,
-    theirs: TokenScores,
+    policy_scores: TokenScores,
+    ref_scores: TokenScores,
     config: OnlineConfig,
     kl_coef: float,
 ) -> dict[str, float]:
     rollouts, lengths = experience.rollouts, experience.lengths
-    kl = float(sequence_sums(mine.logps - theirs.logps, lengths).mean())
+    kl = float(sequence_sums(policy_scores.logps - ref_scores.logps, lengths).mean())
     residual = experience.returns - experience.values
     variance = float(experience.returns.var(correction=0))
     explained = 1 - float(residual.var(correction=0)) / variance if variance > 0 else 0.0
     score = float(rollouts.scores.mean())
     metrics = {
         "objective/kl": kl,
-        "objective/entropy": float(sequence_sums(mine.entropy, lengths).mean()),
+        "objective/entropy": float(sequence_sums(policy_scores.entropy, lengths).mean()),
         "objective/scores": score,
         "objective/raw_scores": float(rollouts.raw_scores.mean()),
         "objective/rlhf_reward": score - (kl_coef * kl if config.algorithm == "ppo" else 0.0),
-        "policy/token_entropy": float(mine.entropy.mean()),
-        "policy/max_prob": float(mine.max_prob.mean()),
-        "ref/token_entropy": float(theirs.entropy.mean()),
+        "policy/token_entropy": float(policy_scores.entropy.mean()),
+        "policy/max_prob": float(policy_scores.max_prob.mean()),
+        "ref/token_entropy": float(ref_scores.entropy.mean()),
         "val/explained_variance": explained,
         "completions/length": float(lengths.double().mean()),
         "completions/finished": float(rollouts.finished.double().mean()),

@@ -16,7 +16,8 @@ from fastdaa.online.collapse import CollapseMonitor
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.controllers import AdaptiveKL, FixedKL, KLController
 from fastdaa.online.critic import Critic
-from fastdaa.online.experience import Models, collect
+from fastdaa.online.experience import collect
+from fastdaa.online.models import prepare_models
 from fastdaa.online.progress import Progress
 from fastdaa.online.record import Record
 from fastdaa.online.rewards import RunningStd
@@ -24,15 +25,9 @@ from fastdaa.online.seeds import Purpose, prompts_of, seed_of
 from fastdaa.online.types import Experience, RewardSource, RolloutSource
 from fastdaa.online.update import Updater, minibatches
 from fastdaa.train import checkpoints
-from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.folder_lock import lock_folder
-from fastdaa.train.positions import check_length, positions_of
-from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
-from fastdaa.train.quantization import check_adapted, compute_as_in_training
-from fastdaa.train.references import check_reference, frozen_copy
 from fastdaa.train.run_record import remove_record, weights_fact
-from fastdaa.train.support import supports_segments
 
 Evaluation = Callable[["OnlineTrainer"], Mapping[str, float] | None]
 """Called after every iteration, with the policy in evaluation mode; what it returns is logged."""
@@ -104,31 +99,10 @@ class OnlineTrainer:
             raise ValueError("prompts: expected at least one, of at least one token each")
         self.config, self.sources, self.prompts = config, (rollouts, rewards), prompts
         self.tokenizer, self.evaluate = tokenizer, evaluate
-        check_adapted(policy, adapted=is_adapted(policy))
-        for model in (policy, reference):
-            if model is not None:
-                compute_as_in_training(model)
-        if is_adapted(policy):
-            check_adapters(policy)
-        reference = frozen_copy(policy) if reference is None else reference
-        check_reference(reference, policy, same_vocabulary=True)
         asked = [*prompts, *getattr(evaluate, "prompts", ())]
-        check_length(
-            map(positions_of, (policy, reference)), max(map(len, asked)) + config.max_new_tokens,
-            "prompts with their completions",
-            "max_prompt_length, max_new_tokens: expected at most {limit} together",
-        )  # fmt: skip
-        for model in (policy, reference):
-            _prepare(model, config)
-        if critic is None:
-            shared = config.critic == "shared"
-            seed = seed_of(config.seed, 0, Purpose.CRITIC)
-            critic = Critic(policy, config.critic_head, shared=shared, seed=seed)
-        if config.disable_dropout:
-            disable_dropout(critic)
-        self.models = Models(policy, reference.eval().requires_grad_(False), critic)
-        self._reference_fact = weights_fact(reference)
-        self.updater = Updater(policy, critic, config)
+        self.models = prepare_models(policy, reference, critic, config, max(map(len, asked)))
+        self._reference_fact = weights_fact(self.models.reference)
+        self.updater = Updater(policy, self.models.critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":
             self.controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -189,8 +163,7 @@ class OnlineTrainer:
         underway = self._underway
         experience = underway.experience
         plan = minibatches(config, self.place.iteration, len(experience.rollouts.prompt_ids))
-        for model in (self.models.policy, self.models.critic):
-            model.train()
+        self.models.train()
         for batch in plan[self.place.minibatches :]:
             if record.asked(self.place.steps):
                 self._save()
@@ -206,8 +179,7 @@ class OnlineTrainer:
 
     def _collect(self) -> _Underway:
         config, iteration = self.config, self.place.iteration
-        for model in (self.models.policy, self.models.critic):
-            model.eval()
+        self.models.train(False)
         prompts = prompts_of(self.prompts, config.rollouts_per_iteration, iteration, config.seed)
         experience, metrics = collect(
             self.models, prompts, self.sources, config,
@@ -240,8 +212,7 @@ class OnlineTrainer:
             "monitor/collapsed": int(self.monitor.collapsed),
         }
         self._metrics = metrics
-        for model in (self.models.policy, self.models.critic):
-            model.eval()
+        self.models.train(False)
         if self.evaluate is not None:
             metrics |= self.evaluate(self) or {}
         self._report(record, progress)
@@ -275,9 +246,8 @@ class OnlineTrainer:
         if underway is not None:
             sums = {name: float(value) for name, value in underway.sums.items()}
             state["underway"] = (sums, underway.tokens, underway.seconds)
-        models = {"policy": self.models.policy, "critic": self.models.critic}
         experience = None if underway is None else underway.experience
-        save_checkpoint(self.config, self.place, models, state, experience)
+        save_checkpoint(self.config, self.place, self.models, state, experience)
 
     def _start(self, resume: str | Path | bool) -> None:
         """Loads what is to be resumed, if anything is."""
@@ -299,8 +269,7 @@ class OnlineTrainer:
         folder = last if resume is True else resume
         if folder is None:
             return
-        models = {"policy": self.models.policy, "critic": self.models.critic}
-        self.place, state, experience = load_checkpoint(folder, self.config, models)
+        self.place, state, experience = load_checkpoint(folder, self.config, self.models)
         if state.get("reference", self._reference_fact) != self._reference_fact:
             raise ValueError(
                 f"resume: expected the reference of {folder}, {state['reference']}, got another, "
@@ -314,17 +283,3 @@ class OnlineTrainer:
         self._metrics = state["metrics"]
         if experience is not None:
             self._underway = _Underway(experience, state["metrics"], *state["underway"])
-
-
-def _prepare(model: nn.Module, config: OnlineConfig) -> None:
-    """Packed rows and the head's task, for the policy or the reference."""
-    support = supports_segments(causal_lm(model), probe=True)
-    if not support.ok:
-        raise ValueError(
-            f"policy, reference: expected a model that can attend within the segments of a packed "
-            f"row, got {type(causal_lm(model)).__name__}: {support.reason}"
-        )
-    check_head(model)
-    prepare_model(model, "packed")
-    if config.disable_dropout:
-        disable_dropout(model)

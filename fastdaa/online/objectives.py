@@ -58,10 +58,7 @@ def is_clipped(
 
 
 def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    old_values: Tensor | None = None,
-    clip_range: float | None = None,
+    values: Tensor, returns: Tensor, old_values: Tensor, clip_range: float | None = None
 ) -> Tensor:
     """``(V - R)^2 / 2``; with ``clip_range`` at least that of ``V`` kept near its old value.
 
@@ -69,8 +66,6 @@ def value_loss(
     """
     errors = (values - returns).square()
     if clip_range is not None:
-        if old_values is None:
-            raise ValueError("old_values: expected [N] together with clip_range, got None")
         near = old_values + (values - old_values).clamp(-clip_range, clip_range)
         errors = torch.maximum(errors, (near - returns).square())
     return 0.5 * errors

@@ -1,4 +1,4 @@
-"""Prompts and completions packed back to back, without padding, and models run on such packs."""
+"""Prompts and completions packed back to back, without padding, and where their tokens lie."""
 
 from __future__ import annotations
 

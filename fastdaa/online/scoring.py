@@ -13,6 +13,7 @@ from fastdaa.online.critic import Critic
 from fastdaa.online.packs import token_index
 from fastdaa.plan_call import plan_call
 from fastdaa.score import score
+from fastdaa.selection import select_rows
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.sharding import head_in_force
 
@@ -57,7 +58,7 @@ def score_tokens(
     for sequences, pack in packs:
 
         def task(hidden_states: Tensor, pack: Mapping[str, Any] = pack) -> list[Tensor]:
-            rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, pack["rows"])
+            rows = select_rows(hidden_states.flatten(0, 1), pack["rows"])
             with head_in_force(core) as whole:
                 head = replace(whole.detach(), temperature=temperature)
                 plan = plan_call(rows, head, stats=True, engine=engine, max_bytes=max_bytes)

@@ -18,6 +18,7 @@ from fastdaa.online.packs import make_packs, token_index
 from fastdaa.online.seeds import Purpose, generator
 from fastdaa.online.token_loss import TokenLoss, token_loss
 from fastdaa.online.types import Experience
+from fastdaa.selection import select_rows
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.sharding import head_in_force
 
@@ -133,7 +134,7 @@ class Updater:
         core = causal_lm(self.policy)
 
         def task(hidden_states: Tensor) -> tuple[TokenLoss, Tensor | None]:
-            rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, pack["rows"])
+            rows = select_rows(hidden_states.flatten(0, 1), pack["rows"])
             with head_in_force(core) as whole:
                 head = replace(whole, temperature=config.temperature)
                 loss = token_loss(

@@ -26,7 +26,6 @@ its tokens and ``U`` their sum, in nats:
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,25 +39,23 @@ from fastdaa.head import LmHead
 from fastdaa.logps import head_logps
 from fastdaa.study.enumeration import response_logps
 from fastdaa.study.json_file import write_json
+from fastdaa.study.kept_runs import REFERENCES
 from fastdaa.study.language import LANGUAGE, Language
 from fastdaa.study.measures import measure
-from fastdaa.study.preferences import preference_pairs
+from fastdaa.study.preferences import TRAIN_SEED, preference_pairs
 from fastdaa.study.presets import ModelSize, Preset, size_of
 from fastdaa.study.sampling import sample_responses
 from fastdaa.study.sft import Reference, make_reference
 from fastdaa.study.world import World, make_world
+from fastdaa.study.world_training import train_in_world
 from fastdaa.train.backbone import backbone_of
-from fastdaa.train.callbacks import Curves, Interrupt, MetricsWriter, Progress
-from fastdaa.train.config import PreferenceConfig
-from fastdaa.train.trainer import PreferenceTrainer
 
-ESTIMATORS_FILE, REFERENCES = "estimators.json", "world"
+ESTIMATORS_FILE = "estimators.json"
 NAMES = ("k1", "rb", "k3", "trlx")
 SAMPLES, REPEATS = 256, 200
 BETA = 0.02
 FRACTIONS = (0.1, 0.3, 1.0)
 """Of the run whose policies are measured: near, farther, and far from the reference."""
-_TRAIN_SEED = 0
 _CHUNK = 8192
 
 
@@ -175,11 +172,10 @@ def trained_policies(
     world: World,
     reference: Reference,
     *,
-    beta: float = BETA,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> list[Policy]:
-    """Snapshots of one DPO run from the reference, through the library's trainer.
+    """Snapshots of one DPO run from the reference, with the beta :data:`BETA`.
 
     Args:
         fractions: of the steps, at which a snapshot is taken.
@@ -187,24 +183,12 @@ def trained_policies(
     """
     preset = world.preset
     stops = {max(1, round(fraction * preset.steps)) for fraction in fractions}
-    taken = _Snapshots(stops, f"DPO, beta {beta:g}")
-    pairs = preference_pairs(world, reference.logps, reference.gold, preset.pairs, _TRAIN_SEED)
-    with tempfile.TemporaryDirectory(prefix="fastdaa-study-") as scratch:
-        settings = PreferenceConfig(
-            output_dir=scratch, loss_type=["dpo"], beta=beta, layout="prefix_shared",
-            attention="sdpa_loop", per_device_train_batch_size=preset.batch_size,
-            num_train_epochs=preset.epochs, max_steps=max(stops),
-            learning_rate=preset.learning_rate, lr_scheduler_type="constant_with_warmup",
-            warmup_steps=round(preset.warmup_ratio * preset.steps), weight_decay=0.0,
-            max_grad_norm=0.0, seed=seed, use_cpu=True, save_strategy="no", logging_strategy="no",
-            log_exact_kl=False, log_token_stats=False, disable_tqdm=True, report_to="none",
-        )  # fmt: skip
-        trainer = PreferenceTrainer(
-            copy.deepcopy(reference.model), args=settings, train_dataset=pairs, callbacks=[taken]
-        )
-        for callback in (Curves, Interrupt, MetricsWriter, Progress):
-            trainer.remove_callback(callback)
-        trainer.train()
+    taken = _Snapshots(stops, f"DPO, beta {BETA:g}")
+    pairs = preference_pairs(world, reference.logps, reference.gold, preset.pairs, TRAIN_SEED)
+    train_in_world(
+        copy.deepcopy(reference.model), pairs, preset, taken,
+        loss_type=["dpo"], beta=BETA, max_steps=max(stops), seed=seed,
+    )  # fmt: skip
     return taken.policies
 
 

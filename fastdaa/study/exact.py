@@ -1,4 +1,4 @@
-"""The small problems with exact answers, in one go: null space (E1), tree (E2), oracles (E9)."""
+"""The small problems with exact answers, in one go: null space, tree, oracles."""
 
 from __future__ import annotations
 

@@ -43,10 +43,11 @@ from typing import Any
 import numpy as np
 
 from fastdaa.study.bootstrap import resample_counts
+from fastdaa.study.curves import distance
 from fastdaa.study.fit_words import describe_fits
 from fastdaa.study.law_fits import Sample, fit_laws
 from fastdaa.study.laws import LAWS, MIN_DISTANCE
-from fastdaa.study.table import Row, Table
+from fastdaa.study.table import Table
 from fastdaa.validation import check_choice
 
 _MIN_POINTS = 6
@@ -129,8 +130,8 @@ def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
     known = table.where(lambda row: row.get(settings.score) is not None)
     offset, notes = _offset(known, settings)
     chosen = known.final() if settings.final_only else known
-    used = chosen.where(lambda row: _distance(row) >= MIN_DISTANCE)
-    d = np.array([_distance(row) for row in used])
+    used = chosen.where(lambda row: distance(row) >= MIN_DISTANCE)
+    d = np.array([distance(row) for row in used])
     gain = used.numbers(settings.score) - offset
     seeds = sorted({row["seed"] for row in used if row.get("seed") is not None})
     unit = _resample_unit(used, seeds, settings)
@@ -163,10 +164,6 @@ def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
     return result
 
 
-def _distance(row: Row) -> float:
-    return math.sqrt(max(row["kl"], 0.0))
-
-
 def _offset(table: Table, settings: FitSettings) -> tuple[float, list[str]]:
     """The reference's score, and what has to be said about it."""
     if settings.offset is not None:
@@ -176,7 +173,7 @@ def _offset(table: Table, settings: FitSettings) -> tuple[float, list[str]]:
         same = column == "score" and all(row.get(known) == row["score"] for row in table)
         if column == known or (same and len(table)):
             return value, list(notes)
-    at_reference = table.where(lambda row: _distance(row) < MIN_DISTANCE)
+    at_reference = table.where(lambda row: distance(row) < MIN_DISTANCE)
     if len(at_reference):
         offset = float(at_reference.numbers(column).mean())
         return offset, [f"the reference's score is {offset:.4g}, of rows with KL below 1e-6"]

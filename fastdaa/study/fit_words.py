@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastdaa.study.laws import LAWS
+from fastdaa.study.wording import capitalised, count
 
 Fit = Mapping[str, Any]
 TITLES = {
@@ -17,6 +18,8 @@ TITLES = {
 SIMILAR = 4 / 3
 """Distances are called similar up to this ratio."""
 _ROUNDING = 1e-9
+_SHOWN = 4
+"""Groups that a sentence names."""
 
 
 def group_name(group: Mapping[str, Any]) -> str:
@@ -34,12 +37,12 @@ def describe_fits(content: Mapping[str, Any]) -> list[str]:
     ]
     if content["dropped"]:
         sentences.append(
-            f"{_count(content['dropped'], 'row')} at the reference itself (d below 0.001) "
+            f"{count(content['dropped'], 'row')} at the reference itself (d below 0.001) "
             f"{'was' if content['dropped'] == 1 else 'were'} left out of the fits."
         )
     if content["unknown"]:
         sentences.append(
-            f"{_count(content['unknown'], 'row')} without {content['settings']['score']} "
+            f"{count(content['unknown'], 'row')} without {content['settings']['score']} "
             f"{'was' if content['unknown'] == 1 else 'were'} left out."
         )
     if not fitted:
@@ -144,8 +147,8 @@ def _winner(groups: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> list[st
             if alone
             else "resampling does not tell it from every other law"
         )
-        return [f"{_upper(TITLES[name])}{extra} has the least leave-one-out error; {told}."]
-    counts = ", ".join(f"{TITLES[law]} in {count}" for law, count in wins.items())
+        return [f"{capitalised(TITLES[name])}{extra} has the least leave-one-out error; {told}."]
+    counts = ", ".join(f"{TITLES[law]} in {won}" for law, won in wins.items())
     return [
         f"Least leave-one-out error, with or without intercept: {counts} of {len(groups)} groups. "
         f"In {alone} of them the other laws are worse by more than resampling explains."
@@ -188,14 +191,6 @@ def _few_points(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Fewer than 10 points, so read the intervals with care: {_listed(few)}."]
 
 
-def _listed(items: Sequence[str], shown: int = 4) -> str:
-    rest = len(items) - shown
-    return "; ".join(items[:shown]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _listed(items: Sequence[str]) -> str:
+    rest = len(items) - _SHOWN
+    return "; ".join(items[:_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")

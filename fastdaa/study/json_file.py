@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from fastdaa.study.whole_file import whole_file
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -16,11 +17,5 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
         ValueError: NaN or an infinity in it; nothing is written then.
     """
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fastdaa.study.columns import Row
 
 POINTS = "points.jsonl"
+REFERENCES = "world"
+"""Folder in which references are kept, made once for all runs of a world."""
 
 
 class SweepResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""Three responses, one contradiction: a preference loss does not see mass outside its pairs (E1).
+"""Three responses, one contradiction: a preference loss does not see mass outside its pairs.
 
 The data are ``y1 > y2`` and ``y2 > y1``, so every policy with equal log-ratios on y1 and y2 has the
 least possible loss, ln 2 for DPO, wherever it puts the rest of its mass, up to all of it on y3

@@ -1,4 +1,4 @@
-"""Which on-policy runs the comparison of APA, PPO and AWR consists of (E8), as data."""
+"""Which on-policy runs the comparison of APA, PPO and AWR consists of, as data."""
 
 from __future__ import annotations
 

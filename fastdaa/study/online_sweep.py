@@ -1,4 +1,4 @@
-"""Many on-policy runs (E8), kept as :mod:`fastdaa.study.kept_runs` does.
+"""Many on-policy runs, kept as :mod:`fastdaa.study.kept_runs` does.
 
 Their rows are told apart by the column ``algorithm``.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdaa.study.kept_runs import SweepResult, complete, keep
+from fastdaa.study.kept_runs import REFERENCES, SweepResult, complete, keep
 from fastdaa.study.online_plan import ExactRun, OnlineRun
 from fastdaa.study.table import Table, read_table
 
@@ -69,14 +69,14 @@ def _perform(output: Path, task: Task) -> str:
     from fastdaa.study.online_world import run_exact, run_online
 
     began = time.perf_counter()
-    references = output / "world"
-    online = isinstance(task, OnlineRun)
-    rows: list[Row] = (
-        run_online(task, references) if isinstance(task, OnlineRun) else run_exact(task, references)
-    )
+    references = output / REFERENCES
+    if isinstance(task, ExactRun):
+        rows = run_exact(task, references)
+    else:
+        rows = run_online(task, references)
     seconds = time.perf_counter() - began
     keep(task, rows, seconds, output)
-    if not online:
+    if isinstance(task, ExactRun):
         return f"{seconds:.1f} s"
     last = rows[-1]
     kl, proxy, gold = last["kl"], last["proxy"], last["gold"]

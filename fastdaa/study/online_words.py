@@ -1,4 +1,4 @@
-"""What the runs of E8 say about APA, PPO and AWR: sentences computed from their rows."""
+"""What on-policy runs say about APA, PPO and AWR: sentences computed from their rows."""
 
 from __future__ import annotations
 

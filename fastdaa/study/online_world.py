@@ -1,11 +1,10 @@
-"""One on-policy run in a world (E8): the real loop, a learned reward, exact measures on the way."""
+"""One on-policy run in a world: the real loop, a learned reward, exact measures on the way."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,9 +25,10 @@ from fastdaa.study.language import Language
 from fastdaa.study.measures import measure
 from fastdaa.study.online_plan import EXACT_STRENGTHS, ExactRun, OnlineRun
 from fastdaa.study.presets import ModelSize, Preset
-from fastdaa.study.sampling import draw_responses
+from fastdaa.study.sampling import generate_responses
 from fastdaa.study.sft import Reference, make_reference
 from fastdaa.study.tilt import train_proxy
+from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class WorldRollouts:
         """One response of every one-token prompt, all at once."""
         language = self.language
         generator = torch.Generator().manual_seed(seed)
-        ids = draw_responses(model, language, torch.cat(list(prompts)), generator)
+        ids = generate_responses(model, language, torch.cat(list(prompts)), generator)
         lengths = (ids != language.pad).sum(1).tolist()
         completions = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         # A response of the greatest length is over by itself.
@@ -97,9 +97,8 @@ def online_setting(
     file = references / f"proxy-{preset.name}-{seed}-{size.name}-{digest}.safetensors"
     if not file.is_file():
         proxy = train_proxy(world, reference, preset.pairs, seed)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file({"rewards": proxy.rewards.contiguous()}, partial)
-        os.replace(partial, file)
+        with whole_file(file) as partial:
+            save_file({"rewards": proxy.rewards.contiguous()}, partial)
     return OnlineSetting(world, reference, load_file(file)["rewards"])
 
 

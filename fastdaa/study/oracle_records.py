@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ACTIONS = 5
 
-def bandit(seed: int = 0, actions: int = 5) -> tuple[Tensor, Tensor]:
-    """Reference log-probs and rewards ``[actions]`` fp64, the rewards' mean under it at 0."""
+
+def bandit(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Reference log-probs and rewards ``[ACTIONS]`` fp64, the rewards' mean under it at 0."""
     generator = torch.Generator().manual_seed(seed)
-    logits, rewards = torch.randn(2, actions, generator=generator, dtype=torch.float64)
+    logits, rewards = torch.randn(2, ACTIONS, generator=generator, dtype=torch.float64)
     ref_logps = torch.log_softmax(logits, 0)
     return ref_logps, rewards - ref_logps.exp() @ rewards
 

@@ -1,4 +1,4 @@
-"""Tabular problems whose solutions are known in closed form, solved with the project's losses (E9).
+"""Tabular problems whose solutions are known in closed form, solved with the project's losses.
 
 Every check returns records ``{"name", "claim", "expected", "got", "error", "tolerance", "holds"}``:
 numbers, and ``holds`` says whether ``error <= tolerance``. Where vectors are compared, ``expected``

@@ -15,6 +15,8 @@ from fastdaa.study.presets import ModelSize, Preset, preset_of, size_of
 from fastdaa.validation import check_choice
 
 BETAS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+SIZE_BETAS = (0.005, 0.05, 0.2, 1.0)
+"""Betas at which the other model sizes are run."""
 LOSSES = ("dpo", "ipo", "slic")
 RDPO = "rdpo"
 """Length-regularised DPO (arXiv 2403.19159): ``dpo`` of this library with ``length_alpha``."""
@@ -143,7 +145,7 @@ def grid(
 
 
 def full_study(seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
-    """The runs of experiments E4 to E7: both presets, model sizes, length-regularised DPO.
+    """The runs of the whole study: both presets, model sizes, length-regularised DPO.
 
     Sizes and R-DPO are run in preset H, with the first two seeds.
     """
@@ -156,10 +158,6 @@ def full_study(seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
             *grid(("H",), (RDPO,), BETAS, few),
         ]
     )
-
-
-SIZE_BETAS = (0.005, 0.05, 0.2, 1.0)
-"""Betas at which the other model sizes are run."""
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:

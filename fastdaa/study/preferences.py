@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastdaa.study.world import World, draw_responses
 
+TRAIN_SEED, HELD_OUT_SEED = 0, 1
+"""Seeds of the pairs within a world, which has a seed of its own."""
+
 
 class Pairs(NamedTuple):
     """Numbers of prompts and responses, each ``[n]`` int64."""

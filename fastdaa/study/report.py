@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastdaa.study.figures.style import Picture, render, save_png, to_svg
 from fastdaa.study.page import Page, PageFigure, render_page
 from fastdaa.study.report_tables import tables
 from fastdaa.study.results import Results, read_results
+from fastdaa.study.whole_file import whole_file
 from fastdaa.study.wording import count, join, number, with_error
 
 if TYPE_CHECKING:
@@ -96,12 +96,8 @@ def build_report(
         facts=facts_of(results, command),
     )
     path = folder / PAGE
-    partial = folder / f".{PAGE}.{os.getpid()}.partial"
-    try:
+    with whole_file(path) as partial:
         partial.write_text(render_page(page), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

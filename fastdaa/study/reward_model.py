@@ -8,7 +8,6 @@ training: packed, with the prompt of a pair computed once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from fastdaa.study.preferences import Pairs, as_dataset
 from fastdaa.study.world import World
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, install_head_task, run_head_task
+from fastdaa.train.reward_models import last_tokens
 
 
 class RewardModel(nn.Module):
@@ -48,42 +48,35 @@ class RewardModel(nn.Module):
 
     def forward(self, pack: dict[str, Any]) -> Tensor:
         """Rewards ``[S]`` of the sequences of a pack, chosen and rejected in turn."""
-        last = pack["segments"]["cu_q"][1:].long() - 1
+        last = last_tokens(pack)
         return run_head_task(
             self.model, pack, lambda hidden: self.score(hidden[0, last]).squeeze(-1)
         ).result
 
 
 def train_reward_model(
-    model: Any,
-    world: World,
-    pairs: Pairs,
-    seed: int,
-    *,
-    epochs: int = 1,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    model: Any, world: World, pairs: Pairs, seed: int, *, epochs: int = 1
 ) -> RewardModel:
-    """A reward model from ``model``: Adam, linear warm-up over 5 % of the steps, linear decay.
+    """A reward model from ``model``, by Adam on batches of 16 pairs.
+
+    The learning rate rises linearly to 1e-3 over 5 % of the steps, and then falls linearly.
 
     Args:
         seed: of the reward's initial weights and the order of the pairs.
-        on_step: called with the step, the number of steps, and the loss of the batch.
     """
     reward_model = RewardModel(model, seed).train()
     rows = [{"row_id": number, **row} for number, row in enumerate(as_dataset(world, pairs))]
     collate = PairCollator("prefix_shared")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(rows), generator=generator) for _ in range(epochs)]
-    batches = [batch for order in orders for batch in order.split(batch_size)]
+    batches = [batch for order in orders for batch in order.split(16)]
     steps, warm_up = len(batches), max(1, len(batches) // 20)
     trained = [p for p in reward_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     )
-    for step, batch in enumerate(batches, 1):
+    for batch in batches:
         (pack,) = collate([rows[number] for number in batch.tolist()])["packs"]
         rewards = reward_model(pack)
         loss = -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
@@ -91,7 +84,6 @@ def train_reward_model(
         loss.backward()
         optimizer.step()
         schedule.step()
-        on_step(step, steps, float(loss.detach()))
     return reward_model.eval()
 
 

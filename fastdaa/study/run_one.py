@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -18,21 +17,16 @@ from fastdaa.study.enumeration import response_logps
 from fastdaa.study.language import Language
 from fastdaa.study.measures import measure
 from fastdaa.study.plan import Run
-from fastdaa.study.preferences import Pairs, as_dataset, draw_pairs
+from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, Pairs, as_dataset, draw_pairs
 from fastdaa.study.presets import ModelSize, Preset
 from fastdaa.study.sft import Reference, make_reference
 from fastdaa.study.world import World, make_world
-from fastdaa.train.callbacks import Curves, Interrupt, MetricsWriter, Progress
-from fastdaa.train.config import PreferenceConfig
-from fastdaa.train.trainer import PreferenceTrainer
+from fastdaa.study.world_training import train_in_world
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from fastdaa.study.columns import Row
-
-TRAIN_SEED, HELD_OUT_SEED = 0, 1
-"""Seeds of the preference pairs within a world, which has a seed of its own."""
 
 
 class Setting(NamedTuple):
@@ -60,57 +54,23 @@ def setting(
 def run_one(run: Run, references: str | Path) -> list[Row]:
     """Trains a policy from the reference; a row of the study's table for each checkpoint.
 
-    Packing is ``prefix_shared``, the head is the library's own, the optimiser Adam without weight
-    decay or clipping at a constant learning rate after the warm-up.
-
     Args:
         references: the folder where references are kept.
     """
     given = setting(run.preset, run.size, run.seed, run.language, Path(references))
-    policy = copy.deepcopy(given.reference.model)
     measuring = _Measuring(run, given)
-    with tempfile.TemporaryDirectory(prefix="fastdaa-study-") as scratch:
-        trainer = PreferenceTrainer(
-            model=policy,
-            args=_config(run, scratch),
-            train_dataset=given.pairs,
-            callbacks=[measuring],
-        )
-        # Nothing of a run that takes seconds is written but its rows, and whoever started it
-        # answers Ctrl-C.
-        for callback in (Curves, Interrupt, MetricsWriter, Progress):
-            trainer.remove_callback(callback)
-        trainer.train()
-    return measuring.rows
-
-
-def _config(run: Run, folder: str) -> PreferenceConfig:
-    preset = run.preset
     loss, hyperparameters = run.loss_settings
-    return PreferenceConfig(
-        output_dir=folder,
+    train_in_world(
+        copy.deepcopy(given.reference.model),
+        given.pairs,
+        run.preset,
+        measuring,
         loss_type=[loss],
         loss_kwargs=dict(hyperparameters),
-        layout="prefix_shared",
-        # Segments of a few tokens: the kernel that cuts long ones up takes half as long again.
-        attention="sdpa_loop",
-        per_device_train_batch_size=preset.batch_size,
-        num_train_epochs=preset.epochs,
-        learning_rate=preset.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=round(preset.warmup_ratio * preset.steps),
         optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
         seed=run.seed,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        log_exact_kl=False,
-        log_token_stats=False,
-        disable_tqdm=True,
-        report_to="none",
     )
+    return measuring.rows
 
 
 class _Measuring(TrainerCallback):

@@ -27,13 +27,13 @@ def sample_responses(model: Any, world: World, count: int, seed: int) -> tuple[T
     language = world.language
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randperm(count, generator=generator) % language.prompts
-    ids = draw_responses(model, language, prompts, generator)
+    ids = generate_responses(model, language, prompts, generator)
     language.response_numbers(ids)
     return prompts, ids
 
 
 @torch.no_grad()
-def draw_responses(
+def generate_responses(
     model: Any, language: Language, prompts: Tensor, generator: torch.Generator
 ) -> Tensor:
     """``[count, longest]`` ids padded after EOS: one response at temperature 1 to each prompt.

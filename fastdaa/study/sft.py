@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,19 +76,13 @@ def new_model(size: str | ModelSize, seed: int, language: Language = LANGUAGE) -
     return model.eval()
 
 
-def fine_tune(
-    model: Any,
-    world: World,
-    seed: int,
-    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-) -> None:
+def fine_tune(model: Any, world: World, seed: int) -> None:
     """Teach ``model`` the source of ``world``, in place: cross-entropy of the response's tokens.
 
     Adam, linear warm-up over 5 % of the steps, then cosine decay.
 
     Args:
         seed: of the data and their order.
-        on_step: called with the step, the number of steps, and the loss in nats a token.
     """
     preset, language = world.preset, world.language
     prompts, numbers = world.sft_sequences(preset.sft_samples, seed)
@@ -105,7 +98,7 @@ def fine_tune(
     optimizer = torch.optim.Adam(model.parameters(), lr=preset.sft_learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
     model.train()
-    for step, batch in enumerate(batches, 1):
+    for batch in batches:
         logits = model(input_ids=inputs[batch], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets[batch].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +106,6 @@ def fine_tune(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        on_step(step, steps, float(loss.detach()))
     model.eval()
 
 
@@ -129,13 +121,7 @@ def excess_loss(world: World, logps: Tensor) -> float:
     return float(gap / (probs @ scored).mean())
 
 
-def make_reference(
-    world: World,
-    size: str | ModelSize,
-    seed: int,
-    folder: str | Path,
-    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-) -> Reference:
+def make_reference(world: World, size: str | ModelSize, seed: int, folder: str | Path) -> Reference:
     """The fine-tuned reference, from ``folder`` if it is there, else trained and put there.
 
     The entry's name ends in a hash of all settings, so other settings never meet; it appears as a
@@ -149,7 +135,7 @@ def make_reference(
     entry = Path(folder) / _entry_name(world, size, seed)
     if not (entry / "settings.json").is_file():
         model = new_model(size, seed, world.language)
-        fine_tune(model, world, seed, on_step)
+        fine_tune(model, world, seed)
         _store(entry, model, response_logps(model, world), _settings(world, size, seed))
     model = new_model(size, seed, world.language)
     model.load_state_dict(load_file(entry / "model.safetensors"))

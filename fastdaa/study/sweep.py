@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastdaa.study.kept_runs import SweepResult, complete, keep
+from fastdaa.study.kept_runs import REFERENCES, SweepResult, complete, keep
 from fastdaa.study.plan import Run, unique
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def _perform(output: Path, task: _World | Run) -> str:
 
     began = time.perf_counter()
     if isinstance(task, _World):
-        setting(*task, output / "world")
+        setting(*task, output / REFERENCES)
         return f"{time.perf_counter() - began:.1f} s"
-    rows = run_one(task, output / "world")
+    rows = run_one(task, output / REFERENCES)
     keep(task, rows, time.perf_counter() - began, output)
     last = rows[-1]
     return f"KL {last['kl']:.2f}  gold {last['gold']:+.2f}  {last['seconds']:.1f} s"

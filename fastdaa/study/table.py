@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 
 from fastdaa.study.columns import LABELS, OPTIONAL, REQUIRED, Row, check_row, is_number
+from fastdaa.study.whole_file import whole_file
 from fastdaa.validation import check_choice
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -63,21 +64,9 @@ class Table(Sequence[Row]):
                 f"score: expected a column with values ({', '.join(known)}), got {score}"
             )
 
-    def where(self, condition: Callable[[Row], bool] | None = None, **equal: Any) -> Table:
-        """Rows that fulfil ``condition`` and have the given values; a set or a list means any of.
-
-        Example: ``table.where(loss="dpo", seed=[0, 1])``.
-        """
-
-        def kept(row: Row) -> bool:
-            for name, wanted in equal.items():
-                value = row.get(name)
-                many = isinstance(wanted, (list, tuple, set, frozenset))
-                if not (value in wanted if many else value == wanted):
-                    return False
-            return condition is None or condition(row)
-
-        return Table(row for row in self if kept(row))
+    def where(self, condition: Callable[[Row], bool]) -> Table:
+        """Rows that fulfil ``condition``."""
+        return Table(row for row in self if condition(row))
 
     def by(self, *columns: str) -> dict[tuple[Any, ...], Table]:
         """Rows grouped by columns, sorted by their values, None last.
@@ -186,14 +175,8 @@ def write_table(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         ValueError: a row that does not fit the table; nothing is written then.
     """
     content = b"".join(_line(row, f"row {number}") for number, row in enumerate(rows, 1))
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sortable(key: tuple[Any, ...]) -> list[tuple[bool, bool, Any]]:

@@ -1,4 +1,4 @@
-"""Over-optimisation without training a policy (E3): gold reward along exact tilting and best-of-n.
+"""Over-optimisation without training a policy: gold reward along exact tilting and best-of-n.
 
 A reward model is trained on N preference pairs; :mod:`fastdaa.study.closed_form` then gives the
 policies that follow it ever further from the reference, and enumeration what they are worth. No
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,25 +30,26 @@ import numpy as np
 from torch import Tensor
 
 from fastdaa.study.closed_form import best_of_n, best_of_n_kl, correlation, standardised, tilt
+from fastdaa.study.kept_runs import REFERENCES
 from fastdaa.study.language import LANGUAGE, Language
 from fastdaa.study.laws import LAWS, MIN_DISTANCE
 from fastdaa.study.measures import measure
-from fastdaa.study.preferences import draw_pairs, label_agreement
+from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, draw_pairs, label_agreement
 from fastdaa.study.presets import PRESETS, ModelSize, Preset, size_of
 from fastdaa.study.reward_model import response_rewards, train_reward_model
 from fastdaa.study.sft import Reference, make_reference
+from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
 
-TILT_FILE, REFERENCES = "tilt.jsonl", "world"
+TILT_FILE = "tilt.jsonl"
 # In standard deviations of the proxy under the reference: from next to nothing to the far end.
 TEMPERATURES = tuple(8.0 * 2 ** (-step / 3) for step in range(34))
 SAMPLES = tuple(2**power for power in range(1, 17))
-TRAIN_SEED, HELD_OUT_SEED = 0, 1
 _RECIPE = 1
 
 
 def presets() -> list[Preset]:
-    """The worlds and numbers of pairs of E3."""
+    """The worlds, and how many pairs the reward model of each is trained on."""
     harsh, mild = PRESETS["H"], PRESETS["M"]
     return [
         *(replace(harsh, pairs=pairs) for pairs in (256, 2048, 16_384)),
@@ -137,14 +137,14 @@ def run_tilt(
     settings: Sequence[Preset] | None = None,
     language: Language = LANGUAGE,
 ) -> list[str]:
-    """Every preset of E3 in every seed, into ``tilt.jsonl``; what is there already is kept.
+    """Both curves of every preset and seed, into ``tilt.jsonl``; what is there already is kept.
 
     The file is rewritten, atomically, after each preset and seed.
 
     Args:
         output: the study's folder; references are in its folder ``world``.
         on_curve: called with a line about each pair of curves when it is there.
-        settings: presets, whose ``pairs`` train the reward model; default: those of E3.
+        settings: presets, whose ``pairs`` train the reward model; default: :func:`presets`.
 
     Returns:
         All those lines.
@@ -245,11 +245,6 @@ def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with whole_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

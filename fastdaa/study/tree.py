@@ -1,4 +1,4 @@
-"""The tree problem: one preference pair, and where its loss sends the mass (E2).
+"""The tree problem: one preference pair, and where its loss sends the mass.
 
 Three actions, three deep, so 27 leaves whose probabilities are exact. A small GRU policy is
 fine-tuned on the chosen leaf until that has most of the mass, and then trained on a single pair

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastdaa.study.curves import Row, sweeps
 from fastdaa.study.results import Results
+from fastdaa.study.wording import capitalised
 
 Verdict = Literal["reproduced", "partly", "not reproduced", "no data"]
 
@@ -61,9 +62,7 @@ def conclude(seen: Iterable[tuple[object, Seen]], needed: str) -> Finding:
     if not cases:
         return no_data(needed)
     measured = " ".join(
-        f"Preset {preset}: {each.text}"
-        if preset is not None
-        else each.text[0].upper() + each.text[1:]
+        f"Preset {preset}: {each.text}" if preset is not None else capitalised(each.text)
         for preset, each in found
     )
     return Finding(measured, share_verdict(sum(each.holds for _, each in found), cases))

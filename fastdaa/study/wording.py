@@ -29,6 +29,11 @@ def count(number_of: int, thing: str) -> str:
     return f"{number_of} {thing[:-1]}ies" if thing.endswith("y") else f"{number_of} {thing}s"
 
 
+def capitalised(text: str) -> str:
+    """With a capital letter at the start."""
+    return text[:1].upper() + text[1:]
+
+
 def join(words: Sequence[str]) -> str:
     """``a, b and c``."""
     if len(words) < 2:

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from fastdaa.losses import apa
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic
-from fastdaa.online.experience import Models, collect
+from fastdaa.online.experience import collect
+from fastdaa.online.models import Models
 from fastdaa.online.types import Completions
 from fastdaa.online.update import Minibatch, Updater
 from fastdaa.train.backbone import install_head_task

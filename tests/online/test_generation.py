@@ -170,7 +170,7 @@ def test_cut_and_ends(model):
     assert end_tokens(model, SimpleNamespace(eos_token_id=3)) == (END, 3, 9)
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "temperature"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "batch_size"])
 def test_numbers_out_of_range(name):
     with pytest.raises(ValueError, match=name):
         source(**{name: 0})
@@ -186,7 +186,7 @@ class Engine:
         self.llm_engine = SimpleNamespace(model_executor=worker)
 
     def load(self, weights):
-        self.loaded = dict(weights)
+        self.loaded = {name: value.clone() for name, value in weights}
 
     def generate(self, asked, settings, use_tqdm):
         tokens = [[*prompt["prompt_token_ids"][:1], END] for prompt in asked]
@@ -194,15 +194,35 @@ class Engine:
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=row)]) for row in tokens]
 
 
-def test_vllm_gets_the_weights_and_gives_completions(model, prompts, monkeypatch):
+@pytest.fixture
+def vllm_rollouts(monkeypatch):
     fake = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    rollouts = VllmRollouts("policy", Sampling((END,), 0))
-    completions = rollouts.sample(model, prompts, seed=0)
-    assert rollouts._engine.loaded.keys() == model.state_dict().keys()
+    return VllmRollouts("policy", Sampling((END,), 0))
+
+
+def test_vllm_gets_the_weights_and_gives_completions(model, prompts, vllm_rollouts):
+    completions = vllm_rollouts.sample(model, prompts, seed=0)
+    assert vllm_rollouts._engine.loaded.keys() == model.state_dict().keys()
     assert completions.finished.tolist() == [True] * 5 + [False]
     assert completions.completion_ids[0].tolist() == [int(prompts[0][0]), END]
+
+
+def test_vllm_gets_weights_with_adapters_in_them(model, prompts, vllm_rollouts):
+    peft = pytest.importorskip("peft")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    policy = peft.get_peft_model(model, peft.LoraConfig(**options))
+    vllm_rollouts.sample(policy, prompts, seed=0)
+    loaded = vllm_rollouts._engine.loaded
+    assert loaded.keys() == before.keys()
+    adapted = model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(loaded[name], before[name] + adapted.get_delta_weight("default"))
+    assert all(torch.equal(loaded[key], before[key]) for key in before if key != name)
+    # The policy is trained on as it was.
+    torch.testing.assert_close(adapted.base_layer.weight, before[name])
 
 
 def test_without_vllm_the_error_says_so(monkeypatch):

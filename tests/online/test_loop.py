@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastdaa.online.checkpoint import save_checkpoint, tidy
+from fastdaa.online.checkpoint import save_checkpoint
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.held_out import HeldOut
 from fastdaa.online.loop import OnlineTrainer
@@ -119,6 +119,7 @@ def test_a_run_and_its_metrics(tiny_policy: Any, tmp_path: Path, algorithm: str)
         "rollout_tokens_per_second", "update_tokens_per_second", "eval/seen",
     }  # fmt: skip
     assert names <= rows[-1].keys()
+    assert rows[-1]["update_tokens_per_second"] > 0
     assert ("policy/clipfrac" in rows[-1]) == (algorithm == "ppo")
     assert all(torch.equal(a, b) for a, b in zip(
         before, trainer.models.reference.parameters(), strict=True
@@ -143,6 +144,33 @@ def test_other_ways_to_run(tiny_policy: Any, changes: dict[str, Any]) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
     assert not all(map(torch.equal, before, policy.parameters()))
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+
+
+def test_models_train_in_updates_alone(tiny_policy: Any) -> None:
+    seen: list[tuple[str, bool, bool]] = []
+
+    def look(when: str, trainer: OnlineTrainer) -> None:
+        seen.append((when, trainer.models.policy.training, trainer.models.critic.training))
+
+    class Watched(CountOf):
+        def score(self, *arguments: Any) -> Tensor:
+            look("rewards", trainer)
+            return super().score(*arguments)
+
+    trainer = _trainer(
+        tiny_policy(), _config(None), rewards=Watched(), evaluate=lambda t: look("evaluation", t)
+    )
+    step = trainer.updater.step
+
+    def watched(*arguments: Any) -> Any:
+        look("update", trainer)
+        return step(*arguments)
+
+    trainer.updater.step = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert set(seen) == {
+        ("rewards", False, False), ("update", True, True), ("evaluation", False, False)
+    }  # fmt: skip
 
 
 def test_the_policy_learns_what_pays(tiny_policy: Any) -> None:
@@ -230,7 +258,8 @@ def test_half_written_checkpoints_do_not_count(tiny_policy: Any, tmp_path: Path)
     (tmp_path / ".checkpoint-12.partial").mkdir()
     (tmp_path / "checkpoint-99").mkdir()
     (tmp_path / "checkpoint-8").rename(tmp_path / ".checkpoint-8.replaced")
-    tidy(tmp_path)
+    # There is nothing left to train.
+    assert _trainer(tiny_policy(), _config(tmp_path, iterations=2)).train(resume=True).steps == 8
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         "checkpoint-4", "checkpoint-8"
     ]  # fmt: skip
@@ -363,4 +392,4 @@ def test_nothing_is_saved_without_a_folder(tiny_policy: Any) -> None:
     trainer = _trainer(tiny_policy(), dataclasses.replace(_config(None), iterations=1))
     assert trainer.train().iterations == 1
     with pytest.raises(ValueError, match="output_dir: expected a folder"):
-        save_checkpoint(trainer.config, trainer.place, {}, {}, None)
+        save_checkpoint(trainer.config, trainer.place, trainer.models, {}, None)

@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from word_files import WORDS, write_pairs_and_reward
 
 from fastdaa.cli import main
 from fastdaa.cli.online_arguments import parse
@@ -25,7 +26,6 @@ from fastdaa.data.tokenise_prompts import TokenizedPrompt
 from fastdaa.online.prompts import Ending, Prompts, chat_ending
 from fastdaa.train.folder_lock import LOCK_FILE
 
-WORDS = [f"w{i}" for i in range(12)]
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> after ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
@@ -62,24 +62,14 @@ def files(tmp_path_factory):
     """A folder with a model and its tokenizer, a file of pairs, and reward functions."""
     folder = tmp_path_factory.mktemp("files")
     config = LlamaConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        vocab_size=27, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
         initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-
-    def text(size):
-        picked = torch.randint(len(WORDS), (size,), generator=generator).tolist()
-        return " ".join(WORDS[i] for i in picked)
-
-    rows = [
-        {"prompt": text(3), "chosen": f" w3 {text(2)}", "rejected": f" {text(4)}"}
-        for _ in range(12)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_pairs_and_reward(folder)
     (folder / "reward.py").write_text(REWARD)
     return folder
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic
@@ -38,12 +39,16 @@ def experience(sequences: Callable[..., Any]) -> Experience:
     )
 
 
-def _written_out(
-    policy: nn.Module, critic: Critic, experience: Experience, config: OnlineConfig
-) -> dict[str, Tensor]:
-    """One step of clipped Adam on materialised log-probs of single sequences."""
-    lengths = experience.lengths.tolist()
-    parts = [torch.split(values, lengths) for values in experience[1:]]
+def _of_batch(experience: Experience) -> list[Tensor]:
+    """Old and reference log-probs, values, advantages and returns of the batch's tokens."""
+    parts = [values.split(experience.lengths.tolist()) for values in experience[1:]]
+    return [torch.cat([part[i] for i in BATCH.sequences.tolist()]) for part in parts]
+
+
+def _logps_and_values(
+    policy: nn.Module, critic: Critic, experience: Experience, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Of the batch's tokens, from materialised logits of single sequences."""
     logps, values = [], []
     for index in BATCH.sequences.tolist():
         prompt = experience.rollouts.prompt_ids[index]
@@ -51,15 +56,20 @@ def _written_out(
         ids = torch.cat([prompt, completion])[None]
         rows = slice(len(prompt) - 1, -1)
         hidden = policy.model(input_ids=ids).last_hidden_state[0, rows]
-        logits = policy.lm_head(hidden) / config.temperature
+        logits = policy.lm_head(hidden) / temperature
         logps.append(logits.log_softmax(-1).gather(1, completion[:, None])[:, 0])
         if not critic.shared:
             hidden = critic.backbone(input_ids=ids).last_hidden_state[0, rows]
         values.append(critic.head(hidden))
-    old, ref, old_values, adv, ret = (
-        torch.cat([part[i] for i in BATCH.sequences.tolist()]) for part in parts
-    )
-    logp, value = torch.cat(logps), torch.cat(values)
+    return torch.cat(logps), torch.cat(values)
+
+
+def _written_out(
+    policy: nn.Module, critic: Critic, experience: Experience, config: OnlineConfig
+) -> dict[str, Tensor]:
+    """One step of clipped Adam."""
+    old, ref, old_values, adv, ret = _of_batch(experience)
+    logp, value = _logps_and_values(policy, critic, experience, config.temperature)
     if config.algorithm == "ppo":
         adv = (adv - adv.mean()) / (adv.var(correction=0) + 1e-8).sqrt()
         ratio = (logp - old).exp()
@@ -113,16 +123,28 @@ def test_a_step_equals_the_one_written_out(
 
 def test_statistics_by_hand(tiny_policy: Any, experience: Experience) -> None:
     policy = tiny_policy()
+    config = dataclasses.replace(
+        CONFIG, algorithm="ppo", whiten_advantages="none", tokens_per_pack=20
+    )
+    critic = Critic(policy)
+    logps, _ = _logps_and_values(copy.deepcopy(policy), critic, experience, config.temperature)
+    old, _, _, advantages, _ = _of_batch(experience)
+    change = logps.detach() - old
+    ratio = change.exp()
+    clipped = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    assert clipped.any() and not clipped.all()
     prepare_model(policy, "packed")
-    config = dataclasses.replace(CONFIG, algorithm="ppo", whiten_advantages="none")
-    updater = Updater(policy, Critic(policy), config)
-    first = updater.step(experience, BATCH)
-    assert set(first) == {
+    found = Updater(policy, critic, config).step(experience, BATCH)
+    assert set(found) == {
         "loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "val/ratio",
         "grad_norm/policy", "grad_norm/value",
     }  # fmt: skip
-    assert 0 < float(first["policy/clipfrac"]) < 1
-    assert float(first["policy/approxkl"]) > 0
+    for name, wanted in (
+        ("policy/approxkl", 0.5 * change.square().mean()),
+        ("val/ratio", ratio.mean()),
+        ("policy/clipfrac", clipped.float().mean()),
+    ):
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_every_pass_takes_every_sequence_once() -> None:
@@ -142,3 +164,42 @@ def test_a_policy_without_trainable_parameters(tiny_policy: Any) -> None:
     policy = tiny_policy().requires_grad_(False)
     with pytest.raises(ValueError, match="policy: expected trainable parameters"):
         Updater(policy, Critic(policy), CONFIG)
+
+
+def test_a_mixture_of_experts_is_kept_balanced(
+    experience: Experience,
+) -> None:
+    """Each pack adds its load-balancing loss, in proportion to its tokens."""
+    torch.manual_seed(0)
+    policy = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=29, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+            num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5,
+        )
+    ).eval()  # fmt: skip
+    router = policy.model.layers[0].mlp.gate.weight
+    expected = torch.zeros_like(router)
+    lengths = experience.lengths[BATCH.sequences]
+    for sequence, length in zip(BATCH.sequences.tolist(), lengths.tolist(), strict=True):
+        parts = (experience.rollouts.prompt_ids, experience.rollouts.completion_ids)
+        ids = torch.cat([part[sequence] for part in parts])[None]
+        (gradient,) = torch.autograd.grad(policy(input_ids=ids).aux_loss, router)
+        expected += 0.5 * gradient * length / lengths.sum()
+
+    def gradient_of_router(coefficient: float) -> Tensor:
+        model = copy.deepcopy(policy)
+        model.config.router_aux_loss_coef = coefficient
+        prepare_model(model, "packed")
+        # A pack a sequence.
+        config = dataclasses.replace(CONFIG, tokens_per_pack=1, max_grad_norm=0.0)
+        updater = Updater(model, Critic(model), config)
+        found: list[Tensor] = []
+        weight = model.model.layers[0].mlp.gate.weight
+        updater.optimizer.register_step_pre_hook(lambda *_: found.append(weight.grad.clone()))
+        updater.step(experience, BATCH)
+        return found[0]
+
+    found = gradient_of_router(0.5) - gradient_of_router(0.0)
+    assert float(expected.abs().max()) > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

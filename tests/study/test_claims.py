@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastdaa.study.claims import CLAIMS, judge_claims
-from fastdaa.study.curves import curve, hump, pearson
+from fastdaa.study.curves import curve, hump, pearson, sweeps
 from fastdaa.study.figures.correlations import clouds
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.laws import LAWS
@@ -95,7 +95,7 @@ def test_loss_value(base: Results) -> None:
 
 def test_ipo_losses_are_compared_in_one_unit(base: Results) -> None:
     """(h - 1 / (2 beta))^2 is mostly 1 / (4 beta^2); (2 beta h - 1)^2 can be compared."""
-    rows = base.rows.where(loss="ipo")
+    rows = base.rows.where(lambda row: row["loss"] == "ipo")
     (cloud,) = (cloud for cloud in clouds(rows) if cloud.metric == "loss_value")
     ends = rows.final()
     unified = [4 * row["beta"] ** 2 * row["loss_value"] for row in ends]
@@ -182,7 +182,7 @@ CELLS = [
 
 @pytest.mark.parametrize("claim", ["accuracy", "loss_value", "likelihood", "r2_by_budget"])
 def test_few_runs_say_nothing(claim: str, base: Results) -> None:
-    few = base.rows.where(beta=[0.005], size="d32", seed=0)
+    few = base.rows.where(lambda row: (row["beta"], row["size"], row["seed"]) == (0.005, "d32", 0))
     assert len(few.final()) == 4
     assert verdict(claim, Results(rows=few)) == "no data"
 
@@ -238,6 +238,23 @@ def test_hump(scores: list[list[float]], interior: bool) -> None:
     found = hump(curve(rows_of(scores)))
     assert found is not None
     assert found.interior is interior
+
+
+def test_seeds_of_their_own_are_compared_by_their_means() -> None:
+    best, far = rows_of([[1.0, 3.0]]), rows_of([[], [0.0, 0.0, 2.5]])[2:]
+    found = hump(curve([*best, *far]))
+    assert found is not None
+    assert (found.fall, found.stderr) == (0.5, None)
+
+
+def test_a_sweep_is_one_size_of_plain_offline_losses() -> None:
+    dpo = {"preset": "H", "loss": "dpo", "size": "d32"}
+    ipo = {**dpo, "loss": "ipo"}
+    others = [
+        {**dpo, "size": "d12"}, {**dpo, "loss": "rdpo"}, {**dpo, "length_alpha": 0.1},
+        {"preset": "H", "algorithm": "apa", "size": "d32"},
+    ]  # fmt: skip
+    assert sweeps([dpo, *others, ipo]) == {"H": [dpo, ipo]}
 
 
 def test_hump_by_hand() -> None:

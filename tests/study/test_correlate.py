@@ -112,6 +112,15 @@ def test_length_by_size_and_budget():
     assert trend["spearman"] == pytest.approx(1.0)
 
 
+def test_length_by_thirds_of_the_rows():
+    made = [row for row in rows() if row["size"] == "d12"]
+    entries = correlate_table(Table(made))["length"]
+    ends = np.quantile([row["kl"] for row in made], [1 / 3, 2 / 3])
+    ranges = [e["kl_range"] for e in entries if e["kl_range"] is not None]
+    assert [kl_range[1] for kl_range in ranges[:2]] == pytest.approx(list(ends))
+    assert len(ranges) == 3 and ranges[2][1] > max(row["kl"] for row in made)
+
+
 def test_likelihoods():
     content = correlate_table(Table(rows()))
     pooled = find(content["likelihood"], group={})

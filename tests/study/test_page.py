@@ -13,6 +13,7 @@ import pytest
 
 from fastdaa.cli import main
 from fastdaa.study.claims import Judged
+from fastdaa.study.correlate import CorrelateSettings, correlate_table
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.page import Page, PageFigure, PageTable, render_page
 from fastdaa.study.report import FIGURES, build_report
@@ -71,12 +72,14 @@ def assert_self_contained(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study in which only a sweep, the fits and the tree were done."""
+    """A study in which only a sweep, the fits, the correlations and the tree were done."""
     folder = tmp_path_factory.mktemp("study")
     rows = synthetic["study_rows"](presets=("H",), seeds=1, regularised=False)
     synthetic["write_rows"](folder, rows)
     fits = fit_table(Table(rows), FitSettings(repeats=100))
     (folder / "fits.json").write_text(json.dumps(fits))
+    correlations = correlate_table(Table(rows), CorrelateSettings(repeats=100))
+    (folder / "correlations.json").write_text(json.dumps(correlations))
     (folder / "tree.json").write_text(json.dumps(synthetic["tree_content"]()))
     settings = {
         "settings": {"seeds": [0, 1], "runs": []},
@@ -151,7 +154,10 @@ def test_tables_scroll_in_their_own_box(page: str) -> None:
 
 def test_numbers(page: str) -> None:
     numbers = page.partition('<section id="numbers">')[2].partition("</section>")[0]
-    for title in ("Ends of training, preset H", "Fitted laws", "Tree problem", "known solutions"):
+    for title in (
+        *("Ends of training, preset H", "Fitted laws", "Correlations with quality"),
+        *("Tree problem", "known solutions"),
+    ):
         assert title in numbers
 
 

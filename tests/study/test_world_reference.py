@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastdaa.study import tilt as experiment
@@ -87,22 +88,45 @@ def test_reference_is_a_model_folder(reference: Reference, folder: Path) -> None
     assert json.loads((entry / "settings.json").read_text())["world_seed"] == 0
 
 
-def test_interrupted_making_leaves_nothing(world: World, tmp_path: Path) -> None:
-    def stop(step: int, steps: int, loss: float) -> None:
+@pytest.fixture
+def brief() -> World:
+    """Its reference is made in no time."""
+    return make_world(replace(QUICK, sft_samples=512, sft_epochs=1), 0, SMALL)
+
+
+def test_interrupted_making_leaves_nothing(
+    brief: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(weights: object, path: Path, **options: object) -> None:
+        assert path.parent.is_dir()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("fastdaa.study.sft.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
-        make_reference(world, "d12", 0, tmp_path / "refs", stop)
-    assert not (tmp_path / "refs").exists()
+        make_reference(brief, "d12", 0, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_fine_tuning_is_decided_by_its_seed() -> None:
-    world = make_world(replace(QUICK, sft_samples=512, sft_epochs=1), 0, SMALL)
+def test_two_processes_may_make_a_reference_at_once(
+    brief: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(model: object, world: World) -> torch.Tensor:
+        monkeypatch.undo()
+        make_reference(brief, "d12", 0, tmp_path)
+        return response_logps(model, world)
+
+    monkeypatch.setattr("fastdaa.study.sft.response_logps", meanwhile)
+    made = make_reference(brief, "d12", 0, tmp_path)
+    (entry,) = tmp_path.iterdir()
+    assert torch.equal(load_file(entry / "logps.safetensors")["logps"], made.logps)
+
+
+def test_fine_tuning_is_decided_by_its_seed(brief: World) -> None:
     found = []
     for seed in (0, 0, 1):
         model = new_model("d12", 0, SMALL)
-        fine_tune(model, world, seed)
-        found.append(response_logps(model, world))
+        fine_tune(model, brief, seed)
+        found.append(response_logps(model, brief))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
@@ -231,7 +255,7 @@ def test_following_a_reward_model_over_optimises(
     experiment.run_tilt(output, [0], lines.append, settings=[QUICK], language=SMALL)
     table = read_table(output / "tilt.jsonl")
     for algorithm in ("tilt", "bon"):
-        curve = list(table.where(algorithm=algorithm))
+        curve = [row for row in table if row["algorithm"] == algorithm]
         kl = [row["kl"] for row in curve]
         assert kl == sorted(kl)
         proxy = [row["proxy"] for row in curve]

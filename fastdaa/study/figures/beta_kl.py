@@ -18,7 +18,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number
+from fastdaa.study.wording import capitalised, join, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def sentence(groups: dict[Any, list[Row]]) -> str:
         where = "" if preset is None else f"Preset {preset}: "
         parts.append(f"{where}from beta {high:g} down to {low:g}, {join(told)}.")
     text = " ".join(parts) or "No beta was run with every loss."
-    return text[0].upper() + text[1:]
+    return capitalised(text)
 
 
 def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:

@@ -13,7 +13,7 @@ from fastdaa.study.figures.style import Layout, Picture, label_axes, legend_belo
 from fastdaa.study.fit_words import contradiction
 from fastdaa.study.laws import LAWS
 from fastdaa.study.results import Results
-from fastdaa.study.wording import count, join, number, preset_suffix
+from fastdaa.study.wording import count, join, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,9 +112,7 @@ def pictures(results: Results) -> list[Picture]:
     found = []
     for preset in presets:
         mine = [fit for fit in everything if fit.preset == preset]
-        name = "fits" if preset is None else f"fits-{preset}"
-        title = TITLE + preset_suffix(preset)
-        found.append(Picture(name, title, sentence(mine), _drawing(mine)))
+        found.append(Picture.of_preset(preset, "fits", TITLE, sentence(mine), _drawing(mine)))
     return found
 
 

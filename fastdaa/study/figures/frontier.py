@@ -28,7 +28,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number, preset_suffix
+from fastdaa.study.wording import join, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,8 +122,7 @@ def _picture(
         legend_below(figure, axes, columns=legend_columns(layout, 4))
         return figure
 
-    file = f"frontier-{name}" if preset is None else f"frontier-{name}-{preset}"
-    return Picture(file, title + preset_suffix(preset), sentence(groups), draw)
+    return Picture.of_preset(preset, f"frontier-{name}", title, sentence(groups), draw)
 
 
 def _draw_curve(ax: Axes, name: str, rows: Sequence[Row], colour: str, marker: str) -> None:

@@ -32,7 +32,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number, preset_suffix
+from fastdaa.study.wording import join, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,18 +45,10 @@ _SEED_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 def pictures(results: Results) -> list[Picture]:
     """One picture a preset."""
-    found = []
-    for preset, rows in sweeps(results.rows).items():
-        suffix = preset_suffix(preset)
-        found.append(
-            Picture(
-                name="hump" if preset is None else f"hump-{preset}",
-                title=f"{TITLE}{suffix}",
-                sentence=sentence(rows),
-                drawing=_drawing(results, preset, rows),
-            )
-        )
-    return found
+    return [
+        Picture.of_preset(preset, "hump", TITLE, sentence(rows), _drawing(results, preset, rows))
+        for preset, rows in sweeps(results.rows).items()
+    ]
 
 
 def sentence(rows: Sequence[Row]) -> str:

@@ -26,7 +26,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number, preset_suffix
+from fastdaa.study.wording import join, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,13 +47,12 @@ def pictures(results: Results) -> list[Picture]:
         groups = sized.get(preset) or {"all runs": rows}
         kinds = [kind for kind in KINDS if all(r2_points(g, kind) for g in groups.values())]
         if kinds:
-            name = "length" if preset is None else f"length-{preset}"
-            title = TITLE + preset_suffix(preset)
             if len(finals(rows)) < _FEW:
                 # As runs of their own, so that each is a last checkpoint.
                 single: list[Row] = [{**row, "run": place} for place, row in enumerate(rows)]
                 groups = {"all checkpoints": single}
-            found.append(Picture(name, title, sentence(groups, kinds), _drawing(groups, kinds)))
+            told, drawing = sentence(groups, kinds), _drawing(groups, kinds)
+            found.append(Picture.of_preset(preset, "length", TITLE, told, drawing))
     return found
 
 

@@ -18,7 +18,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import number
+from fastdaa.study.wording import capitalised, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,4 +80,4 @@ def sentence(groups: Mapping[object, Sequence[Row]]) -> str:
             f"and lies above minus that KL in {above}."
         )
     text = " ".join(parts)
-    return text[0].upper() + text[1:]
+    return capitalised(text)

@@ -21,7 +21,7 @@ from fastdaa.study.figures.style import (
     step_colours,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import join, number, preset_suffix
+from fastdaa.study.wording import join, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,14 +55,8 @@ def pictures(results: Results) -> list[Picture]:
         losses = {name: paths(group) for name, group in split(rows, series_name).items()}
         losses = {name: lines for name, lines in losses.items() if lines}
         if losses:
-            found.append(
-                Picture(
-                    name="paths" if preset is None else f"paths-{preset}",
-                    title=TITLE + preset_suffix(preset),
-                    sentence=sentence(losses),
-                    drawing=_drawing(results, losses),
-                )
-            )
+            told, drawing = sentence(losses), _drawing(results, losses)
+            found.append(Picture.of_preset(preset, "paths", TITLE, told, drawing))
     return found
 
 
@@ -71,9 +65,8 @@ def _single_runs(results: Results, preset: Any, rows: Sequence[Row]) -> list[Pic
     runs = [row for run in runs_of(rows).values() if len(run) > 1 for row in run]
     if not runs:
         return []
-    name = "paths" if preset is None else f"paths-{preset}"
-    title = TITLE + preset_suffix(preset)
-    return [Picture(name, title, time_sentence(runs), draw_time(results, runs))]
+    told, drawing = time_sentence(runs), draw_time(results, runs)
+    return [Picture.of_preset(preset, "paths", TITLE, told, drawing)]
 
 
 def paths(rows: Sequence[Row]) -> list[Path]:

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fastdaa.study.whole_file import whole_file
+from fastdaa.study.wording import preset_suffix
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -105,6 +108,14 @@ class Picture(NamedTuple):
     sentence: str
     """What is seen, computed from the data."""
     drawing: Callable[[Layout], Figure]
+
+    @classmethod
+    def of_preset(
+        cls, preset: Any, name: str, title: str, sentence: str, drawing: Callable[[Layout], Figure]
+    ) -> Picture:
+        """One whose name and title end with a preset; None is that of tables without presets."""
+        file = name if preset is None else f"{name}-{preset}"
+        return cls(file, title + preset_suffix(preset), sentence, drawing)
 
 
 class Look(NamedTuple):
@@ -217,10 +228,8 @@ def render(picture: Picture, layout: Layout) -> Figure:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Writes a PNG of twice the size that the page shows, in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    with rc_context(_SETTINGS):
+    with whole_file(path) as partial, rc_context(_SETTINGS):
         figure.savefig(partial, dpi=PNG_DPI, format="png")
-    partial.replace(path)
 
 
 def to_svg(figure: Figure) -> str:

@@ -20,7 +20,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import number
+from fastdaa.study.wording import capitalised, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +103,7 @@ def sentence(groups: Mapping[World, Sequence[Row]]) -> str:
             f"for is {number(end['proxy'], sign=True)}"
         )
     text = "; ".join(parts) + "."
-    return text[0].upper() + text[1:]
+    return capitalised(text)
 
 
 def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:

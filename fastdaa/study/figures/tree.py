@@ -18,7 +18,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import number
+from fastdaa.study.wording import capitalised, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def sentence(results: Results) -> str:
         start = sum(cell["start"]["outside"] for cell in cells) / len(cells)
         title = pair_title(results, pair)
         parts.append(
-            f"{title[0].upper()}{title[1:]}: the mass outside the pair grew from {number(start)} "
+            f"{capitalised(title)}: the mass outside the pair grew from {number(start)} "
             f"in {len(grown)} of {len(cells)} settings, to {number(least['end']['outside'])} "
             f"({loss_name(least)}, beta {least['beta']:g}) at least and "
             f"{number(most['end']['outside'])} ({loss_name(most)}, beta {most['beta']:g}) at most."

@@ -18,10 +18,9 @@ from fastdaa.online.generation import end_tokens
 from fastdaa.study.track.answers import Subject, answer, share_of_rank
 from fastdaa.study.track.decline import Decline
 from fastdaa.study.track.journal import TABLE, Journal
-from fastdaa.study.track.prompts import held_out_prompts
+from fastdaa.study.track.prompts import held_out_prompts, longest_prompt
 from fastdaa.study.track.record import RunRecord
 from fastdaa.study.track.reference import tracked_reference
-from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.scoring import Sample, Scorer, ScorerError
 from fastdaa.study.track.settings import TrackSettings
 from fastdaa.study.track.summary import logged

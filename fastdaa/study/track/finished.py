@@ -14,9 +14,8 @@ from torch import nn
 
 from fastdaa.online.generation import end_tokens
 from fastdaa.study.track.answers import Subject, answer
-from fastdaa.study.track.prompts import PromptSet, held_out_prompts
+from fastdaa.study.track.prompts import PromptSet, held_out_prompts, longest_prompt
 from fastdaa.study.track.record import RunRecord
-from fastdaa.study.track.room import longest_prompt
 from fastdaa.study.track.settings import TrackSettings
 from fastdaa.train.adapter_files import find_adapter, load_causal_lm
 from fastdaa.train.backbone import install_head_task

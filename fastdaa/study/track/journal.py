@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from fastdaa.study.table import append_rows
 from fastdaa.study.track.decline import Measured
 from fastdaa.study.track.scoring import Sample, Scores
+from fastdaa.study.whole_file import whole_file
 
 TABLE = "track.jsonl"
 """Name of the table in the output folder of a run."""
@@ -151,9 +151,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 def _rewrite(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not file.is_file():
         return
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,15 +7,19 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from fastdaa.data.encode import encode
+from fastdaa.data.errors import BadRow
 from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.data.pairs import checked_pairs
 from fastdaa.data.reports import SkipReport
 from fastdaa.data.sources import rows_of
-from fastdaa.data.validate import BadRow
 from fastdaa.study.track.settings import TrackSettings
+from fastdaa.train.backbone import causal_lm
 
 logger = logging.getLogger(__name__)
+_READ_AT_ONCE = 64
 _CLOSING_TOKENS = 4
 """A chat template closes a turn within so many tokens of its end."""
 
@@ -104,6 +108,29 @@ def held_out_prompts(
     return PromptSet(prompts, sorted(ends))
 
 
+def longest_prompt(
+    model: nn.Module, settings: TrackSettings, max_length: int | None = None
+) -> int | None:
+    """Tokens that a prompt may have, so that an answer fits behind it; None for any number.
+
+    Args:
+        max_length: of prompt and completion in training, where longer prompts are not seen.
+
+    Raises:
+        ValueError: the model has no more positions than an answer takes.
+    """
+    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limits = [] if max_length is None else [max_length - 1]
+    if isinstance(positions, int) and positions > 0:
+        if positions <= settings.max_new_tokens:
+            raise ValueError(
+                f"track: expected max_new_tokens below {positions}, the positions that the model "
+                f"has, got {settings.max_new_tokens}"
+            )
+        limits.append(positions - settings.max_new_tokens)
+    return min(limits, default=None)
+
+
 def _rows(pairs: Any, order: Sequence[int], tokenizer: Any) -> Iterator[_Row]:
     """Usable rows in a random order."""
     if all(field in pairs.column_names for field in TOKEN_FIELDS):
@@ -123,9 +150,6 @@ def _rows(pairs: Any, order: Sequence[int], tokenizer: Any) -> Iterator[_Row]:
                 yield _Row(
                     tokens.prompt, pair["prompt"], _text(pair["chosen"]), tokens.completions[0]
                 )
-
-
-_READ_AT_ONCE = 64
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

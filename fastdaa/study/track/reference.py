@@ -12,6 +12,12 @@ from fastdaa.train.references import Reference, check_reference, online_referenc
 if TYPE_CHECKING:
     from fastdaa.train.trainer import PreferenceTrainer
 
+NO_REFERENCE = (
+    "track: expected a reference model for the KL, got precompute_ref_log_probs, which keeps none "
+    "in full training; leave it out, train adapters (use_peft), or measure the checkpoints "
+    "afterwards with `fastdaa study track`"
+)
+
 
 def tracked_reference(trainer: PreferenceTrainer, given: Any = None) -> Reference:
     """A reference with a model at hand. Call it before the training.
@@ -40,10 +46,3 @@ def tracked_reference(trainer: PreferenceTrainer, given: Any = None) -> Referenc
     if own is None or is_adapted(trainer.model):
         return online_reference(trainer, None)
     raise ValueError(NO_REFERENCE)
-
-
-NO_REFERENCE = (
-    "track: expected a reference model for the KL, got precompute_ref_log_probs, which keeps none "
-    "in full training; leave it out, train adapters (use_peft), or measure the checkpoints "
-    "afterwards with `fastdaa study track`"
-)

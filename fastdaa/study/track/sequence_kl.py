@@ -23,6 +23,7 @@ from fastdaa.divergence import token_kl
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, sequence_logps, token_stats
 from fastdaa.online.packs import to_device
+from fastdaa.selection import select_rows
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.references import ReferenceScores
 from fastdaa.train.sharding import head_in_force
@@ -78,7 +79,7 @@ def answer_statistics(
     core = causal_lm(model)
 
     def task(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, selection.rows)
+        rows = select_rows(hidden_states.flatten(0, 1), selection.rows)
         with head_in_force(core) as live:
             head: LmHead = replace(live.detach(), temperature=temperature)
             logps, stats = token_stats(rows, head, selection.targets, max_bytes=max_bytes)

@@ -30,12 +30,7 @@ class Verdict(NamedTuple):
     @property
     def values(self) -> list[float] | None:
         """The quality of every sample: the reward, else the judge's points, else unknown."""
-        return self.quality.values if self.quality is not None else None
-
-    @property
-    def quality(self) -> Scores | None:
-        """The scores that ``score`` is the mean of."""
-        return next(iter(self.scores.values()), None)
+        return next((scores.values for scores in self.scores.values()), None)
 
 
 def ask(scorers: Sequence[Scorer], samples: Sequence[Sample], *, strict: bool) -> Verdict:
@@ -60,7 +55,6 @@ def ask(scorers: Sequence[Scorer], samples: Sequence[Sample], *, strict: bool) -
                 raise
             errors.append(str(error))
             if place == 0:
-                scores = {}
                 break
             continue
         scores[scorer.column] = said

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from word_files import WORDS, word_tokenizer
 
 from fastdaa.study.track import TrackSettings
 from fastdaa.study.track.prompts import Prompt
@@ -21,9 +21,7 @@ from fastdaa.study.track.scoring import Sample
 from fastdaa.train import PreferenceConfig, PreferenceTrainer
 from fastdaa.train.callbacks import Curves
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS = [f"w{i}" for i in range(20)]
-VOCAB = len(SPECIAL) + len(WORDS)
+VOCAB = 4 + len(WORDS)
 EOS = 2
 
 
@@ -72,14 +70,7 @@ def tiny() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")

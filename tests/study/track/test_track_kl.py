@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastdaa.study.track.answers import Subject, answer, share_of_rank
 from fastdaa.study.track.prompts import Prompt, PromptSet
 from fastdaa.study.track.sequence_kl import answer_pack, answer_statistics
 from fastdaa.study.track.settings import TrackSettings
+from fastdaa.study.track.summary import mean_and_error
 from fastdaa.train.backbone import install_head_task
 from fastdaa.train.references import ModelReference
 
@@ -51,6 +53,12 @@ def test_estimates_are_those_of_the_whole_logits(tiny, temperature):
     assert got.k1.dtype == torch.float64
     assert torch.allclose(torch.stack(got, dim=1), expected.double(), rtol=1e-6, atol=1e-6)
     assert expected[:, 1].min() > 0.1
+
+
+def test_means_and_their_errors():
+    assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
+    assert mean_and_error([1.0]) == (1.0, None)
+    assert mean_and_error([1.0, math.inf]) == mean_and_error([]) == (None, None)
 
 
 def test_equal_models_have_no_divergence(tiny):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from fastdaa.study.track.prompts import held_out_prompts
-from fastdaa.study.track.room import longest_prompt
+from fastdaa.study.track.prompts import held_out_prompts, longest_prompt
 from fastdaa.study.track.settings import TrackSettings
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastdaa.study.track.reward_function import RewardFunction, reward_scorer
 from fastdaa.study.track.reward_model import RewardModel
@@ -133,6 +135,30 @@ def test_a_reward_model_renders_conversations_itself(classifier, tokenizer, make
     for given in (prompt, "w1"):
         (value,) = RewardModel(folder)([make_sample("w2", prompt=given)]).values
         assert value == pytest.approx(alone(folder, tokenizer, "w1 w19 w2 w19"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_model"),
+    [(None, None), (None, 0), ("<unk>", 0)],
+    ids=["neither", "the model alone", "another one"],
+)
+def test_padding_is_what_the_model_recognises(classifier, tokenizer, make_sample, given, of_model):
+    folder = classifier()
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = given
+    padding.save_pretrained(folder)
+    config = LlamaConfig.from_pretrained(folder)
+    config.pad_token_id = of_model
+    config.save_pretrained(folder)
+    texts = ["w1 w2 w3 w4", "w5", "w6 w7"]
+    values = RewardModel(folder)([make_sample(text, prompt="") for text in texts]).values
+    assert values == pytest.approx([alone(folder, tokenizer, text) for text in texts], abs=1e-5)
+
+
+def test_a_template_that_fails_is_told(classifier, make_sample):
+    scorer = RewardModel(classifier(template="{{ raise_exception('no!') }}"))
+    with pytest.raises(ScorerError, match="its chat template failed: no!"):
+        scorer([make_sample("w2", prompt="w1")])
 
 
 def test_conversations_need_the_models_template(classifier, make_sample):

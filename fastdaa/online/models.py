@@ -1,0 +1,84 @@
+"""The three networks of a run, checked and taught packed rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from fastdaa.online.config import OnlineConfig
+from fastdaa.online.critic import Critic
+from fastdaa.online.seeds import Purpose, seed_of
+from fastdaa.train.adapters import check_adapters, is_adapted
+from fastdaa.train.backbone import causal_lm
+from fastdaa.train.positions import check_length, positions_of
+from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
+from fastdaa.train.quantization import check_adapted, compute_as_in_training
+from fastdaa.train.references import check_reference, frozen_copy
+from fastdaa.train.support import supports_segments
+
+
+class Models(NamedTuple):
+    """The three networks."""
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: Critic
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of policy and critic; the reference stays in evaluation."""
+        self.policy.train(mode)
+        self.critic.train(mode)
+
+
+def prepare_models(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    critic: Critic | None,
+    config: OnlineConfig,
+    longest_prompt: int,
+) -> Models:
+    """Models for :class:`~fastdaa.online.loop.OnlineTrainer`, which describes the arguments.
+
+    Args:
+        longest_prompt: tokens of the longest prompt that the policy will be asked.
+
+    Raises:
+        ValueError: models that do not fit each other, the prompts or packed rows.
+    """
+    check_adapted(policy, adapted=is_adapted(policy))
+    for model in (policy, reference):
+        if model is not None:
+            compute_as_in_training(model)
+    if is_adapted(policy):
+        check_adapters(policy)
+    reference = frozen_copy(policy) if reference is None else reference
+    check_reference(reference, policy, same_vocabulary=True)
+    check_length(
+        map(positions_of, (policy, reference)), longest_prompt + config.max_new_tokens,
+        "prompts with their completions",
+        "max_prompt_length, max_new_tokens: expected at most {limit} together",
+    )  # fmt: skip
+    for model in (policy, reference):
+        _prepare(model, config)
+    if critic is None:
+        shared = config.critic == "shared"
+        seed = seed_of(config.seed, 0, Purpose.CRITIC)
+        critic = Critic(policy, config.critic_head, shared=shared, seed=seed)
+    if config.disable_dropout:
+        disable_dropout(critic)
+    return Models(policy, reference.eval().requires_grad_(False), critic)
+
+
+def _prepare(model: nn.Module, config: OnlineConfig) -> None:
+    """Packed rows and the head's task, for the policy or the reference."""
+    support = supports_segments(causal_lm(model), probe=True)
+    if not support.ok:
+        raise ValueError(
+            f"policy, reference: expected a model that can attend within the segments of a packed "
+            f"row, got {type(causal_lm(model)).__name__}: {support.reason}"
+        )
+    check_head(model)
+    prepare_model(model, "packed")
+    if config.disable_dropout:
+        disable_dropout(model)
