@@ -25,6 +25,7 @@ from fastdaa.divergence_tiles import (
     fused_divergences,
     plan_divergence,
 )
+from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.tiles import Logits, operand_dtype
 
@@ -117,6 +118,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*(output[1:] if ctx.frozen else inputs[:6]))
 
 
+@first_order
 def _backward(ctx: Any, coefficients: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 16
     if coefficients is None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
@@ -177,6 +178,7 @@ def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
+@first_order
 def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (ctx.count - 3)
     if coefficients is None:

@@ -24,6 +24,7 @@ from fastdaa.compiled_logps import (
     only_first_differentiable,
     wide_dtype,
 )
+from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.kept import keep_gradients
@@ -241,6 +242,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.save_for_backward(rows, weight, bias, targets, output[2], *saved)
 
 
+@first_order
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (ctx.count - 3)
     if grad_loss is None:

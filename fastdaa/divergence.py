@@ -24,7 +24,7 @@ from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
 from fastdaa.tiles import Logits
-from fastdaa.validation import check_choice
+from fastdaa.validation import check_choice, check_kind
 
 KINDS = ("kl", "reverse_kl", "js")
 
@@ -67,6 +67,8 @@ def token_divergence(
     """
     check_choice("kind", kind, KINDS)
     check_choice("engine", engine, ("auto", "torch", "fused"))
+    for name, value in (("head", head), ("ref_head", ref_head)):
+        check_kind(name, value, LmHead, "LmHead(weight)")
     if torch.compiler.is_compiling():
         return compiled_token_divergence(
             hidden_states, head, ref_hidden_states, ref_head,

@@ -96,7 +96,7 @@ class _Entropy(torch.autograd.Function):
         ctx.operand = Logits(hidden_states, head).operand
         ctx.options = replace(head, weight=weight[:0], bias=None)
         ctx.save_for_backward(hidden_states, weight, bias, values, *state)
-        return values
+        return values.clone()  # may be changed in place, as a result of PyTorch's own
 
     @staticmethod
     @first_order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -15,9 +15,10 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 def first_order(backward: Backward) -> Backward:
     """Decorate the ``backward`` of an autograd function whose gradients are constants.
 
-    With ``create_graph=True`` what it returns raises when differentiated. PyTorch's
-    ``once_differentiable`` does so only if the incoming gradient requires a gradient, which that
-    of a plain sum does not: a gradient penalty would silently count as 0.
+    With ``create_graph=True`` what it returns raises when differentiated, by whatever the result
+    depends on: the gradients that came in, and all leaves of the graph. PyTorch's
+    ``once_differentiable`` knows of the former alone, which for a plain sum have no gradient: a
+    gradient penalty would silently count as 0.
     """
 
     @wraps(backward)
@@ -26,16 +27,31 @@ def first_order(backward: Backward) -> Backward:
             made = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return made
-        return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in made)
+        # Autograd runs a node only on the way to a tensor that it is asked for.
+        behind = [t for t in (*grads, *_leaves(ctx)) if t is not None and t.requires_grad]
+        return tuple(t if t is None else _Constant.apply(t.detach(), *behind) for t in made)
 
     return wrapped
 
 
+def _leaves(node: Any) -> Iterator[Tensor]:
+    """The leaf tensors that a node of a graph depends on."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        following = {further for further, _ in node.next_functions if further is not None} - seen
+        seen |= following
+        pending += following
+
+
 class _Constant(torch.autograd.Function):
-    """The identity, whose derivative nobody may ask for."""
+    """``apply(gradient, *behind)``: the gradient, whose derivative nobody may ask for."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *behind: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

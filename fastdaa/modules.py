@@ -16,7 +16,14 @@ from fastdaa.pair_loss import pair_loss
 from fastdaa.paths import PATHS
 from fastdaa.planner import ENGINES
 from fastdaa.selection import ORDERS, check_ignore_index, select_pairs
-from fastdaa.validation import check_choice, check_head_inputs, check_positive, check_shape
+from fastdaa.validation import (
+    check_choice,
+    check_floating,
+    check_head_inputs,
+    check_positive,
+    check_readable,
+    check_shape,
+)
 
 
 class FusedLinearPairLoss(nn.Module):
@@ -96,6 +103,8 @@ class FusedLinearPairLoss(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit together, or a missing reference.
         """
+        check_readable("labels", labels)
+        check_floating("hidden_states", hidden_states)
         if torch.compiler.is_compiling():
             selection = compiled_select_pairs(labels, self.order, self.ignore_index)
         else:
@@ -137,7 +146,7 @@ class FusedLinearPairLoss(nn.Module):
         check_shape("ref_hidden_states", hidden_states, (*shape, hidden_states.shape[-1]))
         rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
         head = LmHead(weight, bias, **self.head_options)
-        check_head_inputs(rows, weight, selection.targets, bias)
+        check_head_inputs(rows, weight, selection.targets, bias, prefix="ref_")
         return head_logps(
             rows, head, selection.targets, engine=self.engine, max_bytes=self.max_bytes,
             selected=True,

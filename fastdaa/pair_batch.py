@@ -22,7 +22,13 @@ from fastdaa.outputs import (
     TokenStats,
     short,
 )
-from fastdaa.validation import check_counts, check_indices, check_vector
+from fastdaa.validation import (
+    check_counts,
+    check_indices,
+    check_kind,
+    check_not_negative,
+    check_vector,
+)
 
 
 class PairBatch:
@@ -71,6 +77,7 @@ class PairBatch:
         if completion_lengths is None:
             completion_lengths = selection.lengths
         check_indices("completion_lengths", completion_lengths, (sequences,))
+        check_not_negative("completion_lengths", completion_lengths)
         if advantages is not None:
             check_vector("advantages", advantages, sequences, device)
             advantages = advantages.detach().contiguous()
@@ -79,6 +86,8 @@ class PairBatch:
         self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
         self.sharper_logps = sharper_logps
         here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
+        if totals is not None:
+            _check_totals(totals)
         self.totals = here if totals is None else totals
         self.in_kernel = engine == "triton" and _has_kernel(objective)
         self.everything = Chunk(slice(0, sequences // 2), slice(0, tokens))
@@ -208,6 +217,14 @@ def _check_reads_alone(losses: Tensor, leaf: Tensor) -> None:
                 "outside the head with impl='recompute' (without torch.compile) or token_logps"
             )
         pending += [following for following, _ in node.next_functions]
+
+
+def _check_totals(totals: BatchTotals) -> None:
+    """Raise for what no batch can have."""
+    check_kind("totals", totals, BatchTotals, "BatchTotals(pairs, chosen_tokens)")
+    for name, number, least in zip(totals._fields, totals, (1, 0, 0), strict=True):
+        if number is not None and number < least:
+            raise ValueError(f"totals.{name}: expected {least} or more, got {number}")
 
 
 def _has_kernel(objective: Objective) -> bool:

@@ -23,6 +23,22 @@ def shown(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
+def check_readable(name: str, tensor: object) -> None:
+    """Raise ``ValueError`` for a tensor without values, on the device ``meta``."""
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        raise ValueError(f"{name}: expected a device that holds values, got {tensor.device}")
+
+
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` for a distributed tensor, of which every process holds a part."""
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a tensor with all of its entries, got {type(tensor).__name__}; with "
+            "fully_shard, leave the head to the module whose forward computes the loss, or call "
+            "unshard() on the head before"
+        )
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a real floating-point tensor.
 
@@ -46,6 +62,14 @@ def check_indices(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int64 tensor, got {got}")
     check_shape(name, tensor, shape)
+
+
+def check_kind(name: str, value: object, kind: type, how: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is a ``kind``; ``how`` says what makes one."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name}: expected a {kind.__name__}, as of {how}, got {type(value).__name__}"
+        )
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -118,6 +142,8 @@ def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> No
     """
     check_floating(f"{prefix}hidden_states", hidden_states)
     check_floating(f"{prefix}weight", weight)
+    check_whole(f"{prefix}hidden_states", hidden_states)
+    check_whole(f"{prefix}weight", weight)
     if hidden_states.ndim != 2:
         raise ValueError(
             f"{prefix}hidden_states: expected shape [N, D], got {list(hidden_states.shape)}; "
@@ -149,6 +175,12 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}")
 
 
+def check_not_negative(name: str, numbers: Tensor) -> None:
+    """Raise ``ValueError`` for a number below 0; read on CPU alone, too."""
+    if _readable(numbers) and numbers.numel() and int(numbers.min()) < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {int(numbers.min())}")
+
+
 def check_lengths(name: str, lengths: Tensor, tokens: int) -> None:
     """Raise unless ``lengths [S]`` are int64 numbers of tokens that sum to ``tokens``.
 
@@ -163,8 +195,7 @@ def check_lengths(name: str, lengths: Tensor, tokens: int) -> None:
         raise ValueError(f"{name}: expected shape [S], got {list(lengths.shape)}")
     if not _readable(lengths):
         return
-    if lengths.numel() and int(lengths.min()) < 0:
-        raise ValueError(f"{name}: expected 0 or more, got {int(lengths.min())}")
+    check_not_negative(name, lengths)
     if int(lengths.sum()) != tokens:
         raise ValueError(f"{name}: expected a sum of {tokens} tokens, got {int(lengths.sum())}")
 
@@ -190,8 +221,11 @@ def check_head_inputs(
     targets: Tensor,
     bias: Tensor | None,
     vocab_size: int | None = None,
+    prefix: str = "",
 ) -> None:
     """Check the tensors of a head call: ``[N, D]``, ``[V, D]``, ``[N]`` and ``[V]``.
+
+    ``prefix`` goes before the names of hidden states, weight and bias in messages.
 
     Target ids lie in ``[0, vocab_size)``, by default the rows of the weight. They are read on CPU
     alone, so that nothing waits for a device: on CUDA another id is undefined, as in
@@ -201,15 +235,15 @@ def check_head_inputs(
         TypeError: a wrong dtype.
         ValueError: shapes or devices that do not fit together.
     """
-    check_product(hidden_states, weight)
+    check_product(hidden_states, weight, prefix)
     check_indices("targets", targets, (hidden_states.shape[0],))
     _check_ids("targets", targets, weight.shape[0] if vocab_size is None else vocab_size)
     if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],))
-    for name, tensor in (("targets", targets), ("bias", bias)):
+        check_floating(f"{prefix}bias", bias)
+        check_shape(f"{prefix}bias", bias, (weight.shape[0],))
+    for name, tensor in (("targets", targets), (f"{prefix}bias", bias)):
         if tensor is not None and tensor.device != hidden_states.device:
             raise ValueError(
-                f"{name}: expected device {hidden_states.device} as hidden_states, "
+                f"{name}: expected device {hidden_states.device} as {prefix}hidden_states, "
                 f"got {tensor.device}"
             )

@@ -82,7 +82,7 @@ class Numbers(NamedTuple):
     tf32: int = 0
     """Products in PTX that round fp32 factors to TF32: no kernel here may have one."""
     fused: int = 0
-    """Multiplications and additions in PTX that an assembler may make one: those without ``.rn``."""
+    """Products and sums in PTX that an assembler may make one: those without ``.rn``."""
 
 
 def measure(entry: Entry, target: str) -> Numbers:

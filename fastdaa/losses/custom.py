@@ -25,7 +25,8 @@ def custom_loss(
 
     The head then costs what it costs with the losses of the table: ``fn`` runs inside the call, on
     log-probs that are leaves, and its derivatives by them go into the single pass. They are its
-    only gradient: none reaches other tensors that ``fn`` may read.
+    only gradient there, so a tensor that requires one of its own is an error when the loss is
+    evaluated; detach it, or keep the loss outside with ``impl="recompute"``.
 
     Args:
         fn: ``fn(policy, ref, *, <hyperparameters>)`` gives one loss a pair, ``[B]``, unreduced, in
