@@ -55,7 +55,7 @@ class Recompute(torch.autograd.Function):
         absent = state.m.new_empty(0)
         more = list(values) if values is not None else [absent.clone() for _ in range(3)]
         ctx.mark_non_differentiable(*more)
-        return state.logps, *more
+        return state.logps.clone(), *more  # the caller may change it, backward reads the other
 
     @staticmethod
     @first_order

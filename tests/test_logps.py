@@ -235,6 +235,19 @@ def test_backward_twice_gives_the_same_and_accumulates(path):
 
 
 @pytest.mark.parametrize("path", ["frozen", "recompute"])
+def test_a_result_may_be_changed_in_place(path):
+    made = freeze(problem(), path)
+    logps = made.call(token_logps)
+    logps *= 2.0
+    made.loss(logps).backward()
+    expected = made.copies()
+    (2.0 * expected.loss(expected.call(reference.token_logps))).backward()
+    torch.testing.assert_close(
+        made.hidden_states.grad, expected.hidden_states.grad, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("path", ["frozen", "recompute"])
 def test_a_result_in_two_expressions_gets_the_sum_of_their_coefficients(path):
     made = freeze(problem(), path)
     logps = made.call(token_logps)
