@@ -135,7 +135,8 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
         # A product of the weight's size rounds its results itself.
         return n * d * (4.0 + w + factor)
     if path == "frozen":
-        return n * d * (16.0 + 4 + w)  # written, normalised, and scaled in backward
+        targets = 8.0 + 3 * w  # their rows of the weight are copied and added
+        return n * d * (16.0 + targets + 4 + w)  # written, normalised, and scaled in backward
     # The first product writes a sum, the others read and write it; it is rounded at the end.
     add, rounded = 8.0, 4.0 + w
     if path == "recompute":

@@ -24,6 +24,7 @@ from fastdaa.row_passes import (
     logit_slope,
     move_to_front,
     scale_tile,
+    set_target,
     steepest_slope,
     take_statistics,
 )
@@ -46,14 +47,16 @@ def logits_memory(rows: int, width: int, device: torch.device, dtype: torch.dtyp
 
 class RowSlopes(NamedTuple):
     """Statistics ``[r]``, and the derivative ``d logp / d z`` of every row's log-prob by its raw
-    products, which is ``factors[:, None] * slopes``: it needs no loss."""
+    products: ``own`` at the target, and ``factors[:, None] * slopes``. It needs no loss."""
 
     state: RowState
     values: TokenStats | None
     slopes: Tensor
-    """``[r, c]``, wide or in the dtype of the next product."""
+    """``[r, c]``, wide or in the dtype of the next product; 0 at the target."""
     factors: Tensor
     """``[r]``, wide."""
+    own: Tensor
+    """``[r]``, wide. The largest entry, which a product need not round."""
 
 
 class RowTile(Protocol):
@@ -204,7 +207,8 @@ class TritonTile:
             rows, width = self.z.shape
             out = logits_memory(rows, width, self.z.device, self.operand)
         found, factors = take_row_slopes(self.z, targets, out, stats=stats, **self.options)
-        return RowSlopes(*_state_and_values(found), out, factors)
+        state, values = _state_and_values(found)
+        return RowSlopes(state, values, out, factors, _own_slope(self.head, state))
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """See :class:`RowTile`; in ``operand``, over the logits."""
@@ -232,11 +236,19 @@ def _slopes_in_two_passes(
     # factors keep those of likely tokens near 1, and the sum is divided out of the result.
     coefficients, factors = torch.exp(state.log_s), torch.exp(-state.log_s)
     if tile.operand == torch.float16:
-        # The target's entry may reach V times the slope, which fp16 does not.
-        own = coefficients * -torch.expm1(state.logps)
-        lift = FP16_TARGET / (own.clamp(min=1.0) * steepest_slope(tile.head))
+        lift = FP16_TARGET / steepest_slope(tile.head)
         coefficients, factors = coefficients * lift, factors / lift
-    return RowSlopes(state, values, tile.gradient(state, targets, coefficients, out=out), factors)
+    nowhere = torch.full_like(targets, -1)  # the target's entry may leave the range of fp16
+    slopes = tile.gradient(state, nowhere, coefficients, out=out)
+    set_target(slopes, targets, 0.0, tile.head.first_token + tile.columns.start)
+    return RowSlopes(state, values, slopes, factors, _own_slope(tile.head, state))
+
+
+def _own_slope(head: LmHead, state: RowState) -> Tensor:
+    """``d logp / d z`` at the target: the slope of its logit times ``1 - p``, which would round to
+    0 for a confident token."""
+    target_logit = state.m + state.log_s + state.logps
+    return logit_slope(head, target_logit) * -torch.expm1(state.logps)
 
 
 def _state_and_values(rows: RowStatistics) -> tuple[RowState, TokenStats | None]:
@@ -255,7 +267,7 @@ def _gathered(states: Tensor, shard: VocabShard) -> Tensor:
     missing = splits - states.shape[0]
     if missing:  # a narrower slice than the widest: splits without a logit
         nothing = torch.zeros_like(states[:1]).expand(missing, -1, -1).clone()
-        nothing[:, (0, 2)] = -torch.inf  # maximum and target
+        nothing[:, 0], nothing[:, 2] = -torch.inf, -torch.inf  # maximum and target
         states = torch.cat([states, nothing])
     everyone = states.new_empty(dist.get_world_size(shard.group) * splits, fields, rows)
     dist.all_gather_into_tensor(everyone, states.contiguous(), group=shard.group)

@@ -15,6 +15,7 @@ from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
+from fastdaa.row_passes import in_tile
 from fastdaa.score import join
 from fastdaa.tiles import Logits, blocks, product, sum_over_shards, without_autocast
 
@@ -73,6 +74,9 @@ def _rows(
 ) -> tuple[Tensor, Tensor, TokenStats | None]:
     """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
     tile = logits.row_tile(logits.rows(rows), weight, slice(0, logits.head.width))
-    state, values, slopes, factors = tile.slopes(targets, stats)
-    by_hidden = product(slopes.to(logits.operand), weight)
-    return state.logps, by_hidden.mul_(factors[:, None]), values
+    state, values, slopes, factors, own = tile.slopes(targets, stats)
+    by_hidden = product(slopes.to(logits.operand), weight).mul_(factors[:, None])
+    del tile, slopes  # before the targets' rows of the weight come
+    inside, local = in_tile(targets, logits.head.first_token, weight.shape[0])
+    by_hidden.addcmul_(torch.where(inside, own, 0.0)[:, None], weight[local])
+    return state.logps, by_hidden, values

@@ -106,7 +106,7 @@ def _target_and_maximum(
     highest = z.amax(dim=1)
     if shard is None:
         return z.gather(1, targets[:, None])[:, 0], highest
-    inside, local = _local(targets, shard.start, z.shape[1])
+    inside, local = in_tile(targets, shard.start, z.shape[1])
     target = torch.where(inside, z.gather(1, local[:, None])[:, 0], -torch.inf)
     both = torch.stack([target, highest])
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=shard.group)
@@ -148,7 +148,7 @@ def _row_sums_on_cuda(tile: Tensor) -> Tensor:
     return sums if rows >= 16 else sums[0]
 
 
-def _local(targets: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
+def in_tile(targets: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
     """Which targets lie in a tile, and where in it (clamped for the others)."""
     local = targets - first_column
     return (local >= 0) & (local < width), local.clamp(0, width - 1)
@@ -158,7 +158,7 @@ def set_target(
     tile: Tensor, targets: Tensor, values: Tensor | float, first_column: int = 0
 ) -> None:
     """``tile[i, targets[i]] = values[i]`` for the targets inside the tile."""
-    inside, local = _local(targets, first_column, tile.shape[1])
+    inside, local = in_tile(targets, first_column, tile.shape[1])
     column = local[:, None]
     kept = tile.gather(1, column)[:, 0]
     tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])

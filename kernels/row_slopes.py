@@ -2,14 +2,15 @@
 
 ``d logp / d z_v = onehot_v - p_v`` needs the log-sum-exp of the row, which is known when the row
 has been read. Up to a factor of the row it does not: with ``p_v = p_t exp(z_v - z_t)`` for the
-target ``t``, whose logit is read first,
+target ``t``, whose logit is read first, the entries beside the target are
 
-    onehot_v - p_v = p_t s_v,   s_v = -exp(z_v - z_t),   s_t = (1 - p_t) / p_t = -expm1(logp) / p_t.
+    -p_v = p_t s_v,   s_v = -exp(z_v - z_t),
 
-The pass that takes the statistics writes ``s_v``, a second kernel the entry of the target, one a
-row. ``p_t`` joins the coefficient that the loss brings. bf16 keeps its 8 bits over the whole range
-of such ratios, which fp16 does not. Rows with a target less likely than ``exp(LEAST_LOGP)`` are
-read again and get ``onehot - p`` itself, with factor 1: their ratios would be out of proportion.
+and ``p_t`` scales the row of the next product. bf16 keeps its 8 bits over the whole range of such
+ratios, which fp16 does not. The entry of the target, ``1 - p_t``, is left to the caller: it is the
+largest, it is known in fp32, and in a product of its own it is not rounded at all. Rows with a
+target less likely than ``exp(LEAST_LOGP)`` are read again by a second kernel and get ``-p`` itself,
+with factor 1: their ratios would be out of proportion.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.elementary import exp, expm1
+from fastdaa.kernels.elementary import exp
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
 from fastdaa.kernels.merge_splits import RowStatistics, merge_splits
 from fastdaa.kernels.operands import on_device
@@ -50,26 +51,19 @@ def _finish_row_slopes_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row, out_row = z_ptr + row * stride_zn, slopes_ptr + row * stride_on
     logp = tl.load(logps_ptr + row)
-    target = tl.load(targets_ptr + row)
-    inside = (target >= 0) & (target < V)
-    target = tl.where(inside, target, -1).to(tl.int32)
-    own = -expm1(logp)  # 1 - p would round to 0 for a confident token
     if logp > LEAST_LOGP:
-        z = load_products(z_row, bias_ptr, target, inside, HAS_BIAS)
-        _, slope = finish_logits(z, inner, outer, HAS_SOFTCAP)
-        value = own * exp(-logp) * slope
-        tl.store(out_row + target, value.to(slopes_ptr.dtype.element_ty), mask=inside)
         tl.store(factors_ptr + row, exp(logp))
     else:
+        target = tl.load(targets_ptr + row)
         m = tl.load(m_ptr + row)
         log_s = tl.load(log_s_ptr + row)
         for start in range(0, V, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
-            within = columns < V
-            z = load_products(z_row, bias_ptr, columns, within, HAS_BIAS)
+            inside = columns < V
+            z = load_products(z_row, bias_ptr, columns, inside, HAS_BIAS)
             z, slope = finish_logits(z, inner, outer, HAS_SOFTCAP)
-            value = tl.where(columns == target, own, -exp((z - m) - log_s)) * slope
-            tl.store(out_row + columns, value.to(slopes_ptr.dtype.element_ty), mask=within)
+            value = tl.where(columns == target, 0.0, -exp((z - m) - log_s) * slope)
+            tl.store(out_row + columns, value.to(slopes_ptr.dtype.element_ty), mask=inside)
         tl.store(factors_ptr + row, 1.0)
 
 
@@ -85,7 +79,7 @@ def take_row_slopes(
     stats: bool = False,
     config: RowConfig | None = None,
 ) -> tuple[RowStatistics, Tensor]:
-    """Statistics of whole rows, and ``d logp / d z`` of every row up to a factor.
+    """Statistics of whole rows, and ``d logp / d z`` beside the target up to a factor of the row.
 
     Args:
         z: ``[r, V]`` raw products, as in :func:`fastdaa.kernels.row_statistics.take_row_states`;
@@ -96,7 +90,7 @@ def take_row_slopes(
 
     Returns:
         The statistics and factors ``[r]`` fp32: the derivative of the target's log-prob by the raw
-        products is ``factors[:, None] * slopes``.
+        products is ``factors[:, None] * slopes``, which is 0 at the target.
 
     Raises:
         ValueError: slopes of another shape or of fp16, or columns that are not contiguous.

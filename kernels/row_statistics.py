@@ -73,13 +73,13 @@ def _take_row_states_kernel(
         inside = columns < end
         z = load_products(z_row, bias_ptr, columns, inside, HAS_BIAS)
         z, slope = finish_logits(z, inner, outer, HAS_SOFTCAP)
-        if HAS_SLOPES:
-            ratio = exp(tl.minimum(z - anchor, MOST_ABOVE))
-            out = (-ratio * slope).to(slopes_ptr.dtype.element_ty)
-            tl.store(slopes_ptr + row * stride_on + columns, out, mask=inside)
         if HAS_STATS:
             total += tl.where(inside, z, 0.0)
         z = tl.where(inside & (columns != target), z, float("-inf"))
+        if HAS_SLOPES:
+            ratio = exp(tl.minimum(z - anchor, MOST_ABOVE))  # 0 at the target
+            out = (-ratio * slope).to(slopes_ptr.dtype.element_ty)
+            tl.store(slopes_ptr + row * stride_on + columns, out, mask=inside)
         # One exponential serves both cases: e of the new logit, or the factor on the old sums.
         above = z > m
         gap = floored(-tl.abs(z - m))
@@ -132,7 +132,8 @@ def take_row_states(
         temperature: divisor of the logits after the cap.
         stats: for the four metrics, too.
         slopes: ``[r, c]`` with contiguous columns; becomes minus every probability over the
-            target's, times the slope of the logits, in its dtype. The tile holds whole rows.
+            target's, times the slope of the logits, in its dtype, and 0 at the target. The tile
+            holds whole rows.
         config: block sizes; None for the table's.
 
     Returns:

@@ -649,8 +649,9 @@ def test_gradients_of_half_precision_over_their_own_logits(
 
 
 def slopes_truth(z, targets, **options) -> Tensor:
-    """``d logp / d z`` by the raw products, in fp64."""
-    return gradient_truth(z, targets, torch.ones_like(z[:, 0]), **options)
+    """``d logp / d z`` by the raw products beside the targets, in fp64."""
+    truth = gradient_truth(z, targets, torch.ones_like(z[:, 0]), **options)
+    return truth.scatter_(1, targets[:, None], 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -715,16 +716,7 @@ def test_slopes_of_an_excluded_target(poisoned):
     out = torch.empty_like(z, dtype=torch.bfloat16)
     rows, factors = take_row_slopes(z, targets, out, config=SMALL)
     assert rows.logps[1] == -torch.inf and factors[1] == 1.0
-    want = torch.zeros(203).index_fill_(0, targets[1].cpu(), 1.0) - z[1].cpu().softmax(0)
-    torch.testing.assert_close(out[1].float().cpu(), want, rtol=1e-2, atol=1e-6)
-
-
-def test_slopes_of_a_confident_target_do_not_vanish():
-    z = torch.zeros(1, 37, device=DEVICE)
-    z[0, 5] = 40.0
-    out = torch.empty_like(z)
-    _, factors = take_row_slopes(z, torch.tensor([5], device=DEVICE), out)
-    assert (factors * out[0, 5]).item() == pytest.approx(36 * math.exp(-40), rel=1e-5)
+    torch.testing.assert_close(out[1].float(), -z[1].softmax(0), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid|divide):RuntimeWarning")
@@ -735,7 +727,7 @@ def test_slopes_of_broken_rows_say_so_and_leave_the_others_alone():
     out = torch.empty_like(z, dtype=torch.bfloat16)
     _, factors = take_row_slopes(z, targets, out, config=SMALL)
     got = factors[:, None] * out.float()
-    assert got[1].isnan().any() and got[2].isnan().any() and got[3:5].isnan().all()
+    assert all(row.isnan().any() for row in got[1:5])
     truth = slopes_truth(z[[0, 5]], targets[[0, 5]])
     torch.testing.assert_close(got[[0, 5]].double(), truth, rtol=1e-2, atol=1e-6)
 
