@@ -171,15 +171,14 @@ class TritonTile:
         self, targets: Tensor, stats: bool = False, keep: bool = False
     ) -> tuple[RowState, TokenStats | None]:
         """See :class:`RowTile`; the tile stays as it is."""
-        from fastdaa.kernels.merge_splits import merge_splits
+        return merged_statistics(self.states(targets, stats), targets, self.head)
+
+    def states(self, targets: Tensor, stats: bool = False) -> Tensor:
+        """Statistics ``[splits, fields, r]`` of the tile's vocabulary splits."""
         from fastdaa.kernels.row_statistics import take_row_states
 
-        states = take_row_states(
+        return take_row_states(
             self.z, targets, stats=stats, first_column=self.first_token, **self.options
-        )
-        shard, vocab_size = self.head.shard, self.head.vocab_size
-        return _state_and_values(
-            merge_splits(_gathered(states, shard) if shard else states, targets, vocab_size)
         )
 
     def gradient(
@@ -249,6 +248,18 @@ def _own_slope(head: LmHead, state: RowState) -> Tensor:
     0 for a confident token."""
     target_logit = state.m + state.log_s + state.logps
     return logit_slope(head, target_logit) * -torch.expm1(state.logps)
+
+
+def merged_statistics(
+    states: Tensor, targets: Tensor, head: LmHead
+) -> tuple[RowState, TokenStats | None]:
+    """Statistics of whole rows from those of all vocabulary splits, as :class:`TritonTile` takes
+    them."""
+    from fastdaa.kernels.merge_splits import merge_splits
+
+    if head.shard is not None:
+        states = _gathered(states, head.shard)
+    return _state_and_values(merge_splits(states, targets, head.vocab_size))
 
 
 def _state_and_values(rows: RowStatistics) -> tuple[RowState, TokenStats | None]:

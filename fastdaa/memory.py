@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 
 from fastdaa.call_size import CallSize, gradient_row, statistics_entry
-from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, plan_slices
+from fastdaa.slices import (
+    CPU_ROW_MULTIPLE,
+    PRODUCT_BYTES,
+    STATISTICS_BYTES,
+    STATISTICS_ROWS,
+    least_columns,
+    logit_columns,
+    plan_slices,
+    state_bytes,
+)
 
 # Bytes of logits held at a time: (statistics and gradient tiles, chunks of the single pass). A CPU
 # tile stays in the last-level cache; the single pass holds whole pairs.
@@ -37,7 +46,7 @@ class Tiles(NamedTuple):
     """What a path holds at a time."""
 
     block_rows: int
-    """Tokens whose statistics are taken at once, from whole rows of logits."""
+    """Tokens whose statistics are taken at once."""
     tile_rows: int
     """Tokens of the largest tile of logits."""
     tile_columns: int
@@ -180,7 +189,8 @@ class _Room:
         if self.max_bytes is not None:
             common = min(common, self.max_bytes // 2)
         entry = size.wide * (2 + size.softcap if self.engine == "torch" else 1)
-        return min(rows, self.rows(common, entry * size.width))
+        rows = min(rows, self.rows(common, entry * size.width))
+        return min(rows, STATISTICS_ROWS) if self.engine == "triton" else rows
 
     def held(self, rows: int, row: int) -> int:
         """Bytes of that many rows, or of all tokens if they are fewer."""
@@ -193,10 +203,19 @@ class _Room:
         return row * filled
 
     def score(self) -> Tiles:
-        """Statistics of whole rows."""
-        size = self.size
-        row = statistics_entry(size, self.engine) * size.width + size.row_copy + self.fill
-        return self.whole_rows(size.selection + size.weight_copy, row)
+        """Statistics of rows; of few columns at a time where the engine merges those."""
+        size, entry = self.size, statistics_entry(self.size, self.engine)
+        sums, copy = size.selection + size.weight_copy, size.row_copy + self.fill
+        budget = self.beside(sums, self.tile)
+        if self.engine != "triton" or budget < STATISTICS_BYTES:
+            return self.whole_rows(sums, entry * size.width + copy)
+        rows = self.block(budget, entry * min(size.width, least_columns()) + copy)
+        held = min(rows, size.tokens) if size.tokens else rows
+        columns = logit_columns(self.engine, held, size.width)
+        sums += size.tokens * state_bytes(size.width, size.stats)
+        # The last block is lower, and may take more columns.
+        tile = min(STATISTICS_BYTES, held * entry * size.width)
+        return Tiles(rows, rows, columns, 0, False, sums + tile + held * copy)
 
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""

@@ -35,8 +35,8 @@ class HeadPlan:
     reason: str
     """One clause, for people."""
     block_rows: int
-    """Tokens whose statistics are taken at once, from whole rows of logits: so every path gives
-    the same log-probs to the last bit."""
+    """Tokens whose statistics are taken at once, as many on all paths: so every one gives the same
+    log-probs to the last bit."""
     tile_rows: int
     """Tokens of the largest tile of logits: a tile of the backward pass in ``recompute``; the
     token budget of a chunk of whole pairs in a ``single_pass`` that keeps no gradients; else

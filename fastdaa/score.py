@@ -36,13 +36,11 @@ def score(
         return _fused(hidden_states, head, targets, plan.block_rows, stats, operand)
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
-        columns = slice(0, head.width)
-        weight = logits.columns(columns)
-        results: list[_Scores] = []
-        for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            tile = logits.row_tile(logits.rows(rows), weight, columns)
-            results.append(tile.statistics(targets[rows], stats))
-            del tile  # before the next one is made
+        weight = logits.columns(slice(0, head.width))
+        results = [
+            logits.statistics(logits.rows(rows), weight, targets[rows], stats)
+            for rows in blocks(hidden_states.shape[0], plan.block_rows)
+        ]
     return _joined(results, hidden_states.new_zeros(0, dtype=logits.wide), stats)
 
 

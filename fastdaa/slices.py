@@ -19,8 +19,40 @@ PRODUCT_BYTES = 32 << 20
 # A product with so many results fills a GPU four times over, so none of their sums is split: parts
 # would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
 UNSPLIT_ENTRIES = 1 << 24
+# Rows and bytes of logits whose statistics the Triton engine takes at a time. 1024 rows of 12288
+# columns are 384 tiles of 128 x 256 of their product, just under three for each multiprocessor of
+# an H200; with fewer rows columns are more: no library has a reason to split the sums.
+STATISTICS_ROWS = 1024
+STATISTICS_BYTES = 48 << 20
 # CPU products give a row the same bits in any block whose height is a multiple of this.
 CPU_ROW_MULTIPLE = 16
+
+
+def logit_columns(engine: str, rows: int, width: int) -> int:
+    """Columns of the products that make so many rows of logits for statistics.
+
+    All of them in plain torch. The Triton kernels merge statistics of vocabulary splits: products
+    of whole splits, the same on all paths, so that a row has the same bits held whole or not.
+    """
+    if engine != "triton":
+        return width
+    split = least_columns()
+    return min(width, split * max(STATISTICS_BYTES // (4 * split * max(rows, 1)), 1))
+
+
+def least_columns() -> int:
+    """Columns of a vocabulary split."""
+    from fastdaa.kernels.configs import SPLIT_V
+
+    return SPLIT_V
+
+
+def state_bytes(width: int, stats: bool) -> int:
+    """Bytes of a row's statistics until they are merged: of every split, and side by side."""
+    from fastdaa.kernels.merge_splits import SCORE_FIELDS, STATS_FIELDS
+
+    fields = STATS_FIELDS if stats else SCORE_FIELDS
+    return 2 * 4 * fields * -(-width // least_columns())
 
 
 class Slices(NamedTuple):

@@ -14,10 +14,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdaa.engines import ENGINES, ROW_MULTIPLE, RowTile, logits_memory
+from fastdaa.engines import (
+    ENGINES,
+    ROW_MULTIPLE,
+    RowTile,
+    TritonTile,
+    logits_memory,
+    merged_statistics,
+)
 from fastdaa.head import LmHead
-from fastdaa.row_passes import FP16_TARGET, finish_logits, steepest_slope
-from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, UNSPLIT_ENTRIES
+from fastdaa.outputs import TokenStats
+from fastdaa.row_passes import FP16_TARGET, RowState, finish_logits, steepest_slope
+from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, UNSPLIT_ENTRIES, logit_columns
 
 _HALVES = (torch.float16, torch.bfloat16)
 # torch.addmm takes an fp32 summand with half-precision factors.
@@ -151,7 +159,7 @@ class Logits:
         self.operand = operand or operand_dtype(hidden_states, head.weight)
         self.wide = torch.float64 if self.operand == torch.float64 else torch.float32
         self.hidden_states = hidden_states
-        self.engine = ENGINES[engine]
+        self.engine_name, self.engine = engine, ENGINES[engine]
 
     def pick(self, rows: Tensor) -> Logits:
         """The logits of some rows."""
@@ -178,8 +186,35 @@ class Logits:
 
         ``out`` may be a wide buffer to use, with the rows that :func:`logits_product` wants.
         """
-        z = logits_product(hidden, weight, out)
-        return self.engine(self.head, z, columns, self.operand)
+        return self.engine(self.head, self._products(hidden, weight, out), columns, self.operand)
+
+    def statistics(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, stats: bool
+    ) -> tuple[RowState, TokenStats | None]:
+        """Statistics of rows of which no more is in memory at a time than has to be."""
+        width = self.head.width
+        step = logit_columns(self.engine_name, hidden.shape[0], width)
+        if step == width:
+            return self.row_tile(hidden, weight, slice(0, width)).statistics(targets, stats)
+        states = []
+        for columns in blocks(width, step):
+            z = logits_product(hidden, weight[columns])
+            tile = TritonTile(self.head, z, columns, self.operand)
+            states.append(tile.states(targets, stats))
+            del z, tile  # before the next ones are made
+        return merged_statistics(torch.cat(states), targets, self.head)
+
+    def _products(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        rows, width = hidden.shape[0], weight.shape[0]
+        step = logit_columns(self.engine_name, rows, width)
+        if step == width:
+            return logits_product(hidden, weight, out)
+        if out is None:
+            filled = filled_rows(rows, hidden.device)
+            out = logits_memory(filled, width, hidden.device, self.wide)
+        for columns in blocks(width, step):
+            logits_product(hidden, weight[columns], out[:, columns])
+        return out[:rows]
 
     def tile_again(self, hidden: Tensor, weight: Tensor, columns: slice) -> RowTile:
         """The same where the statistics are known: other last bits do not matter."""

@@ -15,6 +15,10 @@ ARCHITECTURES = (80, 90, 100)
 """Compute capabilities (times ten) that have a table; others use the next lower one."""
 
 
+SPLIT_V = 12288
+"""Vocabulary entries of a program that takes statistics."""
+
+
 class RowConfig(NamedTuple):
     """Block sizes of a kernel that goes over rows of a tile of logits."""
 
@@ -23,10 +27,9 @@ class RowConfig(NamedTuple):
     num_warps: int
     block_n: int = 1
     """Rows at a time."""
-    split_v: int = 12288
+    split_v: int = SPLIT_V
     """Vocabulary entries of a program that takes statistics. Tiles of logits hold any number of
-    whole splits, so a row has the same bits in every tile. 1024 rows of 12288 are 48 MiB and 384
-    tiles of 128 x 256 of a product, just under three for each multiprocessor of an H200."""
+    whole splits, so a row has the same bits in every tile."""
 
 
 # 2048 entries for 8 warps are 8 a thread: with the running sums of the widest variant that leaves

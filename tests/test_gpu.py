@@ -99,6 +99,7 @@ GIB = 2**30
     ("impl", "engine", "limit", "max_bytes"),
     [
         pytest.param("score", "fused", 64 * 2**20, None, id="score-fused"),
+        pytest.param("score", "triton", 64 * 2**20, None, id="score-triton"),
         *(
             pytest.param(impl, engine, limit * GIB, None, id=f"{impl}-{engine}")
             for impl, limit in (("frozen", 1.1), ("recompute", 1.1), ("single_pass", 2.1))
