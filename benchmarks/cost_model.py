@@ -103,7 +103,7 @@ def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None
     logit = {
         "score": statistics,
         "frozen": gradient if one_read else statistics + gradient,
-        "single_pass": statistics + gradient,
+        "single_pass": gradient if one_read and plan.kept_tokens else statistics + gradient,
         "recompute": statistics + recomputed + gradient,
     }[path] + statistics * _online(case)
     products = plan.gemms - (path in ("single_pass", "recompute") and not case.head_grad)
@@ -131,12 +131,14 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
     factor = 2 * w  # the hidden states are made one, times coefficients
+    targets = 8.0 + 3 * w  # their rows of the weight are copied and added
+    if path == "frozen":
+        return n * d * (16.0 + targets + 4 + w)  # written, normalised, and scaled in backward
+    # Rows of the weight's gradient: parts in order, their sums, and these added.
+    kept = 8.0 + targets + (40 + 6 * w) * case.wants_head_grad
     if plan.kept_whole:
         # A product of the weight's size rounds its results itself.
-        return n * d * (4.0 + w + factor)
-    if path == "frozen":
-        targets = 8.0 + 3 * w  # their rows of the weight are copied and added
-        return n * d * (16.0 + targets + 4 + w)  # written, normalised, and scaled in backward
+        return n * d * (4.0 + w + factor + kept)
     # The first product writes a sum, the others read and write it; it is rounded at the end.
     add, rounded = 8.0, 4.0 + w
     if path == "recompute":
@@ -148,7 +150,7 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     # Rounding brings the loss's own gradient, too. Rows are filled with zeros, in case that some
     # are left out, and written; where gradients are kept, times their coefficients.
     parts = math.ceil(n / plan.chunk_tokens)
-    hidden = 4 + rounded + (add + factor) * (plan.kept_tokens > 0)
+    hidden = 4 + rounded + (add + factor + kept) * (plan.kept_tokens > 0)
     weight = add * (parts - 1) + rounded
     return n * d * hidden + v * d * weight * case.wants_head_grad
 

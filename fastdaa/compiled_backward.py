@@ -15,6 +15,7 @@ from fastdaa.kept import kept_gradients
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
+from fastdaa.target_rows import TargetRows
 from fastdaa.tiles import Logits, without_autocast
 
 
@@ -22,7 +23,9 @@ class Saved(NamedTuple):
     """What forward keeps for backward; without rows where the plan keeps something else."""
 
     coefficients: Tensor
-    """``[N]`` derivatives of the loss by the log-probs."""
+    """``[N]`` derivatives of the loss by the log-probs; with ``dz``, times its factors."""
+    own: Tensor
+    """``[N]`` that goes with ``dz``: the gradient's entries at the targets."""
     active: Tensor
     """``[a]`` rows of ``dz``, if they are not all."""
     dz: Tensor
@@ -46,8 +49,8 @@ class Saved(NamedTuple):
             return rows.new_empty((0, *columns), dtype=dtype or wide_dtype(operand))
 
         return Saved(
-            empty(), empty(dtype=torch.int64), empty(weight.shape[0], dtype=operand), empty(),
-            empty(), empty(rows.shape[1]), empty(weight.shape[1]), empty(),
+            empty(), empty(), empty(dtype=torch.int64), empty(weight.shape[0], dtype=operand),
+            empty(), empty(), empty(rows.shape[1]), empty(weight.shape[1]), empty(),
         )  # fmt: skip
 
 
@@ -60,6 +63,7 @@ def pair_loss_gradients(
     targets: Tensor,
     logps: Tensor,
     coefficients: Tensor,
+    own: Tensor,
     active: Tensor,
     dz: Tensor,
     m: Tensor,
@@ -102,7 +106,8 @@ def pair_loss_gradients(
     with without_autocast(rows.device):
         some = active if dz.shape[0] < rows.shape[0] else None
         dz = dz[:, : weight.shape[0]]
-        return present(kept_gradients(dz, scaled, some, rows, weight, bias, wants), rows)
+        of = TargetRows(targets, scaled, own * grad_loss)
+        return present(kept_gradients(dz, of, some, rows, weight, bias, wants), rows)
 
 
 @pair_loss_gradients.register_fake

@@ -85,7 +85,7 @@ def compiled_pair_loss(
 
 _Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
@@ -149,12 +149,13 @@ def _evaluate(
     """Losses, log-probs and statistics on the path of the plan, and fields of :class:`Saved`."""
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
     if plan.kept_whole:
-        results, (dz, coefficients, active) = keep_gradients(
+        results, (dz, coefficients, own, active) = keep_gradients(
             logits, targets, plan, lambda logps: batch.evaluate(logps, batch.everything), stats
         )
         # Whole rows of the buffer: an operator's outputs are best contiguous.
         whole = dz.as_strided((dz.shape[0], dz.stride(0)), (dz.stride(0), 1))
-        return results, {"coefficients": coefficients, "active": active, "dz": whole}
+        saved = {"coefficients": coefficients, "own": own, "active": active, "dz": whole}
+        return results, saved
     if plan.path == "single_pass":
         chunks = chunks_of_pairs(batch.selection.counts, plan.chunk_tokens)
         results, sums = run_single_pass(

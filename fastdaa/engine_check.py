@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fastdaa.outputs import BatchTotals
 
 # Two splits of the vocabulary, the second of them narrow and odd.
 _COLUMNS = 12288 + 53
-_ROWS = 16
+_ROWS = 8
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -56,7 +57,10 @@ _OBSTACLES: dict[int, str] = {}
 
 def _try_kernels(device: torch.device) -> str:
     try:
-        wrong = wrong_results(device)
+        # In a thread of its own: inference mode, checkpoints that record operators, transforms of
+        # torch.func and autocast belong to the caller's.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            wrong = thread.submit(wrong_results, device).result()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -73,28 +77,30 @@ def _try_kernels(device: torch.device) -> str:
     return obstacle
 
 
-@torch.no_grad()
 def wrong_results(device: torch.device) -> list[str]:
     """Names of what the kernels compute wrongly on a device: nothing, where they work.
 
-    Statistics and gradients of a tile of logits against fp64, gradients over the logits against
-    those beside them, and the objective kernel's DPO against its formula. No products, no autograd:
-    hooks and modes of the caller see none.
+    Statistics and gradients of a tile of logits against fp64, with a nearly certain target and a
+    nearly impossible one; the same log-probs to the last bit beside a gradient, and the same
+    gradients over the logits as beside them; the objective kernel's DPO against its formula.
     """
-    with torch.inference_mode(False):
-        generator = torch.Generator(device).manual_seed(0)
-        shape = (_ROWS, _COLUMNS)
-        z = 4.0 * torch.randn(shape, generator=generator, device=device)
-        targets = torch.randint(_COLUMNS, (_ROWS,), generator=generator, device=device)
-        found = _tile_differences(z, targets) | _objective_differences(z[:, 0].contiguous())
-        largest = torch.stack([value.double() for value in found.values()]).tolist()
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (_ROWS, _COLUMNS)
+    # The caller's default dtype may be another one.
+    z = 4.0 * torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    targets = torch.randint(_COLUMNS, (_ROWS,), generator=generator, device=device)
+    found = _objective_differences(z[0, :16])
+    z[:2].scatter_(1, targets[:2, None], z.new_tensor([[45.0], [-45.0]]))
+    found |= _tile_differences(z, targets)
+    largest = torch.stack([value.double() for value in found.values()]).tolist()
     limits = zip(found, largest, strict=True)
     return [name for name, difference in limits if not difference <= _LIMITS[name]]
 
 
 # Log-probs are some -20 and entropies some 3 nats; bf16 entries have 8 bits.
 _LIMITS = {
-    "log-probs": 1e-4, "entropies": 1e-4, "gradients": 1e-2, "gradients in place": 0.0,
+    "log-probs": 1e-4, "log-probs beside gradients": 0.0, "entropies": 1e-4, "gradients": 1e-2,
+    "gradients in place": 0.0, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
     "losses": 1e-5, "coefficients": 1e-5,
 }  # fmt: skip
 
@@ -105,18 +111,30 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
     plain = TorchTile(head, z.double(), everything, torch.float64)
     ours = TritonTile(head, z, everything, torch.bfloat16)
     state, stats = ours.statistics(targets, stats=True)
+    frozen = ours.slopes(targets)
     beside = torch.empty_like(z, dtype=torch.bfloat16)
     ours.gradient(state, targets, coefficients, out=beside)
+    sums, true_sums = ours.column_sums(beside), beside.double().sum(dim=0)
     in_place = ours.gradient(state, targets, coefficients)
     true_state, true_stats = plain.statistics(targets, stats=True, keep=True)
     assert stats is not None and true_stats is not None
     truth = plain.gradient(true_state, targets, coefficients.double())
+    by_frozen = frozen.factors[:, None] * frozen.slopes.double()
+    by_frozen.scatter_(1, targets[:, None], frozen.own.double()[:, None])
     return {
         "log-probs": (state.logps - true_state.logps).abs().amax(),
+        "log-probs beside gradients": (frozen.state.logps - state.logps).abs().amax(),
         "entropies": (stats.entropy - true_stats.entropy).abs().amax(),
-        "gradients": (beside - truth).norm() / truth.norm(),
+        "gradients": _relative(beside, truth),
         "gradients in place": (in_place - beside).abs().amax(),
+        "gradients of frozen heads": _relative(by_frozen, truth),
+        "column sums": _relative(sums[None], true_sums[None]),
     }
+
+
+def _relative(got: Tensor, truth: Tensor) -> Tensor:
+    """The largest error of a row, relative to it: that of a confident token is tiny."""
+    return ((got - truth).norm(dim=1) / truth.norm(dim=1)).amax()
 
 
 def _objective_differences(logps: Tensor) -> dict[str, Tensor]:

@@ -3,9 +3,13 @@
 For every sequence-level objective ``dL/dz_i = c_i (onehot_i - p_i)``, one number ``c_i`` a row. The
 rest of the row needs no loss, so forward makes it while a tile of logits is at hand, and rounds it
 to the dtype of the next product: 2 bytes a logit. The numbers join later, on the rows of the hidden
-states' gradient, and on the hidden states as a factor of the weight's gradient,
+states' gradient, and on the hidden states as a factor of the weight's gradient. The entry of the
+target, ``o_i = 1 - p_i``, is the largest of its row. It stays out of the products, which round
+their factors:
 
-    dH = c * (dz W),    dW = dz^T (c * H).
+    dH = c * (f * (dz W) + o * W[targets]),    dW = dz^T (c * f * H),  dW[targets] += c * o * H
+
+with the factors ``f`` of the rows of ``dz``.
 
 Where the whole batch fits (:class:`Kept`) the products wait for backward, where the loss's own
 gradient is known too: no fp32 sum of the weight's gradient, and each entry of both is rounded once
@@ -17,7 +21,7 @@ small, so fp16 is left to chunks of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +36,7 @@ from fastdaa.outputs import TokenStats
 from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import move_to_front
 from fastdaa.score import join
-from fastdaa.slices import PRODUCT_BYTES
+from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
 from fastdaa.tiles import (
     Logits,
     blocks,
@@ -46,6 +50,10 @@ from fastdaa.tiles import (
 # The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
 # FLOP a logit that is left out.
 _WORTH_MOVING = 15 / 16
+
+
+# Rows of the weight that join a product's result are copied, so many bytes of fp32 at a time.
+_FEW_BYTES = 4 << 20
 
 
 class Kept(torch.autograd.Function):
@@ -64,7 +72,7 @@ class Kept(torch.autograd.Function):
         """Loss, coefficients, and the gradients of the logits without them."""
         logits = Logits(hidden_states, head, engine=plan.engine)
         (losses, logps, *values), kept = keep_gradients(logits, targets, plan, objective, stats)
-        ctx.save_for_backward(hidden_states, weight, bias, *kept)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, *kept)
         ctx.mark_non_differentiable(losses, logps, *values)
         return losses.sum() / pairs, losses, logps, *values
 
@@ -72,11 +80,10 @@ class Kept(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, dz, coefficients, active = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        rows = coefficients * grad_loss
+        hidden, weight, bias, targets, dz, coefficients, own, active = ctx.saved_tensors
+        rows = TargetRows(targets, coefficients * grad_loss, own * grad_loss)
         with without_autocast(hidden.device):
-            grads = kept_gradients(dz, rows, active, hidden, weight, bias, wanted)
+            grads = kept_gradients(dz, rows, active, hidden, weight, bias, ctx.needs_input_grad[:3])
         return *grads, None, None, None, None, None, None
 
 
@@ -86,7 +93,9 @@ class KeptGradients(NamedTuple):
     dz: Tensor
     """``[a, V]`` as :class:`Unscaled` makes it."""
     coefficients: Tensor
-    """``[N]`` derivatives of the loss by the log-probs."""
+    """``[N]`` derivatives of the loss by the log-probs, times the factors of the rows."""
+    own: Tensor
+    """``[N]`` the same times the entries of the targets."""
     active: Tensor | None
     """``[a]`` rows of ``dz``, None for all."""
 
@@ -102,33 +111,37 @@ def keep_gradients(
         losses, coefficients = objective(logps)
         dz, active = leave_out(kept.dz, coefficients) if plan.sparse else (kept.dz, None)
     values = join(kept.values, 3, coefficients.new_zeros(0))
-    return [losses, logps, *values], KeptGradients(dz, coefficients, active)
+    rows = coefficients * kept.factors, coefficients * kept.own
+    return [losses, logps, *values], KeptGradients(dz, *rows, active)
 
 
 def kept_gradients(
-    dz: Tensor, rows: Tensor, active: Tensor | None, hidden: Tensor, weight: Tensor,
+    dz: Tensor, rows: TargetRows, active: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of hidden states, weight and bias in their dtypes; None where not wanted.
 
     Args:
-        dz: ``[a, V]`` as :class:`Unscaled` makes it. rows: ``[N]`` coefficients. active: ``[a]``
-            rows of ``dz``, None for all.
+        dz: ``[a, V]`` as :class:`Unscaled` makes it. rows: of all ``N`` rows. active: ``[a]`` rows
+            of ``dz``, None for all.
     """
-    c = rows if active is None else rows[active]
+    rows = rows if active is None else rows.pick(active)
     # The weight first: its factor is gone before the gradient of the hidden states comes.
     by_weight = None
     if wanted[1]:
-        by_weight = _weight_gradient(dz, scaled_rows(hidden, c, dz.dtype, active), weight)
+        factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
+        by_weight = _weight_gradient(dz, factor, weight)
+        del factor
+        add_target_rows(by_weight, hidden, rows, active)
     by_hidden = None
     if wanted[0]:
         by_hidden = torch.empty_like(hidden) if active is None else torch.zeros_like(hidden)
-        write_hidden_gradient(dz, c, weight.to(dz.dtype), by_hidden, active)
+        write_hidden_gradient(dz, rows, weight.to(dz.dtype), by_hidden, active)
     by_bias = None
     if wanted[2] and bias is not None:
-        by_bias = torch.empty_like(bias)
-        for columns, part in _column_sums(dz, c):
-            by_bias[columns] = part
+        total = bias.new_zeros(bias.shape, dtype=rows.own.dtype)
+        add_column_sums(total, dz, rows)
+        by_bias = total.to(bias.dtype)
     return by_hidden, by_weight, by_bias
 
 
@@ -146,7 +159,7 @@ class KeptChunks:
         self, logits: Logits, targets: Tensor, plan: HeadPlan, wanted: tuple[bool, bool, bool],
         stats: bool, longest: int,
     ):  # fmt: skip
-        self.logits, self.plan = logits, plan
+        self.logits, self.targets, self.plan = logits, targets, plan
         self.kept = Unscaled(logits, targets, plan, min(plan.kept_tokens, longest), stats)
         self.grads = GradientSums(logits, wanted)
         self.logps: list[Tensor] = []
@@ -182,19 +195,24 @@ class KeptChunks:
             dz, active = leave_out(dz, coefficients)
         if not dz.shape[0]:
             return
-        hidden, grads = self.logits.hidden_states[rows], self.grads
-        c = coefficients if active is None else coefficients[active]
+        hidden, grads, kept = self.logits.hidden_states[rows], self.grads, self.kept
+        count = coefficients.shape[0]
+        of = TargetRows(
+            self.targets[rows], coefficients * kept.factors[:count], coefficients * kept.own[:count]
+        )
+        of = of if active is None else of.pick(active)
         if grads.weight is not None:
-            grads.add_to_weight(dz, scaled_rows(hidden, c, dz.dtype, active))
+            grads.add_to_weight(dz, scaled_rows(hidden, of.coefficients, dz.dtype, active))
+            add_target_rows(grads.weight, hidden, of, active)
         if grads.hidden is not None:
-            write_hidden_gradient(dz, c, self.kept.weight, grads.hidden[rows], active)
+            write_hidden_gradient(dz, of, kept.weight, grads.hidden[rows], active)
         if grads.bias is not None:
-            for columns, part in _column_sums(dz, c):
-                grads.bias[columns] += part
+            add_column_sums(grads.bias, dz, of)
 
 
 class Unscaled:
-    """``onehot - p`` times the slope of the logits, ``[tokens, V]`` in bf16, tile by tile."""
+    """``d logp / d logits`` of tokens, tile by tile: ``factors[:, None] * dz``, ``[tokens, V]`` in
+    bf16, and ``own`` at the targets, where ``dz`` is 0."""
 
     def __init__(
         self, logits: Logits, targets: Tensor, plan: HeadPlan, tokens: int, stats: bool
@@ -206,6 +224,7 @@ class Unscaled:
         width, device = self.columns.stop, self.weight.device
         self._memory = logits_memory(rows, width, device, logits.operand)
         self.dz = self._memory[:tokens]
+        self.factors, self.own = self.weight.new_empty((2, tokens), dtype=logits.wide)
         self.values: list[TokenStats] = []
 
     def make(self, rows: slice, record: bool = True) -> Tensor:
@@ -224,17 +243,20 @@ class Unscaled:
         return logps
 
     def _tile(self, rows: slice, place: slice | None, record: bool) -> Tensor:
-        targets, here = self.targets[rows], None
-        out = None if place is None else self.dz[place]
-        # Wide gradients are made in the memory of their logits.
-        if place is not None and self.logits.operand == self.logits.wide:
-            filled = filled_rows(place.stop - place.start, self.weight.device)
-            here = self._memory[place.start : place.start + filled]
-        tile = self.logits.row_tile(self.logits.rows(rows), self.weight, self.columns, here)
-        state, values = tile.statistics(targets, self.stats and record, keep=out is not None)
-        if out is not None:
-            ones = torch.ones_like(state.logps)
-            tile.gradient(state, targets, ones, out=out if here is None else None)
+        targets, stats = self.targets[rows], self.stats and record
+        hidden, here = self.logits.rows(rows), None
+        if place is None:
+            state, values = self.logits.statistics(hidden, self.weight, targets, stats)
+        else:
+            # Wide gradients are made in the memory of their logits.
+            in_place = self.logits.operand == self.logits.wide
+            if in_place:
+                filled = filled_rows(place.stop - place.start, self.weight.device)
+                here = self._memory[place.start : place.start + filled]
+            tile = self.logits.row_tile(hidden, self.weight, self.columns, here)
+            made = tile.slopes(targets, stats, None if in_place else self.dz[place])
+            state, values = made.state, made.values
+            self.factors[place], self.own[place] = made.factors, made.own
         if values is not None:
             self.values.append(values)
         return state.logps
@@ -264,19 +286,20 @@ def scaled_rows(
 
 
 def write_hidden_gradient(
-    dz: Tensor, coefficients: Tensor, weight: Tensor, out: Tensor, active: Tensor | None = None
+    dz: Tensor, rows: TargetRows, weight: Tensor, out: Tensor, active: Tensor | None = None
 ) -> None:
-    """``coefficients * (dz weight)``, ``[a, D]``, into all rows of ``out`` or those ``active``,
-    rounded once; ``weight`` is a factor."""
-    for rows in product_slices(out[: dz.shape[0]]):
-        c = coefficients[rows, None]
-        if active is None:
-            torch.mul(product(dz[rows], weight), c, out=out[rows])
-        else:
-            out.index_copy_(0, active[rows], product(dz[rows], weight).mul_(c).to(out.dtype))
-
-
-def _column_sums(dz: Tensor, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``coefficients dz``, wide, a slice of the vocabulary at a time."""
-    for columns in blocks(dz.shape[1], max(PRODUCT_BYTES // (4 * max(dz.shape[0], 1)), 1)):
-        yield columns, coefficients @ dz[:, columns].to(coefficients.dtype)
+    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]``, into all rows of ``out``
+    or those ``active``, rounded once; ``weight`` is a factor."""
+    few = max(_FEW_BYTES // (4 * out.shape[1]), 1)
+    for part in product_slices(out[: dz.shape[0]]):
+        result, of = product(dz[part], weight), rows.pick(part)
+        places = None if active is None else active[part]
+        for some in blocks(result.shape[0], few):
+            these = of.pick(some)
+            ours = result[some].mul_(these.coefficients[:, None])
+            ours.addcmul_(these.own[:, None], weight[these.targets])
+            if places is None:
+                out[part][some] = ours
+            else:
+                out.index_copy_(0, places[some], ours.to(out.dtype))
+        del result, ours  # before the next ones are made

@@ -18,6 +18,7 @@ from fastdaa.kept import Unscaled, kept_gradients
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
 from fastdaa.score import join
+from fastdaa.target_rows import TargetRows
 from fastdaa.tiles import Logits, without_autocast
 
 
@@ -37,7 +38,8 @@ class KeptLogps(torch.autograd.Function):
         with without_autocast(hidden_states.device):
             kept = Unscaled(logits, targets, plan, targets.shape[0], stats)
             logps = kept.make(slice(0, targets.shape[0]))
-        ctx.save_for_backward(hidden_states, weight, bias, kept.dz)
+        saved = (targets, kept.dz, kept.factors, kept.own)
+        ctx.save_for_backward(hidden_states, weight, bias, *saved)
         ctx.sparse = plan.sparse
         values = join(kept.values, 3, logps.new_empty(0))
         ctx.mark_non_differentiable(*values)
@@ -47,7 +49,7 @@ class KeptLogps(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, dz = ctx.saved_tensors
+        hidden, weight, bias, targets, dz, factors, own = ctx.saved_tensors
         active = None
         if ctx.sparse:
             active = coefficients.nonzero()[:, 0]
@@ -57,9 +59,9 @@ class KeptLogps(torch.autograd.Function):
             else:
                 active = None
         with without_autocast(hidden.device):
-            grads = kept_gradients(
-                dz, coefficients, active, hidden, weight, bias, ctx.needs_input_grad[:3]
-            )
+            rows = TargetRows(targets, coefficients * factors, coefficients * own)
+            wanted = ctx.needs_input_grad[:3]
+            grads = kept_gradients(dz, rows, active, hidden, weight, bias, wanted)
         return *grads, None, None, None, None
 
 

@@ -181,19 +181,20 @@ def plan_head(
     may_keep = loss_inside and tokens > 0 and not sharded
     return _plan(
         size, torch.device(device), impl, engine, max_bytes, loss_inside=loss_inside,
-        coupled=coupled, may_keep=may_keep, divergence=divergence,
+        coupled=coupled, may_keep=may_keep, divergence=divergence, sharded=sharded,
     )  # fmt: skip
 
 
 def _plan(
     size: CallSize, device: torch.device, impl: str, engine: str, max_bytes: int | None, *,
-    loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool,
+    loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool, sharded: bool,
 ) -> HeadPlan:  # fmt: skip
     """The plan for checked sizes; ``may_keep``: gradients of logits can wait for backward."""
     on_cpu = device.type == "cpu"
     name, engine_reason = engine, "asked for"
     if engine == "auto":
-        name, engine_reason = _best_engine(size, device, plain=divergence or impl == "reference")
+        plain = divergence or impl == "reference"
+        name, engine_reason = _best_engine(size, device, plain=plain, sharded=sharded)
     whole = may_keep and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
     coupled = coupled and not whole  # the loss of the whole batch is known in time
     path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside, coupled)
@@ -245,10 +246,14 @@ def _obstacle(tiles: Tiles, size: CallSize, on_cpu: bool, max_bytes: int | None)
     return ""
 
 
-def _best_engine(size: CallSize, device: torch.device, *, plain: bool) -> tuple[str, str]:
+def _best_engine(
+    size: CallSize, device: torch.device, *, plain: bool, sharded: bool
+) -> tuple[str, str]:
     """The engine that ``auto`` is, and why if there was a choice; ``plain``: there is one alone."""
     if device.type != "cuda" or plain:
         return "torch", ""
+    if sharded:  # what a process finds out about its device alone would not do
+        return "torch", "processes that share a vocabulary need the same one: ask for 'triton'"
     if size.operand == torch.float64:
         return "torch", "fp64 is for plain torch"
     obstacle = triton_obstacle(device)

@@ -173,7 +173,9 @@ class _HeldChunks:
             rows = slice(start + b.start, start + b.stop)
             filled = filled_rows(b.stop - b.start, self.device)
             out = None if space is None else space[b.start : b.start + filled]
-            tile = logits.row_tile(logits.rows(rows), self.weight, self.columns, out)
+            tile = logits.row_tile(
+                logits.rows(rows), self.weight, self.columns, out, self.plan.block_rows
+            )
             state, values = tile.statistics(self.targets[rows], self.stats, keep=True)
             yield _Block(rows, tile, state, values)
 

@@ -180,13 +180,17 @@ class Logits:
         return finish_logits(self.head, logits_product(hidden, weight), columns)
 
     def row_tile(
-        self, hidden: Tensor, weight: Tensor, columns: slice, out: Tensor | None = None
-    ) -> RowTile:
+        self, hidden: Tensor, weight: Tensor, columns: slice, out: Tensor | None = None,
+        block_rows: int | None = None,
+    ) -> RowTile:  # fmt: skip
         """Raw products ``[r, c]`` in the hands of the engine.
 
         ``out`` may be a wide buffer to use, with the rows that :func:`logits_product` wants.
+        ``block_rows``: of each product, as other paths make them; None for all.
         """
-        return self.engine(self.head, self._products(hidden, weight, out), columns, self.operand)
+        return self.engine(
+            self.head, self._products(hidden, weight, out, block_rows), columns, self.operand
+        )
 
     def statistics(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, stats: bool
@@ -204,16 +208,21 @@ class Logits:
             del z, tile  # before the next ones are made
         return merged_statistics(torch.cat(states), targets, self.head)
 
-    def _products(self, hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    def _products(
+        self, hidden: Tensor, weight: Tensor, out: Tensor | None, block_rows: int | None
+    ) -> Tensor:
         rows, width = hidden.shape[0], weight.shape[0]
-        step = logit_columns(self.engine_name, rows, width)
-        if step == width:
+        high = min(block_rows or rows, rows)
+        if high == rows and logit_columns(self.engine_name, rows, width) == width:
             return logits_product(hidden, weight, out)
         if out is None:
             filled = filled_rows(rows, hidden.device)
             out = logits_memory(filled, width, hidden.device, self.wide)
-        for columns in blocks(width, step):
-            logits_product(hidden, weight[columns], out[:, columns])
+        for part in blocks(rows, max(high, 1)):
+            height = part.stop - part.start
+            place = out[part.start : part.start + filled_rows(height, hidden.device)]
+            for columns in blocks(width, logit_columns(self.engine_name, height, width)):
+                logits_product(hidden[part], weight[columns], place[:, columns])
         return out[:rows]
 
     def tile_again(self, hidden: Tensor, weight: Tensor, columns: slice) -> RowTile:

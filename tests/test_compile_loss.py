@@ -181,8 +181,8 @@ def gradient_operator(arguments, output):
 @pytest.mark.parametrize(
     ("name", "operand", "impl", "saved"),
     [
-        pytest.param("dpo", HALF, "auto", {"coefficients", "dz"}, id="kept"),
-        pytest.param("slic", HALF, "auto", {"coefficients", "dz"}, id="kept-sparse"),
+        pytest.param("dpo", HALF, "auto", {"coefficients", "dz", "own"}, id="kept"),
+        pytest.param("slic", HALF, "auto", {"coefficients", "dz", "own"}, id="kept-sparse"),
         pytest.param("dpo", torch.float32, "auto", {"hidden", "weight", "bias"}, id="chunks"),
         pytest.param("aot", torch.float32, "auto", {"coefficients", "m", "log_s"}, id="coupled"),
         pytest.param("dpo", HALF, "recompute", {"coefficients", "m", "log_s"}, id="recompute"),

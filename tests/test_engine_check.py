@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdaa import engine_check, plan_head
 from fastdaa.engine_check import triton_obstacle, wrong_results
@@ -35,22 +36,82 @@ def test_the_kernels_agree_with_fp64():
     assert wrong_results(torch.device(DEVICE)) == []
 
 
+def without_confident_target(gradient):
+    gradient[0] = 0.0  # a few parts in a billion of the whole
+    return gradient
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("kernel", "name"),
-    [("statistics", "log-probs"), ("gradient", "gradients")],
+    ("kernel", "change", "name"),
+    [
+        ("statistics", lambda r: (r[0]._replace(logps=r[0].logps + 0.01), r[1]), "log-probs"),
+        ("gradient", lambda gradient: gradient.mul_(1.1), "gradients"),
+        ("gradient", without_confident_target, "gradients"),
+        ("slopes", lambda r: r._replace(factors=1.1 * r.factors), "gradients of frozen heads"),
+        (
+            "slopes",
+            lambda r: r._replace(state=r.state._replace(logps=r.state.logps * (1 + 2**-23))),
+            "log-probs beside gradients",
+        ),
+        ("column_sums", lambda sums: sums * 1.1, "column sums"),
+    ],
+    ids=["statistics", "gradient", "confident", "slopes", "last-bits", "column-sums"],
 )
-def test_a_kernel_that_computes_something_else_is_named(monkeypatch, kernel, name):
+def test_a_kernel_that_computes_something_else_is_named(monkeypatch, kernel, change, name):
     ours = getattr(engine_check.TritonTile, kernel)
 
-    def slightly_wrong(self, *args, **kwargs):
-        result = ours(self, *args, **kwargs)
-        if kernel == "gradient":
-            return result.mul_(1.1)
-        return (result[0]._replace(logps=result[0].logps + 0.01), result[1])
+    def changed(*args, **options):
+        return change(ours(*args, **options))
 
-    monkeypatch.setattr(engine_check.TritonTile, kernel, slightly_wrong)
+    static = isinstance(vars(engine_check.TritonTile)[kernel], staticmethod)
+    monkeypatch.setattr(
+        engine_check.TritonTile, kernel, staticmethod(changed) if static else changed
+    )
     assert name in wrong_results(torch.device("cpu"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_caller_does_not_matter(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert wrong_results(torch.device("cpu")) == []
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Recorder(TorchDispatchMode):
+    """What a checkpoint or a profiler of operators sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("around", ["operators", "torch.func", "inference", "autocast"])
+def test_what_the_caller_is_in_the_middle_of_does_not_matter(gpu, around):
+    gpu.setattr(engine_check, "wrong_results", lambda device: wrong_results(torch.device("cpu")))
+    cuda = torch.device("cuda")
+    if around == "torch.func":
+        said = []
+        torch.vmap(lambda x: said.append(triton_obstacle(cuda)) or x)(torch.ones(2))
+        assert said == [""]
+        return
+    recorder = Recorder()
+    contexts = {
+        "operators": recorder,
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    with contexts[around]:
+        assert triton_obstacle(cuda) == ""
+    assert recorder.seen == []
 
 
 @pytest.mark.interpreter
@@ -123,6 +184,12 @@ def test_kernels_that_do_not_run_are_left_with_a_warning(gpu):
     gpu.setattr(engine_check, "wrong_results", fail)
     with pytest.warns(UserWarning, match=r"do not run on this machine: no C compiler\. Plain"):
         assert plan().engine == "torch"
+
+
+def test_processes_that_share_a_vocabulary_do_not_decide_alone(gpu):
+    made = plan(sharded=True)
+    assert made.engine == "torch" and "ask for 'triton'" in made.explain()
+    assert plan(sharded=True, engine="triton").engine == "triton"
 
 
 def test_a_graph_is_not_captured_with_kernels_that_were_not_tried(gpu):

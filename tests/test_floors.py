@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"validation", "first_order"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
     {"slices"},
+    {"target_rows"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "memory", "compiled_selection"},
     {"row_passes"},

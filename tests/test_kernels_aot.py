@@ -57,8 +57,8 @@ MEASURE = """if True:
     print(json.dumps([measure(entry, target) for entry in ENTRIES if entry.name in names]))
 """
 READ = """if True:
-    import json
-    from fastdaa.kernels.aot import TARGETS, Entry, disassembly, measure
+    import json, re
+    from fastdaa.kernels.aot import TARGETS, Entry, _compile, disassembly, measure
     from fastdaa.kernels.aot_entries import ENTRIES
     from tests.tf32_product import multiply_kernel
     in_place = [entry for entry in ENTRIES if entry.constants.get("IN_PLACE")]
@@ -76,6 +76,16 @@ READ = """if True:
     pointers = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32:16")
     entry = Entry("tf32", multiply_kernel, pointers, {"SIZE": 64}, 4)
     print(json.dumps([measure(entry, target) for target in TARGETS]))
+    over_lanes = re.compile(r"(arith\\.\\w+) [^\\n]*\\n\\s*tt\\.reduce\\.return")
+    to_row = re.compile(r"tt\\.addptr %(\\w+_ptr), [^:]*: [^,]*, i32")
+    ir = {
+        entry.name: _compile(entry, "sm_90").asm["ttir"]
+        for entry in ENTRIES if entry.name.startswith("row_")
+    }
+    print(json.dumps({
+        name: over_lanes.findall(ir[name]) for name in ir if name.startswith("row_statistics/")
+    }))
+    print(json.dumps({name: to_row.findall(ir[name]) for name in ir}))
 """
 
 
@@ -84,6 +94,9 @@ class Compiled(NamedTuple):
     unused: list[str]
     too_few_warps: Numbers
     tf32: list[Numbers]
+    over_lanes: dict[str, list[str]]
+    near: dict[str, list[str]]
+    """Pointers that are moved by less than 2^31 entries."""
 
 
 def in_own_process(root: Path, folder: Path, code: str, *arguments: str) -> list[Any]:
@@ -123,8 +136,9 @@ def numbers_of(triton_cache: Path, repository_root: Path) -> Callable[[Entry, st
 
 @pytest.fixture(scope="module")
 def compiled(triton_cache: Path, repository_root: Path) -> Compiled:
-    sass, unused, too_few_warps, tf32 = in_own_process(repository_root, triton_cache, READ)
-    return Compiled(sass, unused, Numbers(*too_few_warps), [Numbers(*row) for row in tf32])
+    sass, unused, too_few_warps, tf32, *ir = in_own_process(repository_root, triton_cache, READ)
+    numbers = [Numbers(*row) for row in tf32]
+    return Compiled(sass, unused, Numbers(*too_few_warps), numbers, *ir)
 
 
 def test_names_are_unique() -> None:
@@ -154,6 +168,22 @@ def test_threads_meet_between_the_reads_and_the_writes_of_a_block(
 
 def test_entries_assume_no_alignment_that_the_launch_does_not_tell(compiled: Compiled) -> None:
     assert compiled.unused == []
+
+
+def test_sums_over_the_lanes_of_a_row_are_of_integers(compiled: Compiled) -> None:
+    """The order of a sum over lanes differs between the variants of a kernel, and floats would have
+    other bits. The mean logit alone, a metric, is summed as it is."""
+    assert len(compiled.over_lanes) >= 8
+    for name, found in compiled.over_lanes.items():
+        stats = "/stats" in name
+        assert found.count("arith.addi") == (3 if stats else 1), name
+        assert found.count("arith.addf") == stats, name
+
+
+def test_rows_may_lie_beyond_2_to_the_31_entries(compiled: Compiled) -> None:
+    """16745 rows of 128256 logits, an offset that the interpreter has no memory to try."""
+    assert len(compiled.near) >= 20
+    assert {pointer for found in compiled.near.values() for pointer in found} == {"bias_ptr"}
 
 
 def test_spills_are_seen(compiled: Compiled) -> None:

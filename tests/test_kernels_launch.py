@@ -40,11 +40,14 @@ DEVICE = """if True:
             return GPUTarget("cuda", 90, 32)
 
     driver.set_active(Device())
-    run, variants = JITFunction.run, defaultdict(set)
+    run, variants, fused = JITFunction.run, defaultdict(set), set()
 
     def compile_only(self, *args, grid, warmup, **options):
         assert all(0 < size < 2**31 for size in grid)
-        variants[self.fn.__name__].add(run(self, *args, grid=grid, warmup=True, **options).hash)
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        variants[self.fn.__name__].add(compiled.hash)
+        if compiled.metadata.enable_fp_fusion:
+            fused.add(self.fn.__name__)
 
     JITFunction.run = compile_only
 
@@ -65,6 +68,13 @@ ROWS = """if True:
         dz = write_row_gradient(z, targets, *state, ones, dtype=torch.bfloat16)
         sum_columns(dz)
 """
+SLOPES = """if True:
+    from fastdaa.kernels.row_slopes import take_row_slopes
+
+    for rows in (64, 37, 2, 1):
+        z, targets = torch.zeros(rows, 4096), torch.zeros(rows, dtype=torch.int64)
+        take_row_slopes(z, targets, torch.zeros(rows, 4096, dtype=torch.bfloat16))
+"""
 SCORE = """if True:
     from fastdaa.kernels.score import score_tokens
 
@@ -76,11 +86,13 @@ SCORE = """if True:
 SIZES_OF_ONE = """if True:
     from fastdaa.kernels.row_statistics import take_row_statistics
     from fastdaa.kernels.row_gradient import write_row_gradient
+    from fastdaa.kernels.row_slopes import take_row_slopes
     from fastdaa.kernels.score import score_tokens
 
     z, target = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
     state = take_row_statistics(z, target, stats=True)[:3]
     write_row_gradient(z, target, *state, torch.ones(1), dtype=torch.float32)
+    take_row_slopes(z, target, torch.zeros(1, 1, dtype=torch.bfloat16), stats=True)
     score_tokens(torch.zeros(1, 1), torch.zeros(1, 1), target, stats=True)
 """
 DIVERGENCE = """if True:
@@ -118,12 +130,22 @@ OBJECTIVE = """if True:
             },
             id="rows",
         ),
+        pytest.param(
+            SLOPES,
+            {
+                "_take_row_states_kernel": 1,
+                "_merge_splits_kernel": 1,
+                "_finish_row_slopes_kernel": 1,
+            },
+            id="slopes",
+        ),
         pytest.param(SCORE, {"_score_tiles_kernel": 1, "_merge_splits_kernel": 1}, id="score"),
         pytest.param(
             SIZES_OF_ONE,
             {
-                "_take_row_states_kernel": 1,
+                "_take_row_states_kernel": 2,  # the second one writes slopes
                 "_write_row_gradient_kernel": 1,
+                "_finish_row_slopes_kernel": 1,
                 "_score_tiles_kernel": 1,
                 "_merge_splits_kernel": 1,
             },
@@ -149,10 +171,15 @@ def test_a_launcher_compiles_one_variant_whatever_the_batch(
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    report = "print(json.dumps({name: len(found) for name, found in variants.items()}))"
+    report = (
+        "print(json.dumps([{name: len(found) for name, found in variants.items()}, list(fused)]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", "\n".join((DEVICE, calls, report))], cwd=repository_root,
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
+    found, fused = json.loads(done.stdout)
+    assert found == expected
+    # What is fused depends on the variant, and a row has the same bits in all of them.
+    assert not {"_take_row_states_kernel", "_merge_splits_kernel"} & set(fused)

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from tile_budget import tiles_of
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from fastdaa import (
     PairLogps,
     TokenSelection,
     TokenStats,
+    VocabShard,
     memory,
     pair_loss,
     plan_head,
@@ -28,6 +30,7 @@ from fastdaa import (
     token_logps,
     token_stats,
 )
+from fastdaa.engines import TritonTile
 from fastdaa.logps import head_logps
 
 triton = pytest.importorskip("triton")
@@ -265,6 +268,18 @@ def test_excluded_tokens_are_harmless(poisoned, excluded):
     assert (take_row_statistics(z, excluded_target, config=SMALL).logps == -torch.inf).all()
 
 
+def test_sums_hold_flat_rows_and_thousands_of_small_terms():
+    """The ends of the range of sums in fixed point: all terms 1, and terms of 10^-9 beside a 1."""
+    v = 24576
+    z = torch.zeros(2, v, device=DEVICE)
+    z[1], z[1, 100] = -21.0, 0.0
+    got = take_row_statistics(z, torch.tensor([5, 20000], device=DEVICE), stats=True)
+    want = [math.log(v), math.log1p((v - 1) * math.exp(-21))]
+    assert got.log_s.tolist() == pytest.approx(want, rel=1e-6, abs=2e-7)
+    p = math.exp(-21 - want[1])
+    assert got.entropy.tolist() == pytest.approx([want[0], want[1] + 21 * v * p], rel=1e-3)
+
+
 def test_a_large_common_offset_does_not_swallow_the_log_prob():
     v = 5000
     z = torch.full((1, v), 1e8, device=DEVICE)
@@ -283,6 +298,38 @@ def test_broken_rows_say_so_and_leave_the_others_alone():
     got = take_row_statistics(z, targets, config=SMALL)
     assert got.m[0] == 0.0
     assert got.logps[:5].isnan().all() and got.logps[5].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|divide):RuntimeWarning")
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_a_target_without_a_finite_logit_has_no_log_prob(logit):
+    z, targets, _ = rows_of(2, 203)
+    z[0, targets[0]] = logit
+    for got in (
+        take_row_statistics(z, targets, config=SMALL),
+        take_row_slopes(z, targets, torch.empty_like(z), config=SMALL)[0],
+    ):
+        assert got.logps[0].isnan() and got.logps[1].isfinite()
+
+
+def test_splits_that_a_narrow_slice_of_the_vocabulary_lacks_hold_nothing(monkeypatch):
+    """A slice of two splits in a group whose widest slice has three; all logits are negative."""
+    small = {"row_statistics": dict.fromkeys(configs.ARCHITECTURES, SMALL)}
+    monkeypatch.setattr(configs, "ROW_CONFIGS", configs.ROW_CONFIGS | small)
+    v = 2 * SMALL.split_v - 5
+    z = torch.randn(2, v, device=DEVICE) - 20.0
+    targets = torch.stack([z[0].argmax(), z[1].argmin()])
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own, group=None: out.copy_(own))
+    weight = torch.empty(v, 1, device=DEVICE)
+    found = [
+        TritonTile(LmHead(weight, shard=shard), z, slice(0, v), torch.bfloat16).statistics(
+            targets, stats=True
+        )
+        for shard in (None, VocabShard(0, v, widest=3 * SMALL.split_v))
+    ]
+    for got, want in zip(found[1], found[0], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # The gradient
