@@ -185,6 +185,13 @@ def test_bf16_alone_means_true() -> None:
     assert parse([*NEEDED, "--bf16"])[1].bf16 is True
 
 
+def test_every_switch_may_stand_alone() -> None:
+    config = parse([*NEEDED, "--disable_tqdm", "--greater_is_better", "--use_cpu"])[1]
+    assert (config.disable_tqdm, config.greater_is_better) == (True, True)
+    assert parse([*NEEDED, "--greater_is_better", "no"])[1].greater_is_better is False
+    assert parse(NEEDED)[1].greater_is_better is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

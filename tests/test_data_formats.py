@@ -333,6 +333,15 @@ SAID = {
         {"instruction": "i", "input": "j", **SIDES}, "'instruction' and 'input' are read as the "
         "prompt, and 'chosen' and 'rejected' as its answers",
     ),
+    "Orca": (
+        {"system": "s", "question": "q", **SIDES}, "'question' and 'system' are read as the "
+        "prompt, and 'chosen' and 'rejected' as its answers",
+    ),
+    "Alpaca with history": (
+        {"instruction": "i", "input": "", "system": None, "history": [["a", "b"]], **SIDES},
+        "'instruction', 'input' and 'history' are read as the prompt, and 'chosen' and "
+        "'rejected' as its answers",
+    ),
     "repeated": (
         {**HH, "question": "Sky?"},
         "'question' is not read, since 'chosen' and 'rejected' repeat the prompt",

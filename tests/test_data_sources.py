@@ -148,6 +148,27 @@ CHAT = json.dumps(CHATS[0]).encode()
 IMPLICIT = b'{"chosen": "x a", "rejected": "x b"}'
 
 
+def test_answers_under_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"q": "p", "win": "a", "lose": "b"}')
+    said = "got only 'q', 'win', 'lose'; chosen_column and rejected_column say which columns hold "
+    with pytest.raises(DataError, match=said + "the answers"):
+        load_pairs(path)
+
+
+def test_the_split_that_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(GOOD)
+    with caplog.at_level(logging.INFO, "fastdaa"):
+        load_pairs(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: split train is taken, of test, train"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fastdaa"):
+        load_pairs(f"{tmp_path}::test")
+        load_pairs(tmp_path / "test.jsonl", split="test")
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("line", "reason", "message"),
     [

@@ -52,9 +52,14 @@ def test_model_card_has_no_empty_column_and_no_package_that_was_not_used() -> No
 
 def test_model_card_of_an_adapter_without_rows() -> None:
     text = model_card(
-        Objective.parse("ipo"), name="x", peft=True, reference="", adapter="LoRA, rank 8"
+        Objective.parse("ipo"),
+        name="x",
+        peft=True,
+        reference="",
+        adapter="LoRA, rank 8",
+        quantization="bitsandbytes 4-bit nf4",
     )
-    assert "- adapter: LoRA, rank 8" in text and "- peft " in text
+    assert "- base: bitsandbytes 4-bit nf4\n- adapter: LoRA, rank 8" in text and "- peft " in text
     assert "- reference: the model that training began with" in text
     assert "library_name: peft" in text
     assert "## Results" not in text

@@ -69,7 +69,7 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {
         "saving and reporting": _SAVING,
     },
     "evaluate": {
-        "models": ("model", "ref_model", "dtype"),
+        "models": ("model", "ref_model", "dtype", "load_in_4bit"),
         "data": ("dataset", "dataset_split", "max_train_samples", *_DATA[1:]),
         "objective": ("loss_type", "beta", "loss_kwargs"),
         "speed and memory": ("per_device_eval_batch_size", "tokens_per_pack", "bf16", "use_cpu"),
@@ -109,6 +109,8 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "accuracy, margins and KL": "fastdaa evaluate --model out --ref_model M --dataset D",
         "the numbers as JSON, too":
             "fastdaa evaluate --model out --ref_model M --dataset D --output out.json",
+        "8 GPUs share the pairs; options from a file":
+            "torchrun --nproc_per_node 8 -m fastdaa.cli evaluate --config run.yaml",
     },
 }  # fmt: skip
 """Of each command: what an example does, and its command line."""

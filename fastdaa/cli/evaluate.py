@@ -19,6 +19,7 @@ from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_file import check_output, write_facts
 from fastdaa.train.evaluation_processes import be_quiet, meet, run_together
 from fastdaa.train.quantization import QuantizationOptions
+from fastdaa.train.shown import shown_value
 
 if TYPE_CHECKING:
     from fastdaa.train.evaluation import EvaluationTrainer
@@ -260,7 +261,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     table = Table("", f"{facts['pairs']:,} pairs")
     table.columns[1].justify = "right"
     for name in names:
-        table.add_row(name, f"{metrics[name]:,.6g}")
+        table.add_row(name, f"{shown_value(name, metrics[name]):,.6g}")
     console = Console(markup=False)
     against = f" against {facts['ref_model']}" if facts["ref_model"] else ""
     console.print(f"{facts['model']}{against}", highlight=False, soft_wrap=True)

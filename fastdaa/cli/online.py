@@ -29,6 +29,7 @@ class _Data(NamedTuple):
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
     arguments, config = parse(argv)
+    _check_alone()
     if arguments.pipeline:
         from fastdaa.cli.pipeline import run_pipeline
 
@@ -53,6 +54,18 @@ def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     trainer.save_model(str(config.output_dir))
     _print_summary(result.metrics, str(config.output_dir))
     return 0
+
+
+def _check_alone() -> None:
+    """Raise ``ValueError`` for processes that would all do the same, in one folder."""
+    from fastdaa.train.trainer_options import launched_processes
+
+    started = launched_processes()
+    if started > 1:
+        raise ValueError(
+            f"expected one process, got {started} by a launcher; on-policy training has one "
+            "process and one device: start it as `fastdaa online`"
+        )
 
 
 def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:

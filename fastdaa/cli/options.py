@@ -120,6 +120,9 @@ def option_parser(
             action.type = json_object
         elif hint in (str | bool, bool | str):
             action.type = _word_or_bool
+        elif hint == bool | None and action.nargs is None:
+            # As every other switch.
+            action.nargs, action.const = "?", True
     return parser
 
 

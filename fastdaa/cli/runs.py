@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,9 @@ def log_lines(*, main_process: bool = True) -> Iterator[None]:
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     logger.propagate = False
     try:
-        with _no_bars_in_files():
+        with _no_bars_in_files(), warnings.catch_warnings():
+            # peft 0.21 reads this property of transformers 5 models by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             yield
     finally:
         logger.removeHandler(handler)

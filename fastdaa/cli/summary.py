@@ -12,6 +12,7 @@ ALIGNMENT = (
     ("rewards/margins", "margin"),
     ("kl/token", "KL per token (nats)"),
     ("displacement/chosen", "chosen log-ratio (nats)"),
+    ("weights/mean", "mean weight of a pair"),
     ("throughput/pairs_per_second", "pairs per second"),
     ("throughput/tokens_per_second", "tokens per second"),
     ("memory/peak_gib", "peak memory (GiB)"),

@@ -27,8 +27,11 @@ class Question(NamedTuple):
 
     def shown(self, record: Record) -> str:
         """The columns that ``record`` has, with the verb that follows."""
+        beside = _BESIDE[:1] if self.is_conversation else _BESIDE
         names = [repr(name) for name in self.columns if name in record]
-        return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'}"
+        names += [repr(name) for name in beside if record.get(name)]
+        *others, last = names
+        return f"{', '.join(others)} and {last} are" if others else f"{last} is"
 
     def text(self, record: Record) -> str:
         """What is asked last, as text; nothing where it cannot be told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from itertools import chain
@@ -17,6 +18,7 @@ from fastdaa.data.reports import SkipReport
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[^a-zA-Z])")
 
@@ -148,6 +150,8 @@ def _pick_name(splits: list[str], split: str | None, source: str) -> str:
         return splits[0]
     wanted = split or "train"
     if wanted in splits:
+        if split is None:
+            logger.info("%s: split %s is taken, of %s", source, wanted, ", ".join(splits))
         return wanted
     got = "no split given" if split is None else repr(split)
     raise DataError(f"{source}: split: expected one of {', '.join(splits)}, got {got}")

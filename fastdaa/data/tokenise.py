@@ -232,9 +232,7 @@ class _Run:
         report.total_tokens = sum(map(sum, columns.lengths))
         if not report.kept:
             summary = str(report).splitlines()[0]
-            raise DataError(
-                f"dataset: expected at least one {self.unit} to train on, got none ({summary})"
-            )
+            raise DataError(f"dataset: expected at least one {self.unit}, got none ({summary})")
 
 
 def _with_tokenizer_checked(

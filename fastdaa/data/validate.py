@@ -35,8 +35,10 @@ def normalise_pair(record: Any) -> dict[str, Any]:
             raise bad_field("images", field, "text only", "images, which are not supported")
     for field in ("chosen", "rejected"):
         if field not in record:
-            fields = ", ".join(map(repr, record)) or "no fields"
-            raise bad_field("missing field", field, "text or a list of messages", f"only {fields}")
+            got = f"only {', '.join(map(repr, record)) or 'no fields'}"
+            if record and "rejected" not in record and field == "chosen":
+                got += "; chosen_column and rejected_column say which columns hold the answers"
+            raise bad_field("missing field", field, "text or a list of messages", got)
     pair = {field: _read_side(field, record[field]) for field in ("chosen", "rejected")}
     conversational = isinstance(pair["chosen"], list)
     if isinstance(pair["rejected"], list) != conversational:

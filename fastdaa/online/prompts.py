@@ -62,7 +62,8 @@ def read_prompts(
     prompts = Prompts(found)
     reasons = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
     repeated = len(found) - len(prompts)
-    reasons += f", {repeated:,} are repetitions" if repeated else ""
+    again = "1 is a repetition" if repeated == 1 else f"{repeated:,} are repetitions"
+    reasons += f", {again}" if repeated else ""
     logger.info("%s: %s different prompts%s", name, f"{len(prompts):,}", reasons)
     return prompts
 

@@ -127,6 +127,17 @@ class PairTrainer(Trainer):
         self._end_run()
         return output
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of an optimiser step; none behind the last step.
+
+        The Trainer asks only after a step whether the run is over: one that goes on from its end,
+        in the middle of an epoch, would take one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _check_batches(self) -> None:
         args, rows = self.args, self.train_dataset
         needed = args.train_batch_size * args.world_size

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdaa.train.shown import shown_value
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +26,7 @@ class BestModel(NamedTuple):
     """Whether more of it is better."""
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f" {self.value:.4g}"
+        value = "" if self.value is None else f" {shown_value(self.metric, self.value):.4g}"
         better = "higher" if self.greater else "lower"
         return f"step {self.step} of {self.of}, best by {self.metric}{value} ({better} is better)"
 

@@ -27,6 +27,7 @@ _SHOWN = (
     ("kl/token", "KL to the reference per token (nats)"),
     ("displacement/chosen", "log-ratio of chosen (nats)"),
     ("displacement/fraction", "share of pairs with a less likely chosen completion"),
+    ("weights/mean", "mean weight of a pair"),
 )
 _SETTINGS = (
     "learning_rate",
@@ -63,6 +64,7 @@ def model_card(
     reference: str | None = None,
     dtype: str | None = None,
     adapter: str | None = None,
+    quantization: str | None = None,
     layout: str | None = None,
     settings: Mapping[str, Any] | None = None,
     peft: bool = False,
@@ -80,13 +82,14 @@ def model_card(
             None without one.
         dtype: of the weights.
         adapter: what kind of adapter the model is, such as ``LoRA of rank 8``.
+        quantization: of the base under the adapter, None for a base as it is.
         layout: the batch layout that was used.
         settings: fields of the configuration, by name; the usual ones are shown.
         peft: the model is an adapter.
         best: the checkpoint that it is, where that was chosen; ``rows`` end there.
     """
     datasets = [dataset] if isinstance(dataset, str) else list(dataset or ())
-    facts = {"weights": dtype, "adapter": adapter}
+    facts = {"weights": dtype, "base": quantization, "adapter": adapter}
     if reference is not None:
         facts["reference"] = _link(reference) if reference else "the model that training began with"
     losses = list(dict.fromkeys(term.loss.name for term in objective.terms))

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from fastdaa.data.collate import Layout
 from fastdaa.train.device_options import check_needs, check_ways
 from fastdaa.train.options import PackOptions, check_count
-from fastdaa.train.trainer_options import check_after, check_before
+from fastdaa.train.trainer_options import check_after, check_before, launched_processes
 from fastdaa.validation import check_choice
 
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -89,6 +89,9 @@ class PackedConfig(PackOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if launched_processes() > 1 and not torch.accelerator.is_available():
+            # Processes on CPUs meet only where this says so; each would train alone.
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _bf16_wanted()
         if not torch.accelerator.is_available():

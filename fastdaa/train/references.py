@@ -175,7 +175,7 @@ def check_reference(ref: nn.Module, policy: nn.Module, *, same_vocabulary: bool)
     if same_vocabulary and sizes[0] != sizes[1]:
         raise ValueError(
             f"ref_model: expected a vocabulary of {sizes[0]} as in the policy, got {sizes[1]}; if "
-            "the tokens mean the same in both, set log_exact_kl=False"
+            "the tokens mean the same in both, set log_exact_kl to false"
         )
 
 

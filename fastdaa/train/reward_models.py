@@ -87,10 +87,15 @@ def load_classifier(source: str, **options: Any) -> PreTrainedModel:
     Raises:
         OSError, ValueError: there is none, or it cannot be read, or is an adapter of another model.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     adapter = find_adapter(source)
     if adapter is None:
+        remote = {"trust_remote_code": options.get("trust_remote_code")}
+        names = AutoConfig.from_pretrained(source, **remote).architectures or ()
+        if names and all(name.endswith("ForCausalLM") for name in names):
+            # It would be read with a random output.
+            raise ValueError(f"expected a sequence classifier, {source} is a {names[0]}")
         return AutoModelForSequenceClassification.from_pretrained(source, **options)
     with _quiet_about_missing_weights():
         # The base may be a causal language model, which does not say how many outputs there are.

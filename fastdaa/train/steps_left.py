@@ -6,14 +6,36 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from fastdaa.train.packed_config import PackedConfig
 
 logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+
+
+class NothingLeft(TrainerCallback):
+    """Writes, evaluates and saves nothing anew where a run goes on from its end."""
+
+    _began = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step == self._began:
+            control.should_log = control.should_evaluate = control.should_save = False
+        return control
 
 
 def steps_of(args: PackedConfig, rows: int) -> int:
@@ -32,7 +54,7 @@ def check_steps(checkpoint: str, args: PackedConfig, steps: int) -> None:
     Says where there is nothing left to do, and where another number of steps moves the schedule.
 
     Raises:
-        ValueError: the checkpoint has more; the Trainer would go one step further still.
+        ValueError: the checkpoint has more.
     """
     state = json.loads((Path(checkpoint) / _STATE_FILE).read_text(encoding="utf-8"))
     done, before = state["global_step"], state.get("max_steps", steps)

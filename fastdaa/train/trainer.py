@@ -268,6 +268,7 @@ class PreferenceTrainer(PackLoop):
             reference=self._reference_name,
             dtype=str(causal_lm(self.model).dtype).removeprefix("torch."),
             adapter=adapter_words(self.model),
+            quantization=self.frozen_facts.get("quantization"),
             layout=self.layout,
             settings=self.args.to_dict(),
             peft=is_adapted(self.model),

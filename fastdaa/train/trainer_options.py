@@ -72,6 +72,17 @@ def check_after(args: PackedConfig) -> None:
         )
     _check_trackers(args.report_to)
     _check_schedule(args)
+    started = launched_processes()
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"use_cpu: expected it, or devices that {started} processes can share, got "
+            f"{args.device} in each of them; every one would run alone"
+        )
+
+
+def launched_processes() -> int:
+    """How many processes a launcher has started, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def _check_length_of_run(args: PackedConfig) -> None:

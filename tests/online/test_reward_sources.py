@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -146,6 +147,15 @@ def test_two_outputs_are_no_reward(tmp_path):
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a model with 1 output"):
+        load_reward(str(tmp_path), make_tokenizer())
+
+
+def test_a_causal_language_model_is_no_reward(tmp_path):
+    config = classifier().config
+    config.num_labels = 1
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reward: expected a sequence classifier, .* LlamaForCau"):
         load_reward(str(tmp_path), make_tokenizer())
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fastdaa.cli.summary import print_run
-from fastdaa.train.best_model import best_model
+from fastdaa.train.best_model import BestModel, best_model
 
 BEST = {
     "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
@@ -41,6 +41,11 @@ def trained(make_trainer, pairs):
         return trainer
 
     return train
+
+
+def test_a_kl_below_zero_is_rounding():
+    best = BestModel(2, 3, "eval_kl/token", -7.5e-9, greater=False)
+    assert str(best) == "step 2 of 3, best by eval_kl/token 0 (lower is better)"
 
 
 def test_card_table_and_record_are_about_the_best_step(trained, tmp_path, capsys, caplog):

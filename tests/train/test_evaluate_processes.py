@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed as dist
 from word_files import word_tokenizer, write_pairs
 
@@ -92,7 +93,9 @@ def assert_same(got, expected):
     assert {**got, "metrics": 0, "processes": 1} == {**expected, "metrics": 0}
 
 
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 CASES = [
+    pytest.param(5, 2, {"use_cpu": None}, id="nothing said on a CPU", marks=NO_GPU),
     pytest.param(7, 2, {}, id="the last batch is half of one"),
     pytest.param(9, 2, {"per_device_eval_batch_size": 3}, id="one process has a batch more"),
     pytest.param(

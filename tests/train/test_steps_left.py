@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -52,6 +53,24 @@ def test_a_finished_run_has_nothing_left(started, tmp_path, caplog):
     assert "nothing left to train: " in caplog.text and "is of the last step, 4" in caplog.text
     assert again.state.global_step == 4
     assert metrics.read_text() == before
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_ended_within_an_epoch_takes_no_step_more(started, pairs, tmp_path, strategy):
+    options = {
+        "max_steps": 3, "lr_scheduler_type": "constant", "save_strategy": strategy,
+        "eval_strategy": strategy, "eval_steps": 3, "eval_dataset": pairs(4), "save_steps": 3,
+    }  # fmt: skip
+    first = started(**options)
+    weights = {name: value.clone() for name, value in first.model.state_dict().items()}
+    rows = [row for row in first.state.log_history if "train_runtime" not in row]
+    again = started(True, **options)
+    assert again.state.global_step == 3
+    assert [row for row in again.state.log_history if "train_runtime" not in row] == rows
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert "checkpoint-3" in folders and "checkpoint-4" not in folders
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_evaluation_sets_are_named(make_trainer, pairs):
 
 def test_nothing_left_after_filtering(make_trainer, tokenizer):
     data = Dataset.from_list([{**TEXT, "prompt": "a b c a b c"}])
-    with pytest.raises(ValueError, match="expected at least one pair to train on, got none"):
+    with pytest.raises(ValueError, match="expected at least one pair, got none \\("):
         make_trainer(data=data, processing_class=tokenizer, max_length=4)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastdaa.train import PreferenceConfig, PreferenceTrainer
+from fastdaa.train import PreferenceConfig, PreferenceTrainer, trainer_options
 from fastdaa.train.backbone import has_head_task, install_head_task
 from fastdaa.train.trainer_options import _liger_config
 
@@ -99,6 +99,14 @@ def test_a_tracker_that_is_not_installed(config, monkeypatch):
         config(report_to=["comet_ml"])
     monkeypatch.setattr(integration_utils, "is_comet_available", lambda: True)
     assert config(report_to=["comet_ml"]).report_to == ["comet_ml"]
+
+
+def test_processes_that_would_run_alone(config, monkeypatch):
+    """As on a device that no two processes share."""
+    monkeypatch.setattr(trainer_options, "launched_processes", lambda: 2)
+    message = "use_cpu: expected it, or devices that 2 processes can share, got cpu in each"
+    with pytest.raises(ValueError, match=message):
+        config()
 
 
 def test_liger_leaves_the_head_alone(config, monkeypatch):
