@@ -53,7 +53,7 @@ _WORTH_MOVING = 15 / 16
 
 
 # Rows of the weight that join a product's result are copied, so many bytes of fp32 at a time.
-_FEW_BYTES = 4 << 20
+_FEW_BYTES = 16 << 20
 
 
 class Kept(torch.autograd.Function):

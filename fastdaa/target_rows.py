@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdaa.slices import PRODUCT_BYTES
 
 # Bytes of parts of rows that are added at a time: of five tensors of that size.
-_PART_BYTES = 4 << 20
+_PART_BYTES = 16 << 20
 
 
 class TargetRows(NamedTuple):
@@ -41,13 +41,13 @@ def add_target_rows(
     Args:
         hidden: ``[N, D]``. rows: ``[a]``. active: ``[a]`` which of the hidden states, None for all.
     """
-    count = rows.targets.shape[0]
-    order, targets, group = _grouped(rows.targets)
-    own, source = rows.own[order, None], order if active is None else active[order]
-    step = max(_PART_BYTES // (own.element_size() * max(count, 1)), 1)
+    groups = _Groups(rows.targets)
+    own, source = rows.own[groups.order, None], groups.order
+    source = source if active is None else active[source]
+    step = max(_PART_BYTES // (own.element_size() * max(own.shape[0], 1)), 1)
     for start in range(0, out.shape[1], step):
         columns = slice(start, start + step)
-        _add_groups(out[:, columns], hidden[:, columns][source] * own, targets, group)
+        groups.add(out[:, columns], hidden[:, columns][source] * own)
 
 
 def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
@@ -57,26 +57,25 @@ def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
     for start in range(0, dz.shape[1], step):
         columns = slice(start, start + step)
         out[columns] += rows.coefficients @ dz[:, columns].to(out.dtype)
-    order, targets, group = _grouped(rows.targets)
-    _add_groups(out, rows.own[order], targets, group)
+    groups = _Groups(rows.targets)
+    groups.add(out, rows.own[groups.order])
 
 
-def _grouped(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An order in which equal targets are neighbours, the targets in it, and the number of each
-    one's group; nothing waits to learn how many groups there are."""
-    targets, order = targets.sort(stable=True)
-    first = torch.ones_like(targets)
-    first[1:] = targets[1:] != targets[:-1]
-    return order, targets, first.cumsum(0) - 1
+class _Groups:
+    """Rows ``[a]`` with the same target. Nothing waits to learn how many there are."""
 
+    def __init__(self, targets: Tensor):
+        self.targets, self.order = targets.sort(stable=True)
+        first = torch.ones_like(targets)
+        first[1:] = self.targets[1:] != self.targets[:-1]
+        self.group = first.cumsum(0) - 1
+        # As many as there could be, those at the end empty.
+        self.lengths = torch.zeros_like(targets).index_add_(0, self.group, torch.ones_like(targets))
 
-def _add_groups(out: Tensor, parts: Tensor, targets: Tensor, group: Tensor) -> None:
-    """``out[targets] += parts``, summed by group in a fixed order."""
-    sums = torch.zeros_like(parts)
-    if parts.device.type == "cpu":
-        sums.index_add_(0, group, parts)
-    else:  # in sorted order, unlike index_add_ there
-        sums.index_put_((group,), parts, accumulate=True)
-    total = sums.index_select(0, group).add_(out.index_select(0, targets))
-    # Rows of one target are equal, so it does not matter which of them is written last.
-    out.index_copy_(0, targets, total.to(out.dtype))
+    def add(self, out: Tensor, parts: Tensor) -> None:
+        """``out[targets] += parts``, those of a target summed in their order."""
+        # unsafe skips a check of the lengths that would wait for the device.
+        sums = torch.segment_reduce(parts, "sum", lengths=self.lengths, unsafe=True)
+        total = sums.index_select(0, self.group).add_(out.index_select(0, self.targets))
+        # Rows of one target are equal, so it does not matter which of them is written last.
+        out.index_copy_(0, self.targets, total.to(out.dtype))

@@ -59,7 +59,8 @@ class HeldBytes(TorchDispatchMode):
         if name == "aten::addmm.dtype_out":  # in place; the meta kernel makes a copy
             return kwargs["out"]
         if name == "aten::segment_reduce":  # has no meta kernel
-            result = torch.empty_like(kwargs["lengths"], dtype=args[0].dtype)
+            segments, columns = kwargs["lengths"].shape, args[0].shape[1:]
+            result = args[0].new_empty(segments + columns)
         elif name == "aten::nonzero":  # its size is that of the data
             result = torch.empty(int(self.active * args[0].shape[0]), 1, dtype=torch.int64,
                                  device=META)  # fmt: skip
