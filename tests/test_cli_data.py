@@ -60,8 +60,9 @@ def test_a_mixture(a: str, b: str, caplog: pytest.LogCaptureFixture) -> None:
         )
     assert evaluation is not None and not {*train} & {*evaluation}
     assert caplog.messages == [
+        f"{b}: split train is taken, of test, train",
         "dataset: 11 pairs of 2 sources, 4 held out\n"
-        f"{a}: 5 from 12 pairs, weight 0.5, 2 held out\n{b}: 6 from 8 pairs, 2 held out"
+        f"{a}: 5 from 12 pairs, weight 0.5, 2 held out\n{b}: 6 from 8 pairs, 2 held out",
     ]
     assert (len(train), len(evaluation)) == (11, 4)
     assert len(read("--dataset", a, b, "--max_train_samples", "7")[0]) == 7
