@@ -7,6 +7,8 @@ path is taken, the same objective is evaluated on the same vectors: no formula e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,45 +77,57 @@ def pair_loss(
             ``torch.compile(fullgraph=True)``; without ``fullgraph`` the graph breaks here.
         ImportError: ``engine="triton"`` without the package triton.
     """
+    _check_kinds(hidden_states, head, selection, objective)
+    references = References(ref_logps, ref_token_logps, completion_lengths, advantages)
+    call = _compiled if torch.compiler.is_compiling() else _eager
+    return call(
+        hidden_states.reshape(-1, hidden_states.shape[-1]), head, selection, objective, references,
+        totals, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
+
+
+def _check_kinds(
+    hidden_states: Tensor, head: LmHead, selection: TokenSelection, objective: Objective
+) -> None:
     check_floating("hidden_states", hidden_states)
     check_kind("head", head, LmHead, "LmHead(weight)")
     check_kind("selection", selection, TokenSelection, "select_pairs(labels)")
     if isinstance(objective, str):
         check_kind("objective", objective, Objective, f"Objective.parse({objective!r})")
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    _, use_weighting = weighting_of(objective)
-    if torch.compiler.is_compiling():
-        if use_weighting:
-            raise RuntimeError("pair_loss: expected a call outside torch.compile with "
-                               "use_weighting, got one inside; wrap it with "
-                               "torch.compiler.disable")  # fmt: skip
-        return compiled_pair_loss(
-            flat.index_select(0, selection.rows), head, selection, objective,
-            References(ref_logps, ref_token_logps, completion_lengths, advantages), totals,
-            stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
-        )  # fmt: skip
+
+
+def _compiled(
+    flat: Tensor, head: LmHead, selection: TokenSelection, objective: Objective, *args: Any,
+    **options: Any,
+) -> PairLossOutput:  # fmt: skip
+    if weighting_of(objective)[1]:
+        raise RuntimeError("pair_loss: expected a call outside torch.compile with use_weighting, "
+                           "got one inside; wrap it with torch.compiler.disable")  # fmt: skip
+    rows = flat.index_select(0, selection.rows)
+    return compiled_pair_loss(rows, head, selection, objective, *args, **options)
+
+
+def _eager(
+    flat: Tensor, head: LmHead, selection: TokenSelection, objective: Objective,
+    references: References, totals: BatchTotals | None, *, stats: bool, impl: str, engine: str,
+    max_bytes: int | None,
+) -> PairLossOutput:  # fmt: skip
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
-    rows = select_rows(flat, selection.rows)
-    check_head_inputs(rows, head.weight, selection.targets, head.bias, head.vocab_size)
+    rows, targets = select_rows(flat, selection.rows), selection.targets
+    check_head_inputs(rows, head.weight, targets, head.bias, head.vocab_size)
     plan = plan_loss(
         rows, head, coupled=objective.coupled, sparse=objective.sparse, selected=True, stats=stats,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
-    sharper = None
-    if use_weighting:
-        sharper = sharper_logps(
-            rows, head, selection.targets, engine=engine, max_bytes=max_bytes, selected=True
-        )
-    batch = PairBatch(
-        selection, objective, ref_logps, ref_token_logps, completion_lengths, advantages, totals,
-        plan.engine, sharper,
-    )  # fmt: skip
+    memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes, "selected": True}
+    weighted = weighting_of(objective)[1]
+    sharper = sharper_logps(rows, head, targets, **memory) if weighted else None
+    batch = PairBatch(selection, objective, *references, totals, plan.engine, sharper)
     if plan.path == "single_pass":
         return _single_pass(rows, head, batch, plan, stats)
     logps, values = head_logps_and_stats(
-        rows, head, selection.targets, stats=stats, impl=plan.path, engine=engine,
-        max_bytes=max_bytes, sparse=objective.sparse, selected=True,
-    )  # fmt: skip
+        rows, head, targets, stats=stats, impl=plan.path, sparse=objective.sparse, **memory
+    )
     losses = batch.losses(logps, batch.everything)
     loss = losses.sum() / batch.totals.pairs
     return batch.output(loss, losses.detach(), logps.detach(), values)

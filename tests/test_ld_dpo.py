@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from head_products import HeadProducts
 from tile_budget import tiles_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdaa import FusedLinearPairLoss, LmHead, Objective, TokenSelection, custom_loss, pair_loss
 from fastdaa.losses.weights import desensitized, tail_tokens
@@ -179,19 +179,6 @@ def test_a_loss_of_the_caller_is_given_weighted_sums_if_it_reads_a_reference():
     torch.testing.assert_close(seen["compares"], expected)
 
 
-class HeadProducts(TorchDispatchMode):
-    """Counts the FLOP of products over the vocabulary."""
-
-    flop = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith(("aten::mm", "aten::addmm")):
-            a, b = args[-2:]
-            if V in (*a.shape, *b.shape):
-                self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_it_costs_no_product(trained):
     counts = (8, 24, 16, 16)
@@ -200,7 +187,7 @@ def test_it_costs_no_product(trained):
     selection = TokenSelection(
         torch.arange(64), torch.randint(V, (64,)), torch.tensor(counts), counts
     )
-    with HeadProducts() as products:
+    with HeadProducts(V) as products:
         out = pair_loss(hidden, LmHead(weight), selection, parse("dpo"), ref_token_logps=ref)
         out.loss.backward()
     assert products.flop == (3 if trained else 2) * 2 * 64 * V * D

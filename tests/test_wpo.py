@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from head_products import HeadProducts
 from tile_budget import tiles_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdaa import LmHead, Objective, TokenSelection, custom_loss, pair_loss, token_logps
 from fastdaa.logps import sharper_logps
@@ -240,19 +240,6 @@ def test_token_losses_and_losses_of_the_caller_are_weighted_too():
     torch.testing.assert_close(weighted.losses, plain.losses * weighted.pair_weights)
 
 
-class HeadProducts(TorchDispatchMode):
-    """Counts the FLOP of products over the vocabulary."""
-
-    flop = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith(("aten::mm", "aten::addmm")):
-            a, b = args[-2:]
-            if V in (*a.shape, *b.shape):
-                self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("trained", "units"), [(True, 3), (False, 2)], ids=["trained", "frozen"])
 @pytest.mark.parametrize("more", [{}, {"use_weighting": True}], ids=["plain", "weighted"])
 def test_weights_cost_one_product(trained, units, more):
@@ -263,7 +250,7 @@ def test_weights_cost_one_product(trained, units, more):
         torch.arange(48), torch.randint(V, (48,)), torch.tensor(counts), counts
     )
     objective = Objective.parse("dpo", **more)
-    with HeadProducts() as products:
+    with HeadProducts(V) as products:
         pair_loss(
             hidden, LmHead(weight), selection, objective, ref_logps=torch.zeros(4)
         ).loss.backward()
