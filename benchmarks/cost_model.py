@@ -106,6 +106,8 @@ def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None
         "single_pass": gradient if one_read and plan.kept_tokens else statistics + gradient,
         "recompute": statistics + recomputed + gradient,
     }[path] + statistics * _online(case)
+    again = plan.gemms - 3 if plan.keeps_part else 0.0
+    logit += again * (recomputed + gradient)
     products = plan.gemms - (path in ("single_pass", "recompute") and not case.head_grad)
     total = logit * case.tokens * case.vocab + _gradient_sums(case, path, plan, w)
     return Cost((products + _online(case)) * case.unit, total, dtype)
@@ -137,8 +139,10 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     # Rows of the weight's gradient: parts in order, their sums, and these added.
     kept = 8.0 + targets + (40 + 6 * w) * case.wants_head_grad
     if plan.kept_whole:
-        # A product of the weight's size rounds its results itself.
-        return n * d * (4.0 + w + factor + kept)
+        # A product of the weight's size rounds its results itself. Slices of columns that were not
+        # kept add to the gradient of the hidden states.
+        slices = math.ceil((v - plan.kept_columns) / plan.tile_columns)
+        return n * d * (4.0 + w + factor + kept + 8.0 * slices)
     # The first product writes a sum, the others read and write it; it is rounded at the end.
     add, rounded = 8.0, 4.0 + w
     if path == "recompute":

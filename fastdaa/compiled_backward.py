@@ -11,27 +11,31 @@ import torch
 from torch import Tensor
 
 from fastdaa.compiled_logps import HeadSettings, present, present_fake, wide_dtype
-from fastdaa.kept import kept_gradients
+from fastdaa.kept import Waiting, waiting_gradients
+from fastdaa.kept_products import KeptGradients
+from fastdaa.losses import Objective
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
-from fastdaa.target_rows import TargetRows
-from fastdaa.tiles import Logits, without_autocast
+from fastdaa.tiles import Logits
 
 
 class Saved(NamedTuple):
     """What forward keeps for backward; without rows where the plan keeps something else."""
 
     coefficients: Tensor
-    """``[N]`` derivatives of the loss by the log-probs; with ``dz``, times its factors."""
+    """``[N]`` derivatives of the loss by the log-probs."""
+    factors: Tensor
+    """``[N]`` that goes with ``dz``, as the next."""
     own: Tensor
-    """``[N]`` that goes with ``dz``: the gradient's entries at the targets."""
+    """``[N]`` entries of the gradient at the targets."""
     active: Tensor
     """``[a]`` rows of ``dz``, if they are not all."""
     dz: Tensor
-    """``[a, >= V]`` gradients of the logits without coefficients, see :mod:`fastdaa.kept`."""
+    """``[a, c]`` gradients of the logits without coefficients, see :mod:`fastdaa.kept`."""
     m: Tensor
-    """``[N]``, to compute the logits again."""
+    """``[N]``, to compute the logits again, of the columns that ``dz`` does not have if it has
+    any."""
     log_s: Tensor
     """``[N]`` that goes with ``m``."""
     hidden: Tensor
@@ -49,8 +53,9 @@ class Saved(NamedTuple):
             return rows.new_empty((0, *columns), dtype=dtype or wide_dtype(operand))
 
         return Saved(
-            empty(), empty(), empty(dtype=torch.int64), empty(weight.shape[0], dtype=operand),
-            empty(), empty(), empty(rows.shape[1]), empty(weight.shape[1]), empty(),
+            empty(), empty(), empty(), empty(dtype=torch.int64),
+            empty(weight.shape[0], dtype=operand), empty(), empty(), empty(rows.shape[1]),
+            empty(weight.shape[1]), empty(),
         )  # fmt: skip
 
 
@@ -63,6 +68,7 @@ def pair_loss_gradients(
     targets: Tensor,
     logps: Tensor,
     coefficients: Tensor,
+    factors: Tensor,
     own: Tensor,
     active: Tensor,
     dz: Tensor,
@@ -71,16 +77,17 @@ def pair_loss_gradients(
     hidden_sum: Tensor,
     weight_sum: Tensor,
     bias_sum: Tensor,
+    objective: str,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     shard: list[int] | None,
     group: str | None,
     operand: torch.dtype,
+    impl: str,
     engine: str,
     max_bytes: int | None,
     stats: bool,
-    sparse: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias from :class:`Saved`; empty where not wanted."""
@@ -93,21 +100,20 @@ def pair_loss_gradients(
         )
         return present((grads[0], grads[1], grads[2]), rows)
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
-    scaled = coefficients * grad_loss
-    if m.shape[0]:
-        plan = plan_call(
-            rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True, stats=stats,
-            sparse=sparse, selected=True, operand=operand, impl="recompute", engine=engine,
-            max_bytes=max_bytes,
-        )  # fmt: skip
-        logits = Logits(rows, head, operand, plan.engine)
+    formula = Objective.by_key(objective)
+    plan = plan_call(
+        rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
+        coupled=formula.coupled, sparse=formula.sparse, selected=True, stats=stats, operand=operand,
+        impl=impl, engine=engine, max_bytes=max_bytes,
+    )  # fmt: skip
+    logits, scaled = Logits(rows, head, operand, plan.engine), coefficients * grad_loss
+    if not factors.shape[0]:
         state = RowState(m, log_s, logps)
         return present(head_gradients(logits, targets, scaled, state, plan, wants), rows)
-    with without_autocast(rows.device):
-        some = active if dz.shape[0] < rows.shape[0] else None
-        dz = dz[:, : weight.shape[0]]
-        of = TargetRows(targets, scaled, own * grad_loss)
-        return present(kept_gradients(dz, of, some, rows, weight, bias, wants), rows)
+    some = active if dz.shape[0] < rows.shape[0] else None
+    kept = KeptGradients(dz[:, : weight.shape[0]], factors, own, some)
+    waiting = Waiting(logps, scaled, m, log_s, kept)
+    return present(waiting_gradients(logits, targets, waiting, plan, wants), rows)
 
 
 @pair_loss_gradients.register_fake

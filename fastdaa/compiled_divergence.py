@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastdaa.compiled_logps import (
-    HeadSettings,
     only_first_differentiable,
     present,
     present_fake,
@@ -47,14 +46,15 @@ def compiled_token_divergence(
             the graph runs.
     """
     grad = torch.is_grad_enabled()
-    policy, ref = HeadSettings.of(head), HeadSettings.of(ref_head)
-    if policy.shard is not None or ref.shard is not None:
+    if head.shard is not None or ref_head.shard is not None:
         raise ValueError("head, ref_head: expected the whole vocabulary, got a slice of it")
     return _divergence(
         hidden_states, head.weight, head.bias,
         ref_hidden_states.detach(), ref_head.weight.detach(),
         None if ref_head.bias is None else ref_head.bias.detach(),
-        *policy[:3], *ref[:3], operand_dtype(hidden_states, head.weight),
+        head.softcap, head.logit_scale, head.temperature,
+        ref_head.softcap, ref_head.logit_scale, ref_head.temperature,
+        operand_dtype(hidden_states, head.weight),
         operand_dtype(ref_hidden_states, ref_head.weight), kind, engine, max_bytes,
         grad and hidden_states.requires_grad, grad and head.trained,
     )[0]  # fmt: skip

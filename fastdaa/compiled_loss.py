@@ -24,14 +24,15 @@ from fastdaa.compiled_logps import (
     only_first_differentiable,
     wide_dtype,
 )
+from fastdaa.compiled_sizes import size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.kept import keep_gradients
-from fastdaa.logps import pair_logps, sequence_logps
+from fastdaa.logps import pair_logps, sequence_logps, sharper_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
-from fastdaa.pair_batch import PairBatch
+from fastdaa.pair_batch import PairBatch, pair_weights, weighting_of
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
 from fastdaa.score import score
@@ -68,11 +69,16 @@ def compiled_pair_loss(
         ValueError: ``impl="reference"``. What is wrong with tensors is said when the graph runs.
     """
     check_compilable(impl)
+    sharper = None
+    if weighting_of(objective)[1]:
+        sharper = sharper_logps(
+            rows, head, selection.targets, engine=engine, max_bytes=max_bytes, selected=True
+        )
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (rows, head.weight, head.bias)]
     loss, losses, logps, *rest = _pair_loss(
-        rows, head.weight, head.bias, selection.targets, selection.lengths, *references,
-        objective.key, None if totals is None else list(totals[:2]),
+        rows, head.weight, head.bias, selection.targets, selection.lengths, *references, sharper,
+        objective.key, None if totals is None else [totals.pairs, totals.chosen_tokens],
         None if totals is None else totals.tokens, *HeadSettings.of(head),
         operand_dtype(rows, head.weight), impl, engine, max_bytes, stats, wanted,
     )  # fmt: skip
@@ -80,12 +86,15 @@ def compiled_pair_loss(
     policy = pair_logps(
         sequence_logps(logps, selection.lengths), selection.lengths if lengths is None else lengths
     )
-    return PairLossOutput(loss, losses, policy, logps, TokenStats(*rest[:3]) if stats else None)
+    weights = None if sharper is None else pair_weights(sharper, logps, selection.lengths)
+    values = TokenStats(*rest[:3]) if stats else None
+    # The caller may change log-probs in place, backward reads the others.
+    return PairLossOutput(loss, losses, policy, logps.clone(), values, weights)
 
 
 _Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
@@ -100,6 +109,7 @@ def _pair_loss(
     ref_token_logps: Tensor | None,
     completion_lengths: Tensor | None,
     advantages: Tensor | None,
+    sharper: Tensor | None,
     objective: str,
     totals: list[int] | None,
     total_tokens: int | None,
@@ -132,6 +142,7 @@ def _pair_loss(
         None if totals is None else BatchTotals(totals[0], totals[1], total_tokens),
         # Elsewhere a call without a compiler leaves the objective to autograd.
         plan.engine if plan.path == "single_pass" else "torch",
+        sharper,
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
     # A call without gradients leaves autograd alone, which inference mode would not let record.
@@ -148,13 +159,14 @@ def _evaluate(
 ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
     """Losses, log-probs and statistics on the path of the plan, and fields of :class:`Saved`."""
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
+    saved: dict[str, Tensor | None]
     if plan.kept_whole:
-        results, (dz, coefficients, own, active) = keep_gradients(
+        results, (_, coefficients, m, log_s, kept) = keep_gradients(
             logits, targets, plan, lambda logps: batch.evaluate(logps, batch.everything), stats
         )
         # Whole rows of the buffer: an operator's outputs are best contiguous.
-        whole = dz.as_strided((dz.shape[0], dz.stride(0)), (dz.stride(0), 1))
-        saved = {"coefficients": coefficients, "own": own, "active": active, "dz": whole}
+        dz = kept.dz.as_strided((kept.dz.shape[0], kept.dz.stride(0)), (kept.dz.stride(0), 1))
+        saved = {"coefficients": coefficients, "m": m, "log_s": log_s, **kept._asdict(), "dz": dz}
         return results, saved
     if plan.path == "single_pass":
         chunks = chunks_of_pairs(batch.selection.counts, plan.chunk_tokens)
@@ -162,18 +174,17 @@ def _evaluate(
             logits, targets, plan, chunks, batch.evaluate, wanted, stats
         )
         return results, dict(zip(("hidden", "weight", "bias"), sums, strict=True))
-    kept: dict[str, Tensor | None]
     if plan.path == "frozen":
         logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
-        kept = {"hidden": slopes}
+        saved = {"hidden": slopes}
     else:
         state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
-        logps, kept = state.logps, {"m": state.m, "log_s": state.log_s}
+        logps, saved = state.logps, {"m": state.m, "log_s": state.log_s}
         values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
     if plan.path == "score":
         return [batch.losses(logps, batch.everything), logps, *values], {}
     losses, coefficients = batch.evaluate(logps, batch.everything)
-    return [losses, logps, *values], kept | {"coefficients": coefficients}
+    return [losses, logps, *values], saved | {"coefficients": coefficients}
 
 
 @contextmanager
@@ -222,20 +233,18 @@ def _(
     if saves == "state":
         saved = saved._replace(m=results[2].clone(), log_s=results[2].clone())
     if saves == "any":
-        size = torch.library.get_ctx().new_dynamic_size
-        saved = Saved(*(t.new_empty((size(), *t.shape[1:])) for t in saved))
-        saved = saved._replace(dz=saved.dz.new_empty((saved.dz.shape[0], size())))
+        saved = Saved(*(t.new_empty((size_from_data(), *t.shape[1:])) for t in saved))
+        saved = saved._replace(dz=saved.dz.new_empty((saved.dz.shape[0], size_from_data())))
     return *results, *saved  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     rows, weight, bias, targets, *_ = inputs
-    *settings, operand, impl, engine, max_bytes, stats, wanted = inputs[12:]
+    *_, impl, _, _, _, wanted = inputs
     only_first_differentiable(ctx, output)
-    sparse = Objective.by_key(inputs[9]).sparse
     ctx.saves, ctx.wanted = _saves(impl, wanted), wanted
     ctx.dtype, ctx.count = rows.dtype, len(inputs)
-    ctx.options = *settings, operand, engine, max_bytes, stats, sparse, wanted
+    ctx.options = inputs[10], *inputs[13:]
     saved = Saved(*output[6:])
     if ctx.saves == "slopes":
         ctx.save_for_backward(saved.hidden, saved.coefficients)

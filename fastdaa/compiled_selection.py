@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.compiled_sizes import size_from_data
 from fastdaa.outputs import TokenSelection
 from fastdaa.selection import select_pairs
 
@@ -17,13 +18,18 @@ def _select(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tens
 
 @_select.register_fake
 def _(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = torch.library.get_ctx().new_dynamic_size()
+    tokens = size_from_data()
     return (
         labels.new_empty(tokens), labels.new_empty(tokens), labels.new_empty(labels.shape[0]),
     )  # fmt: skip
 
 
-def compiled_select_pairs(labels: Tensor, order: str, ignore_index: int) -> TokenSelection:
-    """:func:`fastdaa.select_pairs` as one node of a graph; its counts are not known to the host."""
-    rows, targets, lengths = _select(labels, order, ignore_index)
+def compiled_select_pairs(
+    labels: Tensor, order: str, ignore_index: int, device: torch.device
+) -> TokenSelection:
+    """:func:`fastdaa.select_pairs` as one node of a graph; its counts are not known to the host.
+
+    The tensors of the selection are on ``device``.
+    """
+    rows, targets, lengths = (t.to(device) for t in _select(labels, order, ignore_index))
     return TokenSelection(rows, targets, lengths, ())

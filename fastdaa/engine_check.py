@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def _try_kernels(device: torch.device) -> str:
     try:
         # In a thread of its own: inference mode, checkpoints that record operators, transforms of
         # torch.func and autocast belong to the caller's.
-        with ThreadPoolExecutor(max_workers=1) as thread:
+        with _free_to_wait(), ThreadPoolExecutor(max_workers=1) as thread:
             wrong = thread.submit(wrong_results, device).result()
     except torch.OutOfMemoryError:
         raise
@@ -75,6 +77,20 @@ def _try_kernels(device: torch.device) -> str:
             stacklevel=3,
         )
     return obstacle
+
+
+@contextmanager
+def _free_to_wait() -> Iterator[None]:
+    """The check waits for its results, which ``torch.cuda.set_sync_debug_mode`` may forbid."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def wrong_results(device: torch.device) -> list[str]:
@@ -97,10 +113,11 @@ def wrong_results(device: torch.device) -> list[str]:
     return [name for name, difference in limits if not difference <= _LIMITS[name]]
 
 
-# Log-probs are some -20 and entropies some 3 nats; bf16 entries have 8 bits.
+# Log-probs are some -20 and entropies some 3 nats; bf16 entries have 8 bits. In place, none may be
+# off by more than its last one: a compiler may round either variant in its own way.
 _LIMITS = {
     "log-probs": 1e-4, "log-probs beside gradients": 0.0, "entropies": 1e-4, "gradients": 1e-2,
-    "gradients in place": 0.0, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
+    "gradients in place": 2.0**-7, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
     "losses": 1e-5, "coefficients": 1e-5,
 }  # fmt: skip
 
@@ -126,7 +143,7 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "log-probs beside gradients": (frozen.state.logps - state.logps).abs().amax(),
         "entropies": (stats.entropy - true_stats.entropy).abs().amax(),
         "gradients": _relative(beside, truth),
-        "gradients in place": (in_place - beside).abs().amax(),
+        "gradients in place": _largest_ratio(in_place.double() - beside.double(), beside),
         "gradients of frozen heads": _relative(by_frozen, truth),
         "column sums": _relative(sums[None], true_sums[None]),
     }
@@ -135,6 +152,11 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
 def _relative(got: Tensor, truth: Tensor) -> Tensor:
     """The largest error of a row, relative to it: that of a confident token is tiny."""
     return ((got - truth).norm(dim=1) / truth.norm(dim=1)).amax()
+
+
+def _largest_ratio(error: Tensor, size: Tensor) -> Tensor:
+    """The largest error of an entry, relative to it: a race would spoil a few of many."""
+    return (error.abs() / size.double().abs().clamp(min=torch.finfo(torch.float32).tiny)).amax()
 
 
 def _objective_differences(logps: Tensor) -> dict[str, Tensor]:

@@ -28,13 +28,11 @@ from fastdaa.row_passes import (
     steepest_slope,
     take_statistics,
 )
+from fastdaa.slices import ROW_MULTIPLE
 from fastdaa.vocab_shard import VocabShard
 
 if TYPE_CHECKING:
     from fastdaa.kernels.merge_splits import RowStatistics
-
-ROW_MULTIPLE = 16
-"""Entries of which rows of logits are multiples on GPUs."""
 
 
 def logits_memory(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -83,7 +81,8 @@ class RowTile(Protocol):
         """
 
     def slopes(self, targets: Tensor, stats: bool = False, out: Tensor | None = None) -> RowSlopes:
-        """Statistics of whole rows and the derivatives of their log-probs; ``out`` as above."""
+        """Statistics of whole rows and the derivatives of their log-probs by the raw products, or,
+        with an ``out [r, <= c]`` as above, by its columns."""
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """Gradient of ``sum(coefficients * entropy)`` by the raw products, as :meth:`gradient`."""
@@ -128,7 +127,7 @@ class TorchTile:
         first_token = self.head.first_token + self.columns.start
         dz = logit_gradient(p, state.logps, targets, coefficients, first_token, norm)
         dz = scale_tile(dz, slope)
-        return dz if out is None else out.copy_(dz)
+        return dz if out is None else out.copy_(dz[:, : out.shape[1]])
 
     def slopes(self, targets: Tensor, stats: bool = False, out: Tensor | None = None) -> RowSlopes:
         """See :class:`RowTile`."""

@@ -7,6 +7,7 @@ log-probs in plain PyTorch, and wants memory for one gradient tile of the whole 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
-from fastdaa.kept import Unscaled, kept_gradients
+from fastdaa.kept import Waiting, waiting_gradients
+from fastdaa.kept_products import KeptGradients
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
-from fastdaa.score import join
-from fastdaa.target_rows import TargetRows
 from fastdaa.tiles import Logits, without_autocast
+from fastdaa.unscaled import Unscaled
 
 
 class KeptLogps(torch.autograd.Function):
@@ -36,32 +37,30 @@ class KeptLogps(torch.autograd.Function):
         """Statistics, and ``d logp / d logits`` of every token, ``[N, V]`` as a factor."""
         logits = Logits(hidden_states, head, engine=plan.engine)
         with without_autocast(hidden_states.device):
-            kept = Unscaled(logits, targets, plan, targets.shape[0], stats)
-            logps = kept.make(slice(0, targets.shape[0]))
-        saved = (targets, kept.dz, kept.factors, kept.own)
-        ctx.save_for_backward(hidden_states, weight, bias, *saved)
-        ctx.sparse = plan.sparse
-        values = join(kept.values, 3, logps.new_empty(0))
+            made = Unscaled(logits, targets, plan, targets.shape[0], stats)
+            logps = made.make(slice(0, targets.shape[0]))
+        (m, log_s, _), values = made.joined()
+        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s, *made.kept)
+        ctx.plan, ctx.operand = plan, logits.operand
+        ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.mark_non_differentiable(*values)
-        return logps, *values
+        return logps.clone(), *values  # the caller may change it, backward reads the other
 
     @staticmethod
     @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, targets, dz, factors, own = ctx.saved_tensors
-        active = None
-        if ctx.sparse:
+        hidden, weight, bias, targets, logps, m, log_s, *saved = ctx.saved_tensors
+        kept, plan = KeptGradients(*saved), ctx.plan
+        if plan.sparse and not plan.keeps_part:
             active = coefficients.nonzero()[:, 0]
             # A copy of the rows, which has to be less than half of their products to be worth it.
             if 2 * active.shape[0] < coefficients.shape[0]:
-                dz = dz[active]
-            else:
-                active = None
-        with without_autocast(hidden.device):
-            rows = TargetRows(targets, coefficients * factors, coefficients * own)
-            wanted = ctx.needs_input_grad[:3]
-            grads = kept_gradients(dz, rows, active, hidden, weight, bias, wanted)
+                kept = kept._replace(dz=kept.dz[active], active=active)
+        head = replace(ctx.options, weight=weight, bias=bias)
+        logits = Logits(hidden, head, ctx.operand, plan.engine)
+        waiting = Waiting(logps, coefficients, m, log_s, kept)
+        grads = waiting_gradients(logits, targets, waiting, plan, ctx.needs_input_grad[:3])
         return *grads, None, None, None, None
 
 
@@ -70,20 +69,22 @@ def plan_kept(
     engine: str = "auto", max_bytes: int | None = None, sparse: bool = False,
     selected: bool = False,
 ) -> HeadPlan | None:  # fmt: skip
-    """The plan that keeps the gradients of all logits; None where there is none to be had.
+    """The plan that keeps gradients of logits; None where there is none worth taking.
 
     It needs a head that is trained and whole (no slice of the vocabulary), factors other than fp16
-    (which would round too much) and memory: for bf16 factors what :func:`fastdaa.pair_loss` keeps
-    of a whole batch, for wider ones a chunk of its single pass.
+    (which would round too much) and memory: bf16 factors for a part of the gradients at least, see
+    :mod:`fastdaa.single_pass_memory`, wider ones for a chunk of :func:`fastdaa.pair_loss`.
 
     Raises:
         ValueError: there is none, and ``impl`` asks for it.
     """
-    plan = plan_call(
-        hidden_states, head, loss_inside=True, stats=stats, impl=impl, engine=engine,
-        max_bytes=max_bytes, sparse=sparse, selected=selected,
-    )  # fmt: skip
     tokens, operand = hidden_states.shape[0], Logits(hidden_states, head).operand
+    # As for a loss that couples all tokens: none is known before backward.
+    narrow = operand == torch.bfloat16 and tokens > 0 and head.shard is None
+    plan = plan_call(
+        hidden_states, head, loss_inside=True, coupled=narrow, stats=stats, impl=impl,
+        engine=engine, max_bytes=max_bytes, sparse=sparse, selected=selected,
+    )  # fmt: skip
     fits = plan.kept_whole or (not plan.kept_tokens and tokens <= plan.tile_rows)
     if plan.path == "single_pass" and fits and head.shard is None and operand != torch.float16:
         return plan

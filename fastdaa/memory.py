@@ -28,7 +28,7 @@ from fastdaa.slices import (
 _CPU_BYTES = (32 << 20, 256 << 20)
 _DEVICE_BYTES = (512 << 20, 1 << 30)
 # Bytes of bf16 gradients of logits that the single pass may keep: what 8192 tokens over 128256
-# entries need, and no more than the fp32 sum of the weight's gradient in their place.
+# entries need.
 _KEPT_BYTES = 2 << 30
 # A CPU gains nothing from more rows in one product, and its cache does not hold them.
 _CPU_BLOCK_ROWS = 256
@@ -51,12 +51,14 @@ class Tiles(NamedTuple):
     """Tokens of the largest tile of logits."""
     tile_columns: int
     """Vocabulary entries of that tile."""
-    kept_tokens: int
-    """Tokens whose gradients of logits are kept in half precision; 0 for none."""
-    kept_whole: bool
-    """These are all tokens of the batch, and they are kept until the backward pass."""
     extra_bytes: int
     """The most that is held, tiles, kept gradients and sums together."""
+    kept_tokens: int = 0
+    """Tokens whose gradients of logits are kept in half precision; 0 for none."""
+    kept_columns: int = 0
+    """Vocabulary entries of these gradients."""
+    kept_whole: bool = False
+    """These are all tokens of the batch, and they are kept until the backward pass."""
 
     @property
     def chunk_tokens(self) -> int:
@@ -64,28 +66,9 @@ class Tiles(NamedTuple):
         return self.kept_tokens or self.tile_rows
 
 
-def fits_whole(size: CallSize, engine: str, *, on_cpu: bool, max_bytes: int | None) -> bool:
-    """Whether the gradients of the logits of all tokens may be kept until backward: in bf16 alone,
-    within 2 GiB or half of ``max_bytes``, and what comes with them within all of it."""
-    budget = _KEPT_BYTES if max_bytes is None else max_bytes // 2
-    if size.operand != torch.bfloat16 or 2 * size.width * size.tokens > budget:
-        return False
-    tiles = plan_tiles(
-        "single_pass", size, engine, on_cpu=on_cpu, max_bytes=max_bytes, whole=True
-    )  # fmt: skip
-    return max_bytes is None or tiles.extra_bytes <= max_bytes
-
-
-def single_pass_sums(size: CallSize) -> int:
-    """Bytes of the sums and copies of a single pass in chunks: they do not shrink."""
-    return size.selection + size.hidden_sum + size.weight_sum + size.weight_copy
-
-
-def plan_tiles(
-    path: str, size: CallSize, engine: str, *, on_cpu: bool, max_bytes: int | None,
-    whole: bool = False,
-) -> Tiles:  # fmt: skip
-    """Tiles within ``max_bytes``, or the device's default where it is None.
+class Room:
+    """The budget of one call, and each path's way to spend it; those of the single pass are in
+    :mod:`fastdaa.single_pass_memory`.
 
     Sums that a path cannot do without count first, tiles get the rest. Where that is next to
     nothing (less than a sixteenth), tiles take a quarter of ``max_bytes`` and more than it is held:
@@ -94,54 +77,20 @@ def plan_tiles(
     Raises:
         ValueError: ``max_bytes`` is below one row of logits.
     """
-    row = size.wide * size.width
-    if max_bytes is not None and max_bytes < row:
-        raise ValueError(
-            f"max_bytes: expected at least {row} (one fp{8 * size.wide} row of {size.width} "
-            f"logits), got {max_bytes}"
-        )
-    room = _Room(size, engine, on_cpu, max_bytes)
-    if engine == "fused" and path in ("score", "divergence"):
-        return room.fused(path)
-    if path == "divergence":
-        return room.divergence()
-    if path == "recompute":
-        return room.recompute()
-    if path == "single_pass":
-        return room.kept(whole) if whole or room.keeps_chunks else room.chunks()
-    tiles = room.frozen() if path == "frozen" else room.score()
-    return tiles._replace(extra_bytes=0) if path == "reference" else tiles
-
-
-def least_single_pass(size: CallSize, engine: str, *, on_cpu: bool, may_keep: bool) -> int:
-    """The smallest ``max_bytes`` that a single pass keeps, to a MiB or a 256th part of it.
-
-    ``may_keep``: gradients of all logits may wait for backward, if they fit.
-    """
-
-    def serves(max_bytes: int) -> bool:
-        if may_keep and fits_whole(size, engine, on_cpu=on_cpu, max_bytes=max_bytes):
-            return True
-        tiles = plan_tiles("single_pass", size, engine, on_cpu=on_cpu, max_bytes=max_bytes)
-        return tiles.extra_bytes <= max_bytes
-
-    low = high = size.wide * size.width
-    while not serves(high):
-        low, high = high, 2 * high
-    while high - low > max(min(1 << 20, high >> 8), 1):
-        middle = (low + high) // 2
-        low, high = (low, middle) if serves(middle) else (middle, high)
-    return high
-
-
-class _Room:
-    """The budget of one call, and each path's way to spend it."""
 
     def __init__(self, size: CallSize, engine: str, on_cpu: bool, max_bytes: int | None):
+        row = size.wide * size.width
+        if max_bytes is not None and max_bytes < row:
+            raise ValueError(
+                f"max_bytes: expected at least {row} (one fp{8 * size.wide} row of {size.width} "
+                f"logits), got {max_bytes}"
+            )
         self.size, self.engine, self.on_cpu, self.max_bytes = size, engine, on_cpu, max_bytes
         # Half-precision products with wide results exist on GPUs only.
         self.keeps_chunks = size.operand == torch.bfloat16
         self.tile, self.chunk = _CPU_BYTES if on_cpu else _DEVICE_BYTES
+        self.most_kept = _KEPT_BYTES
+        self.most_columns = _CPU_COLUMNS if on_cpu else _DEVICE_COLUMNS
 
     @property
     def fill(self) -> int:
@@ -202,6 +151,14 @@ class _Room:
         filled = -(-rows // CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE if self.on_cpu else rows
         return row * filled
 
+    def tiles(self, path: str) -> Tiles:
+        """Tiles within ``max_bytes``, or the device's default where it is None."""
+        if self.engine == "fused" and path in ("score", "divergence"):
+            return self.fused(path)
+        ways = {"divergence": self.divergence, "recompute": self.recompute, "frozen": self.frozen}
+        tiles = ways.get(path, self.score)()
+        return tiles._replace(extra_bytes=0) if path == "reference" else tiles
+
     def score(self) -> Tiles:
         """Statistics of rows; of few columns at a time where the engine merges those."""
         size, entry = self.size, statistics_entry(self.size, self.engine)
@@ -215,7 +172,7 @@ class _Room:
         sums += size.tokens * state_bytes(size.width, size.stats)
         # The last block is lower, and may take more columns.
         tile = min(STATISTICS_BYTES, held * entry * size.width)
-        return Tiles(rows, rows, columns, 0, False, sums + tile + held * copy)
+        return Tiles(rows, rows, columns, sums + tile + held * copy)
 
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
@@ -230,7 +187,7 @@ class _Room:
         """Whole rows of logits beside ``sums``, in blocks as high as on other paths."""
         default = self.tile if self.on_cpu else 2 * self.tile  # the common number decides
         rows = self.block(self.beside(sums, default), row)
-        return Tiles(rows, rows, self.size.width, 0, False, sums + self.block_held(rows, row))
+        return Tiles(rows, rows, self.size.width, sums + self.block_held(rows, row))
 
     def fused(self, path: str) -> Tiles:
         """No tile: every row has a state for every part of the vocabulary."""
@@ -244,22 +201,28 @@ class _Room:
         sums = size.selection + size.weight_copy
         row = configs.state_bytes(size.width, fields) + size.row_copy
         rows = self.rows(self.beside(sums, self.tile), row)
-        return Tiles(rows, rows, size.width, 0, False, sums + row * min(rows, size.tokens))
+        return Tiles(rows, rows, size.width, sums + row * min(rows, size.tokens))
 
     def recompute(self) -> Tiles:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
+        total, last = self.hidden_sums()
+        sums = size.selection + size.picked_row * size.tokens + total
+        budget = self.beside(sums + self.product, self.tile)
+        slices = plan_slices(size, self.engine, budget, self.most_columns, self.rows)
+        held = max(sums + max(slices.held + self.product, last), first.extra_bytes)
+        return Tiles(first.block_rows, slices.rows, slices.columns, held)
+
+    def hidden_sums(self) -> tuple[int, int]:
+        """Bytes of the wide gradient of the hidden states, unless it is what is returned, and of
+        one beside it in the end."""
+        size = self.size
         narrowed = size.own_hidden.itemsize != size.wide
-        placed = not (narrowed or size.sparse or size.selected)  # the sum is what is returned
-        sums = size.selection + size.picked_row * size.tokens + size.hidden_sum * (not placed)
+        placed = not (narrowed or size.sparse or size.selected)
         # Rounding makes a gradient beside its sum; of other rows than are returned, another one.
         another = narrowed and size.hidden_grad and (size.sparse or size.selected)
         last = size.own_hidden.itemsize * size.tokens * size.hidden_size * another
-        budget = self.beside(sums + self.product, self.tile)
-        most = _CPU_COLUMNS if self.on_cpu else _DEVICE_COLUMNS
-        slices = plan_slices(size, self.engine, budget, most, self.rows)
-        held = max(sums + max(slices.held + self.product, last), first.extra_bytes)
-        return Tiles(first.block_rows, slices.rows, slices.columns, 0, False, held)
+        return size.hidden_sum * (not placed), last
 
     def divergence(self) -> Tiles:
         """Whole rows of two heads' logits, and gradients that are summed over all rows."""
@@ -269,45 +232,4 @@ class _Room:
         row = 2 * (size.row_copy + self.fill) + size.wide * size.hidden_size * size.hidden_grad
         row += size.width * entry
         rows = self.block(self.beside(sums, self.chunk), row)
-        return Tiles(rows, rows, size.width, 0, False, sums + self.block_held(rows, row))
-
-    def chunks(self) -> Tiles:
-        """Chunks of whole pairs whose logits are held until their loss is known."""
-        size = self.size
-        slices = self.product
-        if size.sparse:  # rows are moved in slices as large as those of products
-            logits = size.wide * size.width * size.tokens
-            slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
-        sums = single_pass_sums(size) + slices
-        budget = self.beside(sums, self.chunk)
-        row = gradient_row(size, self.engine) + size.picked_row + self.fill
-        if size.sparse and self.engine != "torch":
-            row += size.narrow * size.width  # beside the logits, not in their place
-        rows, block = self.rows(budget, row), self.block(budget, row)
-        held = self.block_held(rows, row)
-        return Tiles(block, rows, size.width, 0, False, sums + held)
-
-    def kept(self, whole: bool) -> Tiles:
-        """Half-precision gradients of logits without their coefficients: of the batch until
-        backward, or of chunks of whole pairs until their loss is known."""
-        size = self.size
-        sums = size.selection + size.weight_copy if whole else single_pass_sums(size)
-        entry = 2 * size.width
-        row = size.row_copy + self.fill
-        row += size.width * statistics_entry(size, self.engine, slope=True)
-        if whole:
-            tokens = size.tokens
-            budget = self.beside(sums + entry * tokens, self.tile)
-        else:
-            room = self.beside(sums, self.tile + _KEPT_BYTES)
-            budget = min(self.tile, room // 2)
-            tokens = self.rows(min(room - budget, _KEPT_BYTES), entry)
-        rows = self.block(budget, row)
-        # A product's result before it is rounded, and the hidden states as a factor, which go
-        # before the gradient of selected rows comes.
-        factor = self.held(tokens, size.narrow * size.hidden_size)
-        after = self.result + max(factor, size.selection if whole else 0)
-        if size.sparse:  # picked rows have no place of their own to be rounded in
-            after += self.result // 2
-        held = max(self.block_held(rows, row), after)
-        return Tiles(rows, rows, size.width, tokens, whole, sums + self.held(tokens, entry) + held)
+        return Tiles(rows, rows, size.width, sums + self.block_held(rows, row))

@@ -105,12 +105,8 @@ class FusedLinearPairLoss(nn.Module):
         """
         check_readable("labels", labels)
         check_floating("hidden_states", hidden_states)
-        if torch.compiler.is_compiling():
-            selection = compiled_select_pairs(labels, self.order, self.ignore_index)
-        else:
-            selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
+        selection = self._selection(labels, hidden_states.device)
         check_shape("hidden_states", hidden_states, (*labels.shape, hidden_states.shape[-1]))
-        selection = selection.to(hidden_states.device)
         if ref_logps is not None and ref_hidden_states is not None:
             raise ValueError("ref_logps: expected None beside ref_hidden_states, got both")
         if ref_weight is None and ref_bias is not None:
@@ -132,6 +128,12 @@ class FusedLinearPairLoss(nn.Module):
             engine=self.engine,
             max_bytes=self.max_bytes,
         )
+
+    def _selection(self, labels: Tensor, device: torch.device) -> TokenSelection:
+        if torch.compiler.is_compiling():
+            return compiled_select_pairs(labels, self.order, self.ignore_index, device)
+        selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
+        return selection.to(device)
 
     @torch.no_grad()
     def _score(

@@ -167,8 +167,7 @@ class PairBatch:
             return None
         sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
         lengths = self.selection.lengths[sequences]
-        alignments = self.sharper_logps[chunk.tokens] - token_logps
-        return on_policy_weights(sequence_logps(alignments, lengths), lengths)
+        return pair_weights(self.sharper_logps[chunk.tokens], token_logps, lengths)
 
     def output(
         self, loss: Tensor, losses: Tensor, logps: Tensor, stats: TokenStats | None
@@ -178,6 +177,11 @@ class PairBatch:
         policy: PairLogps = pair_logps(sums, self.completion_lengths)
         weights = self._pair_weights(logps, self.everything)
         return PairLossOutput(loss, losses, policy, logps, stats, weights)
+
+
+def pair_weights(sharper_logps: Tensor, token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """WPO's weights ``[B]`` of pairs from both log-probs ``[N]`` of their tokens, no gradient."""
+    return on_policy_weights(sequence_logps(sharper_logps - token_logps, lengths), lengths)
 
 
 @contextmanager

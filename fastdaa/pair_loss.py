@@ -73,8 +73,6 @@ def pair_loss(
     Raises:
         TypeError, ValueError: tensors that do not fit together, a missing reference, or a path
             or engine that cannot serve the call.
-        RuntimeError: an objective with ``use_weighting`` inside a graph of
-            ``torch.compile(fullgraph=True)``; without ``fullgraph`` the graph breaks here.
         ImportError: ``engine="triton"`` without the package triton.
     """
     _check_kinds(hidden_states, head, selection, objective)
@@ -100,9 +98,6 @@ def _compiled(
     flat: Tensor, head: LmHead, selection: TokenSelection, objective: Objective, *args: Any,
     **options: Any,
 ) -> PairLossOutput:  # fmt: skip
-    if weighting_of(objective)[1]:
-        raise RuntimeError("pair_loss: expected a call outside torch.compile with use_weighting, "
-                           "got one inside; wrap it with torch.compiler.disable")  # fmt: skip
     rows = flat.index_select(0, selection.rows)
     return compiled_pair_loss(rows, head, selection, objective, *args, **options)
 

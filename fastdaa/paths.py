@@ -20,37 +20,31 @@ GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference":
 
 
 def choose_path(
-    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
+    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool
 ) -> tuple[str, str]:
     """The cheapest path that can serve, or the one that is asked for; and why, for people.
 
     Raises:
         ValueError: the one that is asked for cannot serve.
     """
-    path, reason = _cheapest(hidden_grad, head_grad, loss_inside, coupled)
+    path, reason = _cheapest(hidden_grad, head_grad, loss_inside)
     if impl in ("auto", path):
         return path, reason
-    _check_explicit(impl, hidden_grad, head_grad, loss_inside, coupled)
+    _check_explicit(impl, hidden_grad, head_grad, loss_inside)
     return impl, "asked for"
 
 
-def _cheapest(
-    hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
-) -> tuple[str, str]:
+def _cheapest(hidden_grad: bool, head_grad: bool, loss_inside: bool) -> tuple[str, str]:
     if not (hidden_grad or head_grad):
         return "score", "no gradient is wanted"
     if not head_grad:
         return "frozen", "the head is not trained"
     if not loss_inside:
         return "recompute", "the head is trained and the loss lies outside this call"
-    if coupled:
-        return "recompute", "the loss couples the pairs of the batch"
-    return "single_pass", "the head is trained and the loss is known within a chunk of pairs"
+    return "single_pass", "the head is trained"
 
 
-def _check_explicit(
-    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, coupled: bool
-) -> None:
+def _check_explicit(impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool) -> None:
     if impl == "score" and (hidden_grad or head_grad):
         raise ValueError("impl='score' gives no gradient: detach the inputs or use torch.no_grad()")
     if impl == "frozen" and head_grad:
@@ -58,6 +52,3 @@ def _check_explicit(
                          "with requires_grad=False")  # fmt: skip
     if impl == "single_pass" and not loss_inside:
         raise ValueError("impl='single_pass' needs the loss: call fastdaa.pair_loss")
-    if impl == "single_pass" and coupled:
-        raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
-                         "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from fastdaa.call_size import CallSize
 from fastdaa.engine_check import LEAST_CAPABILITY, triton_obstacle
-from fastdaa.memory import Tiles, fits_whole, least_single_pass, plan_tiles, single_pass_sums
+from fastdaa.memory import Room, Tiles
 from fastdaa.paths import GEMMS, PATHS, choose_path
+from fastdaa.single_pass_memory import SinglePassRoom, least_single_pass
 from fastdaa.validation import check_choice
 
 ENGINES = ("auto", "torch", "triton", "fused")
-
-# A chunk of n tokens reads and writes the fp32 sum of the weight's gradient, 8 V D bytes; computing
-# its logits again is 2 n V D FLOP. Equal at 4 FLOP a second / bytes a second: 610 tokens on an
-# A100, 740 on an H200, 1180 on an H100 (half precision, by their data sheets).
-_BREAK_EVEN_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,19 +33,22 @@ class HeadPlan:
     """Tokens whose statistics are taken at once, as many on all paths: so every one gives the same
     log-probs to the last bit."""
     tile_rows: int
-    """Tokens of the largest tile of logits: a tile of the backward pass in ``recompute``; the
-    token budget of a chunk of whole pairs in a ``single_pass`` that keeps no gradients; else
-    ``block_rows``."""
+    """Tokens of the largest tile of logits: a tile of the backward pass where it computes logits
+    again; the token budget of a chunk of whole pairs in a ``single_pass`` that keeps no gradients;
+    else ``block_rows``."""
     tile_columns: int
     """Vocabulary entries of that tile."""
-    kept_tokens: int = 0
-    """Tokens the gradients of whose logits ``single_pass`` keeps in bf16 at a time; 0 for none."""
-    kept_whole: bool = False
-    """Those are all tokens of the batch, and they are kept until the backward pass. If not, they
-    are a chunk of whole pairs, kept until its loss is known."""
     extra_bytes: int = 0
     """The most that the call holds beyond its inputs, the gradients that it returns and a few
     numbers a token, as far as its sizes were given; not counted (0) for ``reference``."""
+    kept_tokens: int = 0
+    """Tokens the gradients of whose logits ``single_pass`` keeps in bf16 at a time; 0 for none."""
+    kept_columns: int = 0
+    """Vocabulary entries of these gradients. Where they are not all, backward computes the logits
+    of the others again."""
+    kept_whole: bool = False
+    """Those are all tokens of the batch, and they are kept until the backward pass. If not, they
+    are a chunk of whole pairs, kept until its loss is known."""
     engine: str = "torch"
     """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
     ``"fused"`` where products and statistics are one kernel and no tile exists."""
@@ -61,13 +59,22 @@ class HeadPlan:
     waits to learn their number."""
     divergence: bool = False
     """Logits of two heads are compared."""
+    vocab_size: int = 0
+    """``V``, or the slice of it that a process has."""
 
     @property
-    def gemms(self) -> int:
-        """Cost in ``U`` of forward and backward together."""
+    def gemms(self) -> float:
+        """Cost in ``U`` of forward and backward together, a whole number unless a part of the
+        logits is computed again."""
         # The reference's logits, wherever the policy's are computed.
         more = (2 if self.path == "recompute" else 1) if self.divergence else 0
-        return GEMMS[self.path] + more
+        again = 1 - self.kept_columns / self.vocab_size if self.keeps_part else 0
+        return GEMMS[self.path] + more + again
+
+    @property
+    def keeps_part(self) -> bool:
+        """Gradients of some of the logits are kept."""
+        return 0 < self.kept_columns < self.vocab_size
 
     @property
     def tile_bytes(self) -> int:
@@ -77,7 +84,7 @@ class HeadPlan:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the gradients of logits that are kept."""
-        return 2 * self.kept_tokens * self.tile_columns
+        return 2 * self.kept_tokens * self.kept_columns
 
     @property
     def chunk_tokens(self) -> int:
@@ -86,9 +93,9 @@ class HeadPlan:
 
     def explain(self) -> str:
         """One line: path, cost, tiles, memory, reason, and the engine if there was a choice."""
-        kept = (
-            f"gradients of the logits of {self.kept_tokens} tokens kept = {_mib(self.kept_bytes)}, "
-        )
+        part = f"{self.kept_columns} of {self.vocab_size}" if self.keeps_part else "the"
+        kept = f"gradients of {part} logits of {self.kept_tokens} tokens kept = "
+        kept += f"{_mib(self.kept_bytes)}, "
         tiles = (
             f"tiles of {self.tile_rows} tokens x "
             f"{self.tile_columns} vocabulary entries = {_mib(self.tile_bytes)}"
@@ -98,9 +105,8 @@ class HeadPlan:
         held = f"{tiles}, at most {_mib(self.extra_bytes)} in all"
         if self.path == "reference":
             held = "all logits at once"
-        line = (
-            f"{self.path} ({self.gemms}U, {kept if self.kept_tokens else ''}{held}): {self.reason}"
-        )
+        kept = kept if self.kept_tokens else ""
+        line = f"{self.path} ({self.gemms:.3g}U, {kept}{held}): {self.reason}"
         if not self.engine_reason:
             return line
         return f"{line}; engine {self.engine}: {self.engine_reason}"
@@ -150,10 +156,11 @@ def plan_head(
             Sums that a path cannot do without count first, tiles get the rest. ``auto`` takes no
             single pass that takes more; where the sums of another path leave next to nothing (less
             than a sixteenth), its tiles take a quarter all the same: no batch is too long.
+            ``impl="single_pass"`` keeps what fits and computes the rest again.
         tokens: ``N`` scored tokens of the batch; 0 if not known.
         hidden_size: ``D``; 0 if not known, and sums are not counted.
         operand: dtype of the factors of the products. bf16 gradients of logits are kept until
-            backward if those of the whole batch take 2 GiB at most, or half of ``max_bytes``.
+            backward, see :mod:`fastdaa.single_pass_memory`.
         weight_dtype, hidden_dtype: of the head and of the hidden states; None for ``operand``.
         softcap, stats: the head has a cap, token statistics are wanted; an engine may hold more.
         sparse: the loss gives many tokens a coefficient of exactly 0, as a hinge does; such tokens
@@ -195,27 +202,35 @@ def _plan(
     if engine == "auto":
         plain = divergence or impl == "reference"
         name, engine_reason = _best_engine(size, device, plain=plain, sharded=sharded)
-    whole = may_keep and fits_whole(size, name, on_cpu=on_cpu, max_bytes=max_bytes)
-    coupled = coupled and not whole  # the loss of the whole batch is known in time
-    path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside, coupled)
+    path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside)
     if engine in ("triton", "fused"):
         _check_triton(engine, path, device)
-    tiles_for = partial(
-        plan_tiles, size=size, engine=name, on_cpu=on_cpu, max_bytes=max_bytes, whole=whole
+    room, tiles = Room(size, name, on_cpu, max_bytes), None
+    if path == "single_pass":
+        ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled)
+        tiles, reason = ways.best() if impl == "auto" else (_asked_for(ways), "asked for")
+        path = path if tiles else "recompute"
+    tiles = tiles or room.tiles("divergence" if divergence else path)
+    sparse = size.sparse or on_cpu
+    return HeadPlan(path, reason, *tiles, name, engine_reason, sparse, divergence, size.width)
+
+
+def _asked_for(ways: SinglePassRoom) -> Tiles:
+    """What ``impl="single_pass"`` takes."""
+    tiles = ways.any()
+    if tiles:
+        return tiles
+    if ways.room.max_bytes is None or not (ways.may_keep or ways.in_chunks):
+        raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
+                         "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip
+    room, size = ways.room, ways.size
+    least = least_single_pass(
+        size, room.engine, on_cpu=room.on_cpu, may_keep=ways.may_keep, in_chunks=ways.in_chunks
     )
-    if path == "single_pass" and whole and size.head_grad:
-        reason = "the head is trained and the gradients of the batch's logits fit in memory"
-    elif path == "single_pass" and impl == "auto":
-        obstacle = _obstacle(tiles_for("single_pass"), size, on_cpu, max_bytes)
-        path, reason = ("recompute", obstacle) if obstacle else (path, reason)
-    tiles = tiles_for("divergence" if divergence else path)
-    if path == "single_pass" and max_bytes is not None and tiles.extra_bytes > max_bytes:
-        least = least_single_pass(size, name, on_cpu=on_cpu, may_keep=may_keep)
-        raise ValueError(
-            f"max_bytes: expected at least {least} for impl='single_pass', {single_pass_sums(size)}"
-            f" of them for sums of gradients, got {max_bytes}; impl='recompute' takes less"
-        )
-    return HeadPlan(path, reason, *tiles, name, engine_reason, size.sparse or on_cpu, divergence)
+    raise ValueError(
+        f"max_bytes: expected at least {least} for impl='single_pass', got {room.max_bytes}; "
+        "impl='recompute' takes less"
+    )
 
 
 def _check_sizes(size: CallSize, max_bytes: int | None) -> None:
@@ -228,22 +243,6 @@ def _check_sizes(size: CallSize, max_bytes: int | None) -> None:
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < low:
             raise ValueError(f"{name}: expected {low} or more, got {value}")
-
-
-def _obstacle(tiles: Tiles, size: CallSize, on_cpu: bool, max_bytes: int | None) -> str:
-    """Why a single pass in such chunks is no good, or nothing."""
-    chunk = tiles.chunk_tokens
-    if max_bytes is not None and tiles.extra_bytes > max_bytes:
-        return (
-            f"a single pass takes {_mib(tiles.extra_bytes)}, {_mib(single_pass_sums(size))} of "
-            f"them for sums, more than max_bytes = {_mib(max_bytes)}"
-        )
-    if size.half and not on_cpu and chunk < min(_BREAK_EVEN_TOKENS, size.tokens):
-        return (
-            f"chunks of {chunk} tokens would spend more on the sum of the weight's gradient than "
-            "computing the logits again does"
-        )
-    return ""
 
 
 def _best_engine(

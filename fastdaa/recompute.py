@@ -15,6 +15,7 @@ from fastdaa.engines import RowTile
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
+from fastdaa.kept_products import FirstColumns, KeptGradients
 from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import score
@@ -82,31 +83,42 @@ def head_gradients(
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
     entropy: Tensor | None = None,
+    kept: KeptGradients | None = None,
 ) -> Gradients:
     """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias; those of
     ``sum(coefficients * entropy)`` where ``entropy [N]`` is given.
 
     A slice of the weight's gradient is one product over all tokens, or a wide sum of several, and
     rounded and written once: no wide ``[V, D]`` exists.
+
+    Args:
+        kept: gradients of the logits of the first columns, which are not computed again.
     """
     head, hidden_states = logits.head, logits.hidden_states
-    if plan.sparse:
-        active = coefficients.nonzero()[:, 0]
-        if active.shape[0] < coefficients.shape[0]:
-            by_hidden, weight, bias = head_gradients(
-                logits.pick(active), targets[active], coefficients[active], rows.pick(active),
-                replace(plan, sparse=False), wanted, None if entropy is None else entropy[active],
-            )  # fmt: skip
-            return _among(hidden_states, active, by_hidden), weight, bias
+    active = kept.active if kept is not None else _active(coefficients) if plan.sparse else None
+    if active is not None:
+        by_hidden, weight, bias = head_gradients(
+            logits.pick(active), targets[active], coefficients[active], rows.pick(active),
+            replace(plan, sparse=False), wanted, None if entropy is None else entropy[active],
+            None if kept is None else kept.of_active(),
+        )  # fmt: skip
+        return _among(hidden_states, active, by_hidden), weight, bias
     made = torch.empty_like if targets.shape[0] else torch.zeros_like  # without products
     weight, bias = (
         made(t) if t is not None and want else None
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
     )
-    by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if wanted[0] else None
     with without_autocast(hidden_states.device):
+        first = None if kept is None else FirstColumns(kept, targets, coefficients, head.width)
+        if first is not None:
+            first.write_head(hidden_states, weight, bias)
+        by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if wanted[0] else None
+        if first is not None and by_hidden is not None:
+            first.write_hidden(head.weight, by_hidden)
         call = _Backward(logits, targets, coefficients, rows, plan, entropy)
-        for columns in blocks(head.width, plan.tile_columns):
+        start = 0 if first is None else first.width
+        for part in blocks(head.width - start, plan.tile_columns):
+            columns = slice(start + part.start, start + part.stop)
             call.add_slice(columns, by_hidden, weight, bias)
     if by_hidden is not None:
         sum_over_shards(by_hidden, head)
@@ -162,6 +174,12 @@ class _Backward:
     def _put(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """``a @ b``, a product with a tile, into a sum or where nothing is yet."""
         (self.factor.write if first else self.factor.accumulate)(total, a, b)
+
+
+def _active(coefficients: Tensor) -> Tensor | None:
+    """Tokens with a coefficient, None for all."""
+    active = coefficients.nonzero()[:, 0]
+    return active if active.shape[0] < coefficients.shape[0] else None
 
 
 def _among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:

@@ -101,7 +101,9 @@ def _check_labels(labels: Tensor, ignore_index: int) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """Raise ``ValueError`` for a value that a token id could have."""
+    """Raise ``TypeError`` for no integer, ``ValueError`` for one that a token id could be."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     if ignore_index >= 0:
         raise ValueError(
             f"ignore_index: expected a negative number, got {ignore_index}, which is a token id"

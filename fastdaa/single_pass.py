@@ -20,7 +20,8 @@ from fastdaa.engines import RowTile, logits_memory
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients, GradientSums
 from fastdaa.head import LmHead
-from fastdaa.kept import Kept, KeptChunks
+from fastdaa.kept import Kept
+from fastdaa.kept_chunks import KeptChunks
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan

@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from fastdaa.call_size import CallSize, gradient_entry
 
-_COLUMN_MULTIPLE = 256
+ROW_MULTIPLE = 16
+"""Entries of which rows of logits are multiples on GPUs."""
+COLUMN_MULTIPLE = 256
+"""Columns of tiles are multiples of it, as products like them."""
 # Products are rounded in slices of so many bytes of fp32, which a GPU's cache holds and whose
 # products fill it twice over.
 PRODUCT_BYTES = 32 << 20
@@ -124,4 +127,4 @@ def _summed(
 
 def _whole_columns(columns: int) -> int:
     """As many columns, or a few less, as products like."""
-    return columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE or max(columns, 1)
+    return columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE or max(columns, 1)

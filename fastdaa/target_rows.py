@@ -50,6 +50,11 @@ def add_target_rows(
         groups.add(out[:, columns], hidden[:, columns][source] * own)
 
 
+def held_by_target_rows(rows: int, hidden_size: int, wide: int) -> int:
+    """Bytes that :func:`add_target_rows` takes, for entries of ``wide`` bytes."""
+    return 5 * min(_PART_BYTES, wide * rows * hidden_size)
+
+
 def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
     """``out += coefficients dz``, and ``own`` at the targets: ``[V]``, wide, a slice of the
     vocabulary at a time."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastdaa.engines import (
     ENGINES,
-    ROW_MULTIPLE,
     RowTile,
     TritonTile,
     logits_memory,
@@ -25,7 +24,13 @@ from fastdaa.engines import (
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.row_passes import FP16_TARGET, RowState, finish_logits, steepest_slope
-from fastdaa.slices import CPU_ROW_MULTIPLE, PRODUCT_BYTES, UNSPLIT_ENTRIES, logit_columns
+from fastdaa.slices import (
+    CPU_ROW_MULTIPLE,
+    PRODUCT_BYTES,
+    ROW_MULTIPLE,
+    UNSPLIT_ENTRIES,
+    logit_columns,
+)
 
 _HALVES = (torch.float16, torch.bfloat16)
 # torch.addmm takes an fp32 summand with half-precision factors.

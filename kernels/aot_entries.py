@@ -46,7 +46,7 @@ def _statistics(
 ) -> list[Entry]:  # fmt: skip
     pointers = {"z_ptr": "*fp32:16", "targets_ptr": "*i64", "states_ptr": "*fp32:16"}
     sizes = {"rows": "i32", "V": f"i32{m}", "first_column": "i32:16", "stride_zn": f"i32{m}"}
-    sizes |= {"stride_on": f"i32{m}"}
+    sizes |= {"sloped": f"i32{m}", "stride_on": f"i32{m}"}
     pointers |= {"slopes_ptr": "*bf16:16"} if slopes else {}
     arguments = {**pointers, **sizes, "inner": "fp32", "outer": "fp32"}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_STATS": stats, "HAS_SLOPES": slopes}

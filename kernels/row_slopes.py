@@ -43,7 +43,7 @@ def _finish_row_slopes_kernel(
     log_s_ptr,
     logps_ptr,
     factors_ptr,
-    slopes_ptr,  # [rows, V]
+    slopes_ptr,  # [rows, V], or the first columns of that
     V, stride_zn, stride_on,
     inner, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -85,7 +85,8 @@ def take_row_slopes(
         z: ``[r, V]`` raw products, as in :func:`fastdaa.kernels.row_statistics.take_row_states`;
             not changed.
         targets: ``[r]`` int64.
-        slopes: ``[r, V]`` bf16 (or fp32) with contiguous columns, in memory of its own; filled.
+        slopes: ``[r, V]``, or fewer columns if only the first ones are wanted, bf16 (or fp32) with
+            contiguous columns, in memory of its own; filled.
         bias, logit_scale, softcap, temperature, stats, config: as there.
 
     Returns:
@@ -95,7 +96,8 @@ def take_row_slopes(
     Raises:
         ValueError: slopes of another shape or of fp16, or columns that are not contiguous.
     """
-    if slopes.shape != z.shape or slopes.dtype == torch.float16 or slopes.stride(1) != 1:
+    rows_fit = slopes.shape[0] == z.shape[0] and 0 < slopes.shape[1] <= z.shape[1]
+    if not rows_fit or slopes.dtype == torch.float16 or slopes.stride(1) != 1:
         raise ValueError(
             f"slopes: expected {list(z.shape)} of bf16 or fp32 with contiguous columns, got "
             f"{list(slopes.shape)} of {slopes.dtype} with strides {list(slopes.stride())}"
@@ -112,7 +114,7 @@ def take_row_slopes(
             _finish_row_slopes_kernel[(z.shape[0],)](
                 z, bias if bias is None else bias.contiguous(), targets.contiguous(),
                 rows.m, rows.log_s, rows.logps, factors, slopes,
-                z.shape[1], z.stride(0), slopes.stride(0),
+                slopes.shape[1], z.stride(0), slopes.stride(0),
                 *logit_factors(logit_scale, softcap, temperature),
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, BLOCK_V=block.block_v,
                 num_warps=block.num_warps, enable_fp_fusion=True,

@@ -28,10 +28,6 @@ from fastdaa.kernels.merge_splits import (
 )
 from fastdaa.kernels.operands import on_device
 
-# The exponential of more, in nats, would leave the range of fp32. Rows whose targets are that
-# unlikely do not use it.
-MOST_ABOVE = tl.constexpr(64.0)
-
 
 # The alignment of targets, which are read one value a program, and the number of rows change with
 # the batch: a variant of the code for each would be compiled in the middle of training. Launched
@@ -43,8 +39,8 @@ def _take_row_states_kernel(
     bias_ptr,  # [V] or None
     targets_ptr,  # [rows] int64
     states_ptr,  # [splits, fields, rows]
-    slopes_ptr,  # [rows, V] bf16 or None
-    rows, V, first_column, stride_zn, stride_on,
+    slopes_ptr,  # [rows, sloped] bf16 or None
+    rows, V, first_column, sloped, stride_zn, stride_on,
     inner, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr,
     HAS_SLOPES: tl.constexpr, SPLIT_V: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -61,7 +57,6 @@ def _take_row_states_kernel(
     own = load_products(z_row, bias_ptr, target, valid, HAS_BIAS)
     own, _ = finish_logits(own, inner, outer, HAS_SOFTCAP)
     here = (target >= first) & (target < end)
-    anchor = tl.where(own == float("-inf"), 0.0, own)
 
     m = tl.full([BLOCK_V], LOWEST, tl.float32)  # running maximum of a lane
     s = tl.zeros([BLOCK_V], tl.float32)  # sum of e = exp(z - m)
@@ -77,9 +72,10 @@ def _take_row_states_kernel(
             total += tl.where(inside, z, 0.0)
         z = tl.where(inside & (columns != target), z, float("-inf"))
         if HAS_SLOPES:
-            ratio = exp(tl.minimum(z - anchor, MOST_ABOVE))  # 0 at the target
+            # 0 at the target. Infinite or NaN only in rows that are written once more.
+            ratio = exp(z - own)
             out = (-ratio * slope).to(slopes_ptr.dtype.element_ty)
-            tl.store(slopes_ptr + row * stride_on + columns, out, mask=inside)
+            tl.store(slopes_ptr + row * stride_on + columns, out, mask=inside & (columns < sloped))
         # One exponential serves both cases: e of the new logit, or the factor on the old sums.
         above = z > m
         gap = floored(-tl.abs(z - m))
@@ -91,6 +87,9 @@ def _take_row_states_kernel(
         m = tl.where(above, z, m)
 
     # The lanes become one.
+    if HAS_STATS:
+        # fp64 holds such a sum of fp32 numbers in any order, unless their sizes lie 2^18 apart.
+        sum_of_logits = tl.sum(total.to(tl.float64), axis=0).to(tl.float32)
     top = tl.max(m, axis=0)
     gap = floored(m - top)
     e = exp(gap)
@@ -103,7 +102,7 @@ def _take_row_states_kernel(
     if HAS_STATS:
         tl.store(state_ptr + 3 * field, exact_sum(e * (w + s * gap)))
         tl.store(state_ptr + 4 * field, exact_sum(q * (e * e)))
-        tl.store(state_ptr + 5 * field, tl.sum(total, axis=0))
+        tl.store(state_ptr + 5 * field, sum_of_logits)
 
 
 def take_row_states(
@@ -131,9 +130,9 @@ def take_row_states(
         softcap: cap of the logits, or None.
         temperature: divisor of the logits after the cap.
         stats: for the four metrics, too.
-        slopes: ``[r, c]`` with contiguous columns; becomes minus every probability over the
-            target's, times the slope of the logits, in its dtype, and 0 at the target. The tile
-            holds whole rows.
+        slopes: ``[r, <= c]`` with contiguous columns; becomes minus every probability over the
+            target's, times the slope of the logits, in its dtype, and 0 at the target, of the
+            first columns. The tile holds whole rows.
         config: block sizes; None for the table's.
 
     Returns:
@@ -159,7 +158,8 @@ def take_row_states(
             _take_row_states_kernel[(rows * splits,)](
                 z, bias if bias is None else bias.contiguous(), targets.contiguous(),
                 states, slopes,
-                rows, width, first_column, z.stride(0), 0 if slopes is None else slopes.stride(0),
+                rows, width, first_column, 0 if slopes is None else slopes.shape[1],
+                z.stride(0), 0 if slopes is None else slopes.stride(0),
                 inner, outer,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_STATS=stats,
                 HAS_SLOPES=slopes is not None, SPLIT_V=config.split_v, BLOCK_V=config.block_v,

@@ -117,13 +117,15 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
     """
     from fastdaa import (
         compiled_divergence,
+        compiled_entropy,
         compiled_logps,
         compiled_loss,
         divergence_tiles,
         entropy,
+        entropy_tiles,
         frozen,
         gradient_sums,
-        kept,
+        kept_products,
         plan_call,
         recompute,
         tiles,
@@ -141,10 +143,11 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
 
     def start(dtype: torch.dtype) -> set[torch.dtype]:
         monkeypatch.setattr(tiles, "add_half_product", add_half_product)
-        for module in (tiles, frozen, kept, gradient_sums, divergence_tiles, entropy):
+        numeric = (tiles, frozen, kept_products, gradient_sums, divergence_tiles, entropy_tiles)
+        for module in numeric:
             monkeypatch.setattr(module, "product", product)
-        compiled = (compiled_divergence, compiled_logps, compiled_loss)
-        for module in (tiles, recompute, plan_call, *compiled):
+        compiled = (compiled_divergence, compiled_entropy, compiled_logps, compiled_loss)
+        for module in (tiles, recompute, plan_call, entropy, *compiled):
             monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
         return seen
 

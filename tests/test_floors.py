@@ -18,21 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fastdaa"
 
 FLOORS: list[set[str]] = [
-    {"outputs"},
+    {"outputs", "compiled_sizes"},
     {"validation", "first_order"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
     {"slices"},
     {"target_rows"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "memory", "compiled_selection"},
-    {"row_passes"},
+    {"row_passes", "single_pass_memory"},
     {"engines", "objective_kernel"},
     {"tiles", "engine_check"},
     {"planner"},
-    {"score", "plan_call", "gradient_sums"},
-    {"frozen", "recompute"},
-    {"kept", "divergence_tiles", "compiled_logps"},
-    {"single_pass", "kept_logps", "compiled_divergence", "compiled_backward"},
+    {"score", "plan_call", "gradient_sums", "kept_products"},
+    {"frozen", "recompute", "unscaled"},
+    {"kept", "kept_chunks", "divergence_tiles", "entropy_tiles", "compiled_logps"},
+    {"single_pass", "kept_logps", "compiled_divergence", "compiled_entropy", "compiled_backward"},
     {"logps", "divergence", "entropy"},
     {"pair_batch"},
     {"compiled_loss"},

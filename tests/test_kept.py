@@ -14,7 +14,7 @@ from fastdaa import (
     Objective,
     PairLogps,
     TokenSelection,
-    kept,
+    kept_products,
     memory,
     pair_loss,
     row_passes,
@@ -23,6 +23,7 @@ from fastdaa import (
 )
 from fastdaa.benchmarks.measure import measure_peak
 from fastdaa.single_pass import plan_loss
+from fastdaa.single_pass_memory import SinglePassRoom
 from fastdaa.train.completion_loss import completion_loss
 
 # What the interpreter's numpy says about masked -inf - -inf.
@@ -77,6 +78,7 @@ def in_chunks(monkeypatch):
         monkeypatch.setattr(memory, "CPU_ROW_MULTIPLE", 2)
         monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 4, 0))
         monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * 10)
+        monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
 
     return start
 
@@ -292,9 +294,7 @@ def test_losses_that_couple_the_batch_cost_3u_where_it_fits(half_factors, in_chu
     for got, want in zip(grads, expected, strict=True):
         assert relative(got, want.double()) < 8e-3
     in_chunks()
-    assert planned(leaves, coupled=True).path == "recompute"
-    with pytest.raises(ValueError, match="cannot serve a loss that couples the pairs"):
-        run(*call, impl="single_pass")
+    assert planned(leaves, coupled=True).keeps_part
 
 
 def test_the_loss_of_completions_takes_this_way(half_factors, in_chunks):
@@ -314,12 +314,12 @@ def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
     """Chunks of pairs hold an fp32 sum of the weight's gradient as well: 2 MiB here."""
     half_factors(torch.bfloat16)
     # Without the model's own copies of the factors in fp32.
-    for module in (tiles, kept):
+    for module in (tiles, kept_products):
         monkeypatch.setattr(module, "product", lambda a, b, out=None: torch.mm(a, b).float())
     counts, v, d, tile_rows = (64,) * 8, 2048, 256, 32
     monkeypatch.setattr(memory, "_CPU_BYTES", (4 * v * tile_rows, 0))
     monkeypatch.setattr(tiles, "PRODUCT_BYTES", 4 * d * 128)
-    monkeypatch.setattr(kept, "_FEW_BYTES", 4 * d * 16)
+    monkeypatch.setattr(kept_products, "_FEW_BYTES", 4 * d * 16)
     monkeypatch.setattr(target_rows, "_PART_BYTES", 4 * d * 16)
     leaves, selection = tensors(torch.bfloat16, counts, v, d)
     plan = planned(leaves)

@@ -131,26 +131,27 @@ def test_statistics_are_those_of_recompute():
     [
         pytest.param(torch.bfloat16, "torch", 8192, 3, id="bf16"),
         pytest.param(torch.bfloat16, "triton", 8192, 3, id="bf16-triton"),
-        pytest.param(torch.bfloat16, "torch", 8448, 4, id="bf16-too-many"),
+        pytest.param(torch.bfloat16, "torch", 8448, 3 + 1280 / 128256, id="bf16-a-few-too-many"),
+        pytest.param(torch.bfloat16, "triton", 1 << 17, 4, id="bf16-too-many"),
         pytest.param(torch.float32, "triton", 1024, 3, id="fp32"),
         pytest.param(torch.float16, "torch", 1024, 4, id="fp16"),
     ],
 )
 def test_products_and_memory_on_a_gpu(dtype, engine, tokens, units):
-    """Preferred, it is taken where it fits: 3U and no more than its plan says."""
+    """Preferred, it is taken where enough of it fits, and holds no more than its plan says."""
     v, d = 128256, 512
     with counted() as held:
         hidden = torch.empty(tokens, d, dtype=dtype, device=META, requires_grad=True)
         weight = torch.empty(v, d, dtype=dtype, device=META, requires_grad=True)
         targets = torch.empty(tokens, dtype=torch.int64, device=META)
         plan = plan_kept(hidden, LmHead(weight), engine=engine)
-        assert (plan is not None) == (units == 3)
+        assert (plan is not None) == (units < 4)
         held.restart()
         logps, _ = head_logps_and_stats(hidden, LmHead(weight), targets, engine=engine, keep=True)
         logps.sum().backward()
         inputs = (hidden, weight, targets, hidden.grad, weight.grad)
         extra = held.peak(list(inputs))
-    assert held.flop == units * 2 * tokens * v * d
+    assert held.flop == pytest.approx(units * 2 * tokens * v * d, rel=1e-12)
     if plan is not None:
         # Beside it are a few numbers a token.
         assert 0.5 * plan.extra_bytes < extra <= plan.extra_bytes + 256 * tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import math
+
 import pytest
 
 from fastdaa.benchmarks import cost_model
@@ -42,12 +44,29 @@ def test_single_pass_by_hand() -> None:
 
 
 def test_single_pass_in_chunks_by_hand() -> None:
-    n, v, d = 16384, 128256, 4096  # 4 GiB of half-precision gradients come in two chunks
+    n, v, d = 32768, 128256, 4096  # 8 GiB of half-precision gradients come in four chunks
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
     sums = v * d * 6 + n * d * (4 + 6)  # the first product writes the weight's sum
-    chunks = v * d * 8 + n * d * (8 + 4 + 8 + (8 + 6) + (40 + 12))
+    chunks = 3 * v * d * 8 + n * d * (8 + 4 + 8 + (8 + 6) + (40 + 12))
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 2) * n * v + sums + chunks, "bfloat16")
+
+
+def test_a_single_pass_in_part_by_hand() -> None:
+    n, v, d = 8192, 128256, 4096
+    case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
+    call = ("cuda", 1500 << 20)
+    plan = cost_model.plan_of(
+        case, "single_pass", "cuda", impl="single_pass", engine="triton", max_bytes=call[1]
+    )
+    others = v - plan.kept_columns
+    slices = math.ceil(others / plan.tile_columns)
+    assert 0 < plan.kept_columns < v and slices == 5
+    whole = cost_model.tiled(case, "single_pass", "triton", "cuda")
+    cost = cost_model.tiled(case, "single_pass", "triton", *call)
+    again = (4 + 2) * n * others + 8 * slices * n * d
+    assert cost.flop == pytest.approx(whole.flop + 2 * n * others * d)
+    assert cost.bytes == pytest.approx(whole.bytes + again)
 
 
 @pytest.mark.parametrize(("n", "weight"), [(8192, 0), (32768, 8 * 2 + 6)])
@@ -89,6 +108,8 @@ def test_half_precision_on_cpu_is_fp32_work() -> None:
          Case("llama3-8b", 8192, "dpo", "bfloat16")),
         ("single pass of 16384 tokens, triton", "fastdaa-single-pass-triton",
          Case("llama3-8b", 16384, "dpo", "bfloat16")),
+        ("single pass of 32768 tokens, triton", "fastdaa-single-pass-triton",
+         Case("llama3-8b", 32768, "dpo", "bfloat16")),
     ],
     ids=lambda value: value if isinstance(value, str) and "," in value else "",
 )  # fmt: skip

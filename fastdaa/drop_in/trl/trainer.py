@@ -30,14 +30,14 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     ``ref_model`` of its own, synchronised references, PEFT adapters and reference adapters. Where
     ``U = 2 x scored tokens x vocabulary x hidden size`` FLOP, the head takes 1U without gradient,
     2U frozen, as under LoRA (TRL's takes 3U), and 3U trained, whatever the loss (TRL's takes 4U):
-    the gradients of the logits wait for it (:mod:`fastdaa.kept_logps`). 4U where they do not fit
-    in memory, and with ``activation_offloading``, which would send them to the host.
-    ``use_weighting`` takes 1U more.
+    the gradients of the logits wait for it (:mod:`fastdaa.kept_logps`), as many as fit in memory;
+    the others are made again, up to 4U. 4U with ``activation_offloading``, which would send them
+    to the host. ``use_weighting`` takes 1U more.
 
     Args:
         args, kwargs: those of ``trl.DPOTrainer``.
         head_max_bytes: memory that a call of the head may take, as ``max_bytes`` of
-            :func:`fastdaa.plan_head`; half of it may be kept gradients. None for the default.
+            :func:`fastdaa.plan_head`. None for the default.
 
     Raises:
         TypeError: ``head_max_bytes`` is no integer.

@@ -1,0 +1,140 @@
+"""``token_entropy`` as custom operators, for models under ``torch.compile``.
+
+As in :mod:`fastdaa.compiled_logps`, the head is inside one node of the graph, with the code that
+runs without a compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdaa.compiled_logps import only_first_differentiable, present, present_fake, wide_dtype
+from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
+from fastdaa.first_order import first_order
+from fastdaa.head import LmHead
+from fastdaa.tiles import Logits, operand_dtype
+
+
+def compiled_token_entropy(
+    hidden_states: Tensor, head: LmHead, *, impl: str, engine: str, max_bytes: int | None
+) -> Tensor:
+    """:func:`fastdaa.token_entropy` as one node of a graph."""
+    grad = torch.is_grad_enabled()
+    values = _entropy(
+        hidden_states, head.weight, head.bias, head.softcap, head.logit_scale, head.temperature,
+        operand_dtype(hidden_states, head.weight), impl, engine, max_bytes,
+        grad and hidden_states.requires_grad, grad and head.trained,
+    )[0]  # fmt: skip
+    return values.clone()  # the caller may change it, backward reads the other
+
+
+@torch.library.custom_op("fastdaa::token_entropy", mutates_args=())
+def _entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    operand: torch.dtype,
+    impl: str,
+    engine: str,
+    max_bytes: int | None,
+    hidden_grad: bool,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropies ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or slopes ``[N, D]``."""
+    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+    plan = plan_entropy(
+        hidden_states, head, impl=impl, engine=engine, max_bytes=max_bytes,
+        wanted=(hidden_grad, head_grad), operand=operand,
+    )  # fmt: skip
+    absent = hidden_states.new_empty(0, dtype=wide_dtype(operand))
+    if plan.path == "frozen":
+        values, slopes = entropies_and_slopes(hidden_states, head, plan, operand)
+        return values, absent, absent.clone(), slopes
+    state, values = entropies(hidden_states, head, plan, operand)
+    return values, state.m, state.log_s, absent
+
+
+def _is_frozen(impl: str, hidden_grad: bool, head_grad: bool) -> bool:
+    return hidden_grad and not head_grad and impl != "recompute"
+
+
+@_entropy.register_fake
+def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, operand, impl, _, _, hidden_grad, head_grad = rest
+    rows, frozen = hidden_states.shape[0], _is_frozen(impl, hidden_grad, head_grad)
+    vector = 0 if frozen else rows
+    slopes = tuple(hidden_states.shape) if frozen else (0,)
+    shapes: list[Any] = [(rows,), (vector,), (vector,), slopes]
+    return tuple(hidden_states.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_states, weight, bias, *options, hidden_grad, head_grad = inputs
+    values, m, log_s, slopes = output
+    only_first_differentiable(ctx, output)
+    ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
+    ctx.frozen = _is_frozen(options[-3], hidden_grad, head_grad)
+    if ctx.frozen:
+        ctx.save_for_backward(slopes)
+    else:
+        ctx.save_for_backward(hidden_states, weight, bias, values, m, log_s)
+
+
+@first_order
+def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (ctx.count - 3)
+    if coefficients is None:
+        return None, None, None, *nothing
+    if ctx.frozen:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
+
+
+_entropy.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("fastdaa::token_entropy_gradients", mutates_args=())
+def _gradients(
+    coefficients: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    operand: torch.dtype,
+    impl: str,
+    engine: str,
+    max_bytes: int | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias; empty where not wanted."""
+    head = LmHead(weight, bias, softcap, logit_scale, temperature)
+    plan = plan_entropy(
+        hidden_states, head, impl=impl, engine=engine, max_bytes=max_bytes,
+        wanted=(wanted[0], wanted[1] or wanted[2]), operand=operand,
+    )  # fmt: skip
+    grads = entropy_gradients(
+        Logits(hidden_states, head, operand, plan.engine), coefficients, values, m, log_s, plan,
+        (wanted[0], wanted[1], wanted[2]),
+    )  # fmt: skip
+    return present(grads, hidden_states)
+
+
+@_gradients.register_fake
+def _(
+    coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return present_fake((hidden_states, weight, bias), rest[-1])

@@ -1,0 +1,135 @@
+"""Gradients of a head from gradients of logits that were kept without the loss's coefficients.
+
+For every sequence-level objective ``dL/dz_i = c_i (onehot_i - p_i)``, one number ``c_i`` a row. The
+rest of the row needs no loss and waits in the dtype of the next product. The numbers join on the
+rows of the hidden states' gradient, and on the hidden states as a factor of the weight's gradient.
+The entry of the target, ``o_i = 1 - p_i``, is the largest of its row. It stays out of the products,
+which round their factors:
+
+    dH = c * (f * (dz W) + o * W[targets]),    dW = dz^T (c * f * H),  dW[targets] += c * o * H
+
+with the factors ``f`` of the rows of ``dz``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdaa.row_passes import move_to_front
+from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
+from fastdaa.tiles import blocks, product, product_slices, write_product
+
+# The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
+# FLOP a logit that is left out.
+_WORTH_MOVING = 15 / 16
+
+# Rows of the weight that join a product's result are copied, so many bytes of fp32 at a time.
+_FEW_BYTES = 16 << 20
+
+
+class KeptGradients(NamedTuple):
+    """``d logp / d z`` of tokens and the first columns: ``factors[:, None] * dz``, and ``own`` at
+    the targets, where ``dz`` is 0."""
+
+    dz: Tensor
+    """``[a, k]``, a factor."""
+    factors: Tensor
+    """``[N]``, wide, as the next."""
+    own: Tensor
+    """``[N]``, also of targets beyond the columns."""
+    active: Tensor | None = None
+    """``[a]`` which tokens ``dz`` has, None for all."""
+
+    def of_active(self) -> KeptGradients:
+        """The same, of these tokens alone."""
+        return KeptGradients(self.dz, self.factors[self.active], self.own[self.active])
+
+    def rows(self, targets: Tensor, coefficients: Tensor, vocab_size: int) -> TargetRows:
+        """What scales the rows ``[a]``, for the loss's coefficients ``[N]``."""
+        rows = TargetRows(targets, coefficients * self.factors, coefficients * self.own)
+        rows = rows if self.active is None else rows.pick(self.active)
+        width = self.dz.shape[1]
+        if width == vocab_size:
+            return rows
+        # Targets of other columns add 0, each to another row: many on one would take long.
+        inside = rows.targets < width
+        elsewhere = torch.arange(inside.shape[0], device=inside.device) % width
+        return rows._replace(
+            targets=torch.where(inside, rows.targets, elsewhere),
+            own=torch.where(inside, rows.own, 0.0),
+        )
+
+
+class FirstColumns:
+    """What kept gradients contribute: to the first rows of the weight's and the bias's gradient,
+    and, before that of other columns, to the gradient of the hidden states."""
+
+    def __init__(
+        self, kept: KeptGradients, targets: Tensor, coefficients: Tensor, vocab_size: int
+    ) -> None:
+        self.kept, self.width = kept, kept.dz.shape[1]
+        self.rows = kept.rows(targets, coefficients, vocab_size)
+
+    def write_head(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Into gradients ``[V, D]`` and ``[V]``, where wanted: each rounded once."""
+        dz, rows, active = self.kept.dz, self.rows, self.kept.active
+        if weight is not None:
+            factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
+            write_product(weight[: self.width], dz.T, factor)
+            del factor
+            add_target_rows(weight[: self.width], hidden, rows, active)
+        if bias is not None:
+            total = torch.zeros_like(bias[: self.width], dtype=rows.own.dtype)
+            add_column_sums(total, dz, rows)
+            bias[: self.width] = total
+
+    def write_hidden(self, weight: Tensor, out: Tensor) -> None:
+        """Into ``out [N, D]``, each rounded once to its dtype."""
+        factor = weight[: self.width].to(self.kept.dz.dtype)
+        write_hidden_gradient(self.kept.dz, self.rows, factor, out, self.kept.active)
+
+
+def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``dz`` with its rows of coefficient 0 left out, in place, and which rows remain.
+
+    None for all, as where moving rows would cost more than their products. The number of rows has
+    to be known to the host, which waits for it.
+    """
+    active = coefficients.nonzero()[:, 0]
+    if active.shape[0] > _WORTH_MOVING * coefficients.shape[0]:
+        return dz, None
+    return move_to_front(dz, active), active
+
+
+def scaled_rows(
+    hidden: Tensor, coefficients: Tensor, operand: torch.dtype, active: Tensor | None = None
+) -> Tensor:
+    """``coefficients [a] * hidden[active]`` as a factor of the weight's gradient, rounded once."""
+    factor = hidden.new_empty((coefficients.shape[0], hidden.shape[1]), dtype=operand)
+    for rows in product_slices(factor):
+        some = hidden[rows if active is None else active[rows]]
+        torch.mul(some, coefficients[rows, None], out=factor[rows])
+    return factor
+
+
+def write_hidden_gradient(
+    dz: Tensor, rows: TargetRows, weight: Tensor, out: Tensor, active: Tensor | None = None
+) -> None:
+    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]``, into all rows of ``out``
+    or those ``active``, rounded once; ``weight`` is a factor."""
+    few = max(_FEW_BYTES // (4 * out.shape[1]), 1)
+    for part in product_slices(out[: dz.shape[0]]):
+        result, of = product(dz[part], weight), rows.pick(part)
+        places = None if active is None else active[part]
+        for some in blocks(result.shape[0], few):
+            these = of.pick(some)
+            ours = result[some].mul_(these.coefficients[:, None])
+            ours.addcmul_(these.own[:, None], weight[these.targets])
+            if places is None:
+                out[part][some] = ours
+            else:
+                out.index_copy_(0, places[some], ours.to(out.dtype))
+        del result, ours  # before the next ones are made

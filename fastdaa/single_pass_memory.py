@@ -1,0 +1,232 @@
+"""The ways of a single pass, from the cheapest: which of them a call's memory lets it take.
+
+| way | gradients of logits | cost |
+|---|---|---|
+| whole | of the batch, kept in bf16 until backward | 3U |
+| chunks | of whole pairs at a time, added to wide sums | 3U, and the sums' traffic |
+| part | of the batch's first columns, kept; backward computes the others again | 3U to 4U |
+
+Chunks need a loss that is known inside one, the other ways bf16 factors and the whole batch at
+once.
+"""
+
+from __future__ import annotations
+
+from fastdaa.call_size import CallSize, gradient_row, statistics_entry
+from fastdaa.memory import Room, Tiles
+from fastdaa.slices import COLUMN_MULTIPLE, PRODUCT_BYTES, ROW_MULTIPLE, plan_slices
+from fastdaa.target_rows import held_by_target_rows
+
+# A chunk of n tokens reads and writes the fp32 sum of the weight's gradient, 8 V D bytes; computing
+# its logits again is 2 n V D FLOP. Equal at 4 FLOP a second / bytes a second: 610 tokens on an
+# A100, 740 on an H200, 1180 on an H100 (half precision, by their data sheets).
+_BREAK_EVEN_TOKENS = 1024
+# A single pass has to save so much of recompute's 4U.
+_WORTH_KEEPING = 1 / 8
+
+
+class SinglePassRoom:
+    """The budget of a call, and the ways of its single pass.
+
+    Args:
+        may_keep: gradients of logits can wait for backward.
+        in_chunks: the loss is known inside a chunk of whole pairs.
+    """
+
+    def __init__(self, room: Room, *, may_keep: bool, in_chunks: bool):
+        self.room, self.size, self.in_chunks = room, room.size, in_chunks
+        self.may_keep = may_keep and room.keeps_chunks and room.size.tokens > 0
+
+    def whole(self) -> Tiles | None:
+        """All gradients of logits are kept: in 2 GiB if there is no budget, or in as much as chunks
+        would hold."""
+        if not self.may_keep:
+            return None
+        limit, tiles = self.room.max_bytes, _kept_whole(self.room)
+        if limit is not None:
+            return tiles if tiles.extra_bytes <= limit else None
+        fits = 2 * tiles.kept_tokens * tiles.kept_columns <= self.room.most_kept
+        if self.in_chunks and not fits:
+            fits = tiles.extra_bytes <= _kept_chunks(self.room).extra_bytes
+        return tiles if fits else None
+
+    def chunks(self) -> Tiles:
+        """Whole pairs at a time."""
+        return (_kept_chunks if self.room.keeps_chunks else _held_chunks)(self.room)
+
+    def part(self) -> Tiles | None:
+        """As many of the gradients as there is memory for, if it is enough for any."""
+        if not self.may_keep:
+            return None
+        tiles, limit = _kept_part(self.room), self.room.max_bytes
+        fits = limit is None or tiles.extra_bytes <= limit
+        return tiles if fits and tiles.kept_columns else None
+
+    def best(self) -> tuple[Tiles | None, str]:
+        """The way worth taking, and the reason; None and the obstacle if ``recompute`` is
+        better."""
+        ways = self._ways()
+        if ways:
+            cost, tiles, reason = min(ways, key=lambda way: way[0])
+            if cost <= 4 - _WORTH_KEEPING:
+                return tiles, f"the head is trained and {reason}"
+        return None, self._obstacle()
+
+    def any(self) -> Tiles | None:
+        """The cheapest way."""
+        ways = self._ways()
+        return min(ways, key=lambda way: way[0])[1] if ways else None
+
+    def _ways(self) -> list[tuple[float, Tiles, str]]:
+        """Those that keep ``max_bytes``, each with its cost in U."""
+        found: list[tuple[float, Tiles, str]] = []
+        whole, part = self.whole(), self.part()
+        if whole:
+            found.append((3, whole, "the gradients of the batch's logits fit in memory"))
+        chunks, limit = self.chunks() if self.in_chunks else None, self.room.max_bytes
+        if chunks and (limit is None or chunks.extra_bytes <= limit):
+            reason = "the loss is known within a chunk of pairs"
+            found.append((3 + self._sums_cost(chunks), chunks, reason))
+        if part:
+            cost = 4 - part.kept_columns / self.size.width
+            found.append((cost, part, "gradients of a part of the logits fit in memory"))
+        return found
+
+    def _sums_cost(self, chunks: Tiles) -> float:
+        """What the traffic of the weight's sum costs, in U; nothing is known of CPUs and fp32."""
+        chunk, tokens = chunks.chunk_tokens, self.size.tokens
+        if self.room.on_cpu or not self.size.half or 0 < tokens <= chunk:
+            return 0
+        return _BREAK_EVEN_TOKENS / chunk
+
+    def _obstacle(self) -> str:
+        """Why there is no good way."""
+        if not self.in_chunks:
+            return "the loss couples the pairs of the batch"
+        chunks, limit = self.chunks(), self.room.max_bytes
+        if limit is not None and chunks.extra_bytes > limit:
+            return (
+                f"a single pass takes {chunks.extra_bytes >> 20} MiB, "
+                f"{single_pass_sums(self.size) >> 20} MiB of them for sums, more than max_bytes = "
+                f"{limit >> 20} MiB"
+            )
+        return (
+            f"chunks of {chunks.chunk_tokens} tokens would spend more on the sum of the weight's "
+            "gradient than computing the logits again does"
+        )
+
+
+def single_pass_sums(size: CallSize) -> int:
+    """Bytes of the sums and copies of a single pass in chunks: they do not shrink."""
+    return size.selection + size.hidden_sum + size.weight_sum + size.weight_copy
+
+
+def least_single_pass(
+    size: CallSize, engine: str, *, on_cpu: bool, may_keep: bool, in_chunks: bool
+) -> int:
+    """The smallest ``max_bytes`` that a single pass keeps, to a MiB or a 256th part of it."""
+
+    def serves(max_bytes: int) -> bool:
+        room = Room(size, engine, on_cpu, max_bytes)
+        return SinglePassRoom(room, may_keep=may_keep, in_chunks=in_chunks).any() is not None
+
+    low = high = size.wide * size.width
+    while not serves(high):
+        low, high = high, 2 * high
+    while high - low > max(min(1 << 20, high >> 8), 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if serves(middle) else (middle, high)
+    return high
+
+
+def _held_chunks(room: Room) -> Tiles:
+    """Chunks of whole pairs whose logits are held until their loss is known."""
+    size = room.size
+    slices = room.product
+    if size.sparse:  # rows are moved in slices as large as those of products
+        logits = size.wide * size.width * size.tokens
+        slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
+    sums = single_pass_sums(size) + slices
+    budget = room.beside(sums, room.chunk)
+    row = gradient_row(size, room.engine) + size.picked_row + room.fill
+    if size.sparse and room.engine != "torch":
+        row += size.narrow * size.width  # beside the logits, not in their place
+    rows, block = room.rows(budget, row), room.block(budget, row)
+    return Tiles(block, rows, size.width, sums + room.block_held(rows, row))
+
+
+def _row(room: Room) -> int:
+    """Bytes of a row of logits while what is kept of its gradient is made."""
+    size = room.size
+    entry = statistics_entry(size, room.engine, slope=True)
+    return size.row_copy + room.fill + size.width * entry
+
+
+def _common_rows(room: Room) -> int:
+    """Rows whose statistics are taken at once, as many as other paths take."""
+    most = room.tile if room.max_bytes is None else min(room.tile, room.max_bytes // 2)
+    return room.block(most, _row(room))
+
+
+def _kept_chunks(room: Room) -> Tiles:
+    """Chunks of whole pairs whose gradients of logits are kept until their loss is known."""
+    size, entry = room.size, 2 * room.size.width
+    sums = single_pass_sums(size)
+    most = room.beside(sums, room.tile + room.most_kept)
+    budget = min(room.tile, most // 2)
+    tokens = room.rows(min(most - budget, room.most_kept), entry)
+    rows = room.block(budget, _row(room))
+    after = _after(room, tokens, 0)
+    held = sums + room.held(tokens, entry) + max(room.block_held(rows, _row(room)), after)
+    return Tiles(rows, rows, size.width, held, tokens, size.width)
+
+
+def _kept_whole(room: Room) -> Tiles:
+    """Gradients of all logits are kept until backward."""
+    size, entry = room.size, 2 * room.size.width
+    sums = size.selection + size.weight_copy + entry * size.tokens
+    rows = _common_rows(room)
+    after = _after(room, size.tokens, size.selection)
+    held = sums + max(room.block_held(rows, _row(room)), after)
+    return Tiles(rows, rows, size.width, held, size.tokens, size.width, True)
+
+
+def _after(room: Room, tokens: int, last: int) -> int:
+    """Bytes of the products with what is kept: a result before it is rounded, and the hidden states
+    as a factor, which go before the gradient of selected rows comes (``last``)."""
+    size = room.size
+    factor = room.held(tokens, size.narrow * size.hidden_size)
+    picked = room.result // 2 if size.sparse else 0  # no place of their own to be rounded in
+    return room.result + max(factor, last) + picked
+
+
+def _kept_part(room: Room) -> Tiles:
+    """Gradients of the first columns are kept, those of the others made in backward."""
+    size, most, tile = room.size, room.most_kept, room.tile
+    sums = size.selection + size.picked_row * size.tokens + size.weight_copy
+    total, last = room.hidden_sums()
+    first = _first_product(room)  # before there is a gradient of the hidden states
+    rows = _common_rows(room)
+    if room.max_bytes is not None:
+        # Forward makes whole rows, backward slices beside the gradient of the hidden states.
+        forward = room.block_held(rows, _row(room))
+        free = max(room.max_bytes - sums - total - room.product, 0)
+        tile = min(tile, free // 2)
+        beside = max(forward, first, total + max(last, room.result))
+        most = min(most, free - tile, room.max_bytes - sums - beside)
+        tile = min(room.tile, free - max(most, 0))
+    columns = min(max(most, 0) // (2 * size.tokens), size.width - 1)
+    columns = columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE or columns // ROW_MULTIPLE * ROW_MULTIPLE
+    others = size._replace(width=size.width - columns)
+    slices = plan_slices(others, room.engine, tile, room.most_columns, room.rows)
+    backward = total + max(slices.held + room.product, last, room.result)
+    held = sums + 2 * size.tokens * columns
+    held += max(room.block_held(rows, _row(room)), first, backward)
+    return Tiles(rows, slices.rows, slices.columns, held, size.tokens, columns, True)
+
+
+def _first_product(room: Room) -> int:
+    """Bytes of the product of what is kept with the hidden states, and of what joins it."""
+    size = room.size
+    factor = size.narrow * size.tokens * size.hidden_size
+    return max(factor + room.result, held_by_target_rows(size.tokens, size.hidden_size, size.wide))
