@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from fastdaa import LmHead, Objective, TokenSelection, pair_loss, token_kl, token_logps
+from fastdaa.engine_check import LEAST_CAPABILITY, triton_obstacle
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -24,15 +28,35 @@ def _case(tokens: int, vocab: int, hidden: int, dtype: torch.dtype, peak: float 
     return hidden_states, weight, targets
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels_that_run() -> None:
+    """Whether ``auto`` is Triton, asked before tests that forbid to wait."""
+    torch.zeros(1, device=DEVICE)
+    triton_obstacle(DEVICE)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY,
+    reason="the kernels are for newer GPUs",
+)
+def test_the_kernels_serve_this_gpu() -> None:
+    assert triton_obstacle(DEVICE) == ""
+
+
+# Tensor cores drop digits instead of rounding them (docs/experiments.md): at D = 1024 a logit of 16
+# is some 2e-5 low. Targets that the model draws lie to both sides of what it expects, and hardly
+# change a sum of 512; those that lie far above it change each log-prob by some 2e-6, to one side.
+@pytest.mark.parametrize(("drawn", "limit"), [(True, 1e-3), (False, 4e-3)], ids=["drawn", "likely"])
 @pytest.mark.parametrize("impl", ["score", "frozen", "recompute"])
-def test_bf16_sum_of_512_tokens_is_within_a_thousandth_of_a_nat(impl: str) -> None:
+def test_bf16_sum_of_512_tokens_is_close_to_fp64(impl: str, drawn: bool, limit: float) -> None:
     hidden, weight, targets = _case(512, 32001, 1024, torch.bfloat16)
+    logps = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    if drawn:
+        targets = torch.multinomial(logps.exp(), 1)[:, 0]
     hidden.requires_grad_(impl != "score")
     weight.requires_grad_(impl == "recompute")
     got = token_logps(hidden, weight, targets, impl=impl).detach().double().sum()
-    z = hidden.detach().double() @ weight.detach().double().T
-    expected = torch.log_softmax(z, -1).gather(1, targets[:, None]).sum()
-    assert abs(float(got - expected)) < 1e-3
+    assert abs(float(got - logps.gather(1, targets[:, None]).sum())) < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -69,7 +93,8 @@ def _pairs(lengths: tuple[int, ...]) -> TokenSelection:
     return TokenSelection(rows, targets, torch.tensor(lengths, device=DEVICE), lengths)
 
 
-def test_single_pass_waits_for_nothing_and_repeats_bitwise() -> None:
+@pytest.mark.parametrize("max_bytes", [None, 60 << 20], ids=["whole", "part"])
+def test_single_pass_waits_for_nothing_and_repeats_bitwise(max_bytes: int | None) -> None:
     selection = _pairs((200, 310, 90, 120))
     hidden = torch.randn(720, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = _head(32001, 512, torch.bfloat16).requires_grad_()
@@ -78,18 +103,119 @@ def test_single_pass_waits_for_nothing_and_repeats_bitwise() -> None:
 
     def once():
         hidden.grad = weight.grad = None
-        loss = pair_loss(hidden, LmHead(weight), selection, objective, ref_logps=ref).loss
+        loss = pair_loss(
+            hidden, LmHead(weight), selection, objective, ref_logps=ref, max_bytes=max_bytes
+        ).loss
         loss.backward()
         return loss.detach(), hidden.grad.clone(), weight.grad.clone()
 
     first = once()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with _nothing_waits():
         second = once()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@contextmanager
+def _nothing_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _step(impl: str, engine: str) -> list[torch.Tensor]:
+    """Log-probs and gradients of a small batch."""
+    hidden, weight, targets = _case(300, 5003, 256, torch.bfloat16)
+    leaves = [hidden.requires_grad_(impl != "score")]
+    leaves += [weight.requires_grad_()] if impl in ("recompute", "single_pass") else []
+    bias = torch.randn(5003, device=DEVICE)
+    logps = token_logps(hidden, weight, targets, bias=bias, impl=impl, engine=engine)
+    if impl == "score":
+        return [logps]
+    return [
+        logps.detach(),
+        *torch.autograd.grad(logps, leaves, torch.linspace(-1, 1, 300).to(DEVICE)),
+    ]
+
+
+PATHS = pytest.mark.parametrize("impl", ["score", "frozen", "recompute", "single_pass"])
+ENGINES = pytest.mark.parametrize("engine", ["torch", "triton"])
+
+
+@PATHS
+@ENGINES
+def test_deterministic_algorithms_serve_and_repeat(impl: str, engine: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(_step(impl, engine))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@PATHS
+@ENGINES
+def test_a_stream_of_the_caller(impl: str, engine: str) -> None:
+    torch.manual_seed(0)
+    want = _step(impl, engine)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what runs on another stream is early
+        torch.manual_seed(0)
+        got = _step(impl, engine)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("engine", ["torch", "triton", "fused"])
+def test_another_device_than_the_current_one(engine: str) -> None:
+    hidden, weight, targets = _case(100, 5003, 256, torch.bfloat16)
+    want = token_logps(hidden, weight, targets, engine=engine)
+    there = [t.to("cuda:1") for t in (hidden, weight, targets)]
+    assert torch.equal(token_logps(*there, engine=engine).to(DEVICE), want)
+
+
+@pytest.mark.parametrize("impl", ["score", "frozen"])
+@ENGINES
+def test_log_probs_in_a_cuda_graph(impl: str, engine: str) -> None:
+    hidden, weight, targets = _case(300, 5003, 256, torch.bfloat16)
+    hidden.requires_grad_(impl == "frozen")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        token_logps(hidden, weight, targets, impl=impl, engine=engine)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = token_logps(hidden, weight, targets, impl=impl, engine=engine)
+    with torch.no_grad():
+        hidden.mul_(0.5)
+        targets.copy_(targets.flip(0))
+    graph.replay()
+    assert torch.equal(got, token_logps(hidden, weight, targets, impl=impl, engine=engine))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The last of 16800 rows of 128256 logits, 8.6 GB of them."""
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of memory")
+    from fastdaa.kernels.row_gradient import write_row_gradient
+    from fastdaa.kernels.row_statistics import take_row_statistics
+
+    z = torch.empty(16800, 128256, device=DEVICE).normal_()
+    targets = torch.randint(0, 128256, (16800,), device=DEVICE)
+    last, last_targets = z[-4:].clone(), targets[-4:]
+    whole = take_row_statistics(z, targets)
+    some = take_row_statistics(last, last_targets)
+    assert all(torch.equal(a[-4:], b) for a, b in zip(whole[:3], some[:3], strict=True))
+    ones = torch.ones_like(whole.m)
+    got = write_row_gradient(z, targets, *whole[:3], ones, dtype=torch.bfloat16)[-4:]
+    want = write_row_gradient(last, last_targets, *some[:3], ones[:4], dtype=torch.bfloat16)
+    assert torch.equal(got, want)
 
 
 GIB = 2**30
@@ -107,7 +233,7 @@ GIB = 2**30
         ),
         *(
             pytest.param(impl, engine, 300 * 2**20, 300 * 2**20, id=f"{impl}-{engine}-300mib")
-            for impl in ("score", "frozen", "recompute", "auto")
+            for impl in ("score", "frozen", "recompute", "single_pass")
             for engine in ("torch", "triton")
         ),
     ],
@@ -121,9 +247,9 @@ def test_memory_beyond_inputs_and_gradients(
     hidden = torch.randn(8192, 4096, device=DEVICE, dtype=torch.bfloat16)
     weight = _head(128256, 4096, torch.bfloat16)
     hidden.requires_grad_(impl != "score")
-    weight.requires_grad_(impl in ("recompute", "single_pass", "auto"))
+    weight.requires_grad_(impl in ("recompute", "single_pass"))
     call = {"impl": impl, "engine": engine, "max_bytes": max_bytes}
-    in_pairs = impl in ("single_pass", "auto")
+    in_pairs = impl == "single_pass"
     ref = torch.zeros(16, device=DEVICE)
 
     def step() -> None:
@@ -147,6 +273,26 @@ def test_memory_beyond_inputs_and_gradients(
     # The rows that a pair loss selects are a copy of its input.
     allowed = limit + 2 * hidden.numel() * in_pairs + 8 * 2**20
     assert extra < allowed, f"{extra / GIB:.2f} GiB"
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_a_single_pass_that_keeps_a_part(engine: str) -> None:
+    """The log-probs of one that keeps all, and gradients that round no more than bf16 does."""
+    lengths, vocab, size = (256,) * 8, 50257, 1024
+    selection = _pairs(lengths)
+    leaves = [torch.randn(2048, size, device=DEVICE), torch.randn(vocab, size, device=DEVICE) / 32]
+    leaves = [t.bfloat16().requires_grad_() for t in leaves]
+    ref = torch.zeros(8, device=DEVICE)
+    found = []
+    for max_mib in (None, 160):
+        out = pair_loss(
+            leaves[0], LmHead(leaves[1]), selection, Objective.parse("dpo"), ref_logps=ref,
+            impl="single_pass", engine=engine, max_bytes=max_mib and max_mib << 20,
+        )  # fmt: skip
+        found.append((out.token_logps, *torch.autograd.grad(out.loss, leaves)))
+    assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=1e-4)
+    for whole, part in zip(found[0][1:], found[1][1:], strict=True):
+        assert (part.double() - whole.double()).norm() < 4e-3 * whole.double().norm()
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])

@@ -38,7 +38,7 @@ ALL: list[Contender] = [
     *(
         Fastdaa(path, engine, max_bytes=LESS_BYTES, kinds=())
         for engine in ("torch", "triton")
-        for path in ("score", "frozen", "recompute")
+        for path in ("score", "frozen", "single_pass", "recompute")
     ),
 ]
 """In the order of tables."""

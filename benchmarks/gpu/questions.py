@@ -95,13 +95,9 @@ def ours(path: str) -> tuple[str, ...]:
 
 
 def less(path: str) -> tuple[str, ...]:
-    """fastdaa's contenders for the work of a path when asked for little memory.
-
-    The sum of the weight's gradient alone takes more in a single pass; recompute serves there.
-    """
-    serving = "recompute" if path == "single_pass" else path
-    engines = [engine for engine in ENGINES_OF[serving] if engine != "fused"]
-    return tuple(name_of(serving, engine, LESS_BYTES) for engine in engines)
+    """fastdaa's contenders of a path when asked for little memory."""
+    engines = [engine for engine in ENGINES_OF[path] if engine != "fused"]
+    return tuple(name_of(path, engine, LESS_BYTES) for engine in engines)
 
 
 def everybody() -> tuple[str, ...]:
