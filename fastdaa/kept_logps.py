@@ -1,8 +1,8 @@
-"""3U for any loss: gradients of all logits are kept until the backward pass brings the loss's.
+"""3U for any loss: gradients of the logits are kept until the backward pass brings the loss's.
 
-The other way to 3U, :mod:`fastdaa.single_pass`, wants the loss inside the call and serves batches
-of any length. This one leaves the loss to its caller, who may write any expression of the token
-log-probs in plain PyTorch, and wants memory for one gradient tile of the whole batch.
+The other way to 3U, :mod:`fastdaa.single_pass`, wants the loss inside the call. This one leaves it
+to its caller, who may write any expression of the token log-probs in plain PyTorch. What memory
+does not hold is computed again, up to 4U.
 """
 
 from __future__ import annotations

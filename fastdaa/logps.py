@@ -52,10 +52,10 @@ def token_logps(
         logit_scale: factor on the logits before the cap.
         temperature: divisor of the logits after the cap.
         impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
-            ``"recompute"``, ``"single_pass"`` (gradients of all logits are kept until the loss is
-            known, 2 bytes an entry for bf16 factors: 3U for any loss, if they fit in memory; not
-            under torch.compile), or
-            ``"reference"`` (materialised logits, for checks).
+            ``"recompute"``, ``"single_pass"`` (gradients of the logits are kept until the loss is
+            known, 2 bytes an entry for bf16 factors: 3U for any loss, to 4U where memory holds a
+            part of them; not under torch.compile), or ``"reference"`` (materialised logits, for
+            checks).
         engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
             CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
             logits at all, and log-probs that differ from the other engines' in the last bits, so

@@ -95,7 +95,11 @@ def head_gradients(
         kept: gradients of the logits of the first columns, which are not computed again.
     """
     head, hidden_states = logits.head, logits.hidden_states
-    active = kept.active if kept is not None else _active(coefficients) if plan.sparse else None
+    active = None
+    if kept is not None:
+        active = kept.active
+    elif plan.sparse:
+        active = _active(coefficients)
     if active is not None:
         by_hidden, weight, bias = head_gradients(
             logits.pick(active), targets[active], coefficients[active], rows.pick(active),
