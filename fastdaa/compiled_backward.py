@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.compiled_logps import HeadSettings, present, present_fake, wide_dtype
+from fastdaa.compiled_sizes import HOST_READS
 from fastdaa.kept import Waiting, waiting_gradients
 from fastdaa.kept_products import KeptGradients
 from fastdaa.losses import Objective
@@ -59,7 +60,7 @@ class Saved(NamedTuple):
         )  # fmt: skip
 
 
-@torch.library.custom_op("fastdaa::pair_loss_gradients", mutates_args=())
+@torch.library.custom_op("fastdaa::pair_loss_gradients", mutates_args=(), tags=HOST_READS)
 def pair_loss_gradients(
     grad_loss: Tensor,
     rows: Tensor,

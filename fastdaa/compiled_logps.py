@@ -82,11 +82,12 @@ def compiled_head_logps(
     """
     check_compilable(impl)
     grad = torch.is_grad_enabled()
-    return _logps(
+    logps = _logps(
         hidden_states, head.weight, head.bias, targets, *HeadSettings.of(head),
         operand_dtype(hidden_states, head.weight), impl, engine, max_bytes, selected,
         grad and hidden_states.requires_grad, grad and head.trained,
     )[0]  # fmt: skip
+    return logps.clone()  # the caller may change it, backward reads the other
 
 
 def compiled_token_stats(

@@ -24,7 +24,7 @@ from fastdaa.compiled_logps import (
     only_first_differentiable,
     wide_dtype,
 )
-from fastdaa.compiled_sizes import size_from_data
+from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
@@ -98,7 +98,7 @@ _Outputs = tuple[
 ]  # fmt: skip
 
 
-@torch.library.custom_op("fastdaa::pair_loss", mutates_args=())
+@torch.library.custom_op("fastdaa::pair_loss", mutates_args=(), tags=HOST_READS)
 def _pair_loss(
     rows: Tensor,
     weight: Tensor,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_sizes import size_from_data
+from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.outputs import TokenSelection
 from fastdaa.selection import select_pairs
 
 
-@torch.library.custom_op("fastdaa::select_pairs", mutates_args=())
+@torch.library.custom_op("fastdaa::select_pairs", mutates_args=(), tags=HOST_READS)
 def _select(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows ``[N]``, targets ``[N]`` and lengths ``[2B]`` of :func:`fastdaa.select_pairs`."""
     return select_pairs(labels, order=order, ignore_index=ignore_index)[:3]

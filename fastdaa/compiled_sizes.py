@@ -1,10 +1,13 @@
-"""Sizes that depend on the data, for the fake implementations of custom operators."""
+"""Operators that read values of tensors on the host: their tags, and sizes that depend on data."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+# Nothing that waits for the device can be recorded (mode="reduce-overhead", "max-autotune").
+HOST_READS = (torch.Tag.cudagraph_unsafe,)
 
 
 def size_from_data() -> torch.SymInt:

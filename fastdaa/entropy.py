@@ -101,8 +101,10 @@ class _Entropy(torch.autograd.Function):
             # Into the dtype of the result at once: a product of its own would be a second [N, D].
             grad = torch.empty_like(slopes, dtype=ctx.dtype)
             return torch.mul(slopes, coefficients[:, None], out=grad), None, None, *nothing
-        hidden_states, weight, bias, *kept = ctx.saved_tensors
+        hidden_states, weight, bias, values, m, log_s = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
         logits = Logits(hidden_states, head, ctx.operand, ctx.plan.engine)
-        grads = entropy_gradients(logits, coefficients, *kept, ctx.plan, ctx.needs_input_grad[:3])
+        grads = entropy_gradients(
+            logits, coefficients, values, m, log_s, ctx.plan, ctx.needs_input_grad[:3]
+        )
         return *grads, *nothing

@@ -37,6 +37,17 @@ def test_token_logps_are_one_node(same_compiled, made, options):
     same_compiled(torch.compile(loss, backend="aot_eager", fullgraph=True), loss, leaves)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_result_may_be_changed_in_place(same_compiled, backend):
+    hidden, weight, _ = leaves = tensors()
+    targets = torch.randint(0, V, (N,))
+
+    def loss():
+        return token_logps(hidden, weight, targets).mul_(0.5).sum()
+
+    same_compiled(torch.compile(loss, backend=backend, fullgraph=True), loss, leaves)
+
+
 def test_token_stats_are_one_node(same_compiled):
     hidden, weight, bias = tensors(bias=True)
     targets = torch.randint(0, V, (N,))

@@ -91,12 +91,12 @@ def test_without_gradient_values_alone_are_computed(same_compiled):
 
 def test_what_is_wrong_is_named(same_compiled, monkeypatch):
     hidden, weight, _ = tensors()
-    kl = torch.compile(token_kl, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"ref_head: expected a vocabulary of 29, got 28"):
+    kl = torch.compile(token_kl, backend="eager")
+    with pytest.raises(ValueError, match=r"ref_head: expected a vocabulary of 29, got 28"):
         kl(hidden, LmHead(weight), hidden.detach(), LmHead(weight.detach()[1:]))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     part = LmHead(weight, shard=VocabShard(0, 2 * V))
-    with pytest.raises(Exception, match="expected the whole vocabulary, got a slice"):
+    with pytest.raises(ValueError, match="expected the whole vocabulary, got a slice"):
         kl(hidden, part, hidden.detach(), part)
 
 

@@ -289,15 +289,19 @@ def test_an_objective_wants_its_weights():
         Objective.parse("simpo")(plain.policy, None, pair_weights=torch.ones(4))
 
 
-def test_inside_a_graph_it_is_refused():
-    case = Case(torch.float32)
-    objective = LOSSES["simpo"][1]
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["simpo", "dpo"])
+def test_compiled_it_has_the_same_bits(same_compiled, name, path):
+    case, objective = Case(torch.float32, bias=True, softcap=3.0), LOSSES[name][1]
+    leaves, ref = case.leaves(torch.float32, path), case.ref.float()
 
-    def loss(hidden, weight):
-        return pair_loss(hidden, LmHead(weight), case.selection, objective).loss
+    def loss():
+        head = LmHead(*leaves[1:], **case.options)
+        out = pair_loss(
+            leaves[0] * 2.0, head, case.selection, objective, ref_token_logps=ref, impl=path
+        )
+        assert out.pair_weights is not None and not out.pair_weights.requires_grad
+        # A power of two: paths multiply by it at different places.
+        return out.loss * 2.0 + out.pair_weights.sum() + out.losses.sum()
 
-    hidden, weight, _ = case.leaves(torch.float32)
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="expected a call outside"):
-        compiled(hidden, weight)
-    torch._dynamo.reset()
+    same_compiled(torch.compile(loss, backend="aot_eager", fullgraph=True), loss, leaves)
