@@ -269,7 +269,7 @@ def select_cases(
     """Cases of a selection; of all selections of that kind, if they are named.
 
     Args:
-        names: ids, or parts of ids, of the cases to keep.
+        names: ids of the cases to keep, or parts of ids.
         losses: keep cases of these losses (and those of no loss).
         dtype: take this dtype instead of that of each case.
 
@@ -285,16 +285,20 @@ def select_cases(
     cases = selections[selection]
     if names:
         everything = list(dict.fromkeys(case for part in selections.values() for case in part))
+        ids = [case.id for case in everything]
         for name in names:
-            if not any(name in case.id for case in everything):
-                near = difflib.get_close_matches(
-                    name, [case.id for case in everything], n=1, cutoff=0
-                )
+            if not any(name in known for known in ids):
+                near = difflib.get_close_matches(name, ids, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(
-                    f"cases: expected (a part of) the id of a case, got {name!r}; the nearest is "
-                    f"{near[0]!r}, and --list with --selection shows more"
+                    f"cases: expected (a part of) the id of a case, got {name!r}; {hint}--list "
+                    "with --selection shows them"
                 )
-        cases = [case for case in everything if any(name in case.id for name in names)]
+        # A whole id is that case alone, though it may be the beginning of another one's.
+        cases = [
+            case for case in everything
+            if any(name == case.id or (name not in ids and name in case.id) for name in names)
+        ]  # fmt: skip
     if losses:
         cases = [case for case in cases if not case.is_loss or case.work in losses]
     if dtype is not None:

@@ -68,6 +68,7 @@ _WHO = (
 _TIME = (
     Column("median", lambda result: wording.duration(result.median)),
     Column("p10 - p90", _spread),
+    Column("n", lambda result: wording.count(result.seconds.get("n"))),
 )
 _PEAK = Column("peak memory", lambda result: wording.size(result.peak))
 _GATE = Column("error / limit", lambda result: _share(result.share_of_limit))

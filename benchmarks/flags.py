@@ -11,35 +11,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what to measure, on what, for how long, where rows go, and the comparison's flags."""
-    what = parser.add_argument_group("what is measured")
-    chosen = what.add_mutually_exclusive_group()
-    chosen.add_argument("--cases", type=names, metavar="A,B", help="these cases (see --list)")
-    chosen.add_argument(
-        "--selection", choices=SELECTIONS, help="a named set of cases (default: quick)"
-    )
-    what.add_argument("--contenders", type=names, metavar="A,B", help="these contenders only")
-    what.add_argument("--losses", type=names, metavar="A,B", help="these losses only")
-    what.add_argument("--list", action="store_true", help="list cases and contenders, then stop")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where it runs (default: cuda where there is one)"
-    )
-    how.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the inputs (default: the case's own)"
-    )
-    how.add_argument(
-        "--threads",
-        type=positive,
-        metavar="N",
-        help="torch threads on the CPU (default: torch's own)",
-    )
-    how.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of all inputs (default: 0)"
-    )
-    how.add_argument("--repeats", type=positive, metavar="N", help="timed calls of a contender")
-    how.add_argument(
-        "--budget", type=seconds, metavar="S", help="stop timing a contender after S seconds"
-    )
+    _add_what(parser.add_argument_group("what is measured"))
+    _add_how(parser.add_argument_group("how"))
     where = parser.add_argument_group("where rows go")
     where.add_argument(
         "--output",
@@ -48,20 +21,68 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON lines; rows that are there already are not measured again",
     )
     where.add_argument("--fresh", action="store_true", help="move an older FILE aside first")
-    compared = parser.add_argument_group("two versions of this project in one run")
-    compared.add_argument(
+    _add_compared(parser.add_argument_group("two versions of this project in one run"))
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument("--cases", type=names, metavar="A,B", help="these cases (see --list)")
+    chosen.add_argument(
+        "--selection",
+        choices=SELECTIONS,
+        help="a named set of cases (default: quick, on CUDA gpu)",
+    )
+    group.add_argument("--contenders", type=names, metavar="A,B", help="these contenders only")
+    group.add_argument("--losses", type=names, metavar="A,B", help="these losses only")
+    group.add_argument("--list", action="store_true", help="list cases and contenders, then stop")
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where it runs (default: cuda where there is one)"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the inputs (default: the case's own)"
+    )
+    group.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="torch threads on the CPU (default: torch's own)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all inputs (default: 0)"
+    )
+    group.add_argument(
+        "--repeats",
+        type=positive,
+        metavar="N",
+        help="timed calls of a contender, fewer where the budget ends them (default: 20, with "
+        "--compare 7)",
+    )
+    group.add_argument(
+        "--budget",
+        type=seconds,
+        metavar="S",
+        help="seconds for the timed calls of all contenders and cases together; three calls each "
+        "are made however long they take (default: 10, with cpu 40, gpu 60, full 1800)",
+    )
+
+
+def _add_compared(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--compare",
         metavar="REF",
         help="a git commit, branch or tag, measured in turns with the working tree; or A..B",
     )
-    compared.add_argument(
+    group.add_argument(
         "--threshold",
         type=fraction,
         default=0.05,
         metavar="X",
         help="smallest slowdown that makes the exit code 1 (default: 0.05, that is 5 %%)",
     )
-    compared.add_argument(
+    group.add_argument(
         "--launches",
         type=positive,
         default=4,
@@ -90,6 +111,14 @@ def seconds(text: str) -> float:
     value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number that is not below zero."""
+    value = _number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
     return value
 
 

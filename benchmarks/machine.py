@@ -18,12 +18,16 @@ _PACKAGES = {
     "quack": "quack-kernels", "fastdaa": "fastdaa",
 }  # fmt: skip
 
+# From the root of the checkout.
+_SOURCES = (":/fastdaa/*.py", ":/kernels/*.py", ":/benchmarks/*.py")
+
 
 def machine(device: str) -> dict[str, Any]:
     """Device, driver, processor, versions and commit, for every row.
 
-    ``commit`` is that of this checkout; ``dirty`` says whether it was changed since, and
-    ``changes`` is a short hash of how. A package that is not installed has the version None.
+    ``commit`` is that of this checkout; ``dirty`` says whether the package's sources are others,
+    and ``changes`` is then a short hash of them. A package that is not installed has the version
+    None.
     """
     commit, changes = _commit()
     return {
@@ -57,24 +61,23 @@ def _version(package: str) -> str | None:
 
 @cache
 def _commit() -> tuple[str, str | None]:
-    """The commit of this checkout, and a hash of what was changed since, or None.
+    """The commit of this checkout, and a hash of the package's sources, or None where they are the
+    commit's. Modules that git does not know yet count; tests and pages do not.
 
-    Without git, a hash of the sources stands for the commit: rows of other code are told apart.
+    Without git, the hash stands for the commit: rows of other code are told apart.
     """
     here = Path(__file__).resolve()
     run = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True)
     try:
         # An installed copy may lie inside somebody else's repository.
         if run(["git", "ls-files", "--error-unmatch", here.name]).returncode:
-            return _sources(), None
+            return f"no git, sources {_sources()}", None
         commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
-        if not changed.strip():
-            return commit, None
-        difference = run(["git", "diff", "HEAD", "--no-ext-diff"]).stdout
+        status = ["git", "status", "--porcelain", "--untracked-files=all", "--", *_SOURCES]
+        changed = run(status).stdout
     except OSError:
-        return _sources(), None
-    return commit, hashlib.sha256(difference.encode()).hexdigest()[:8]
+        return f"no git, sources {_sources()}", None
+    return commit, _sources() if changed.strip() else None
 
 
 def _sources() -> str:
@@ -85,7 +88,7 @@ def _sources() -> str:
     for root in (Path(folder).resolve() for folder in folders or ()):
         for path in sorted(_python_files(root)):
             digest.update(path.read_bytes())
-    return f"no git, sources {digest.hexdigest()[:8]}"
+    return digest.hexdigest()[:8]
 
 
 def _python_files(root: Path) -> list[Path]:

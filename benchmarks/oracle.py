@@ -19,6 +19,8 @@ from fastdaa.benchmarks.pair_objectives import pair_objective
 
 PROBES = 8
 _TILE_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+# A tile has some five of its size beside it, and all tiles of a loss are kept.
+_FREE_SHARE = 16
 
 
 class Answer(NamedTuple):
@@ -130,7 +132,7 @@ def _tiles(
     inputs: HeadInputs, hidden: Tensor, weight: Tensor, rounded: torch.dtype | None
 ) -> Iterator[_Tile]:
     case = inputs.case
-    size = max(_TILE_BYTES[inputs.device.type] // (case.vocab * hidden.element_size()), 1)
+    size = max(_tile_bytes(inputs.device) // (case.vocab * hidden.element_size()), 1)
     for start in range(0, case.tokens, size):
         rows = slice(start, min(start + size, case.tokens))
         targets = inputs.targets[rows, None]
@@ -151,6 +153,15 @@ def _tiles(
         # 1 - p would round to 0 for a confident target.
         dz = p.neg_().scatter_(1, targets, -torch.expm1(logps)[:, None])
         yield _Tile(rows, logps, dz if slope is None else dz.mul_(slope), entropy, largest)
+
+
+def _tile_bytes(device: torch.device) -> int:
+    """Less than usual where the device has not much left."""
+    most = _TILE_BYTES[device.type]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached is free, too
+        most = min(most, torch.cuda.mem_get_info(device)[0] // _FREE_SHARE)
+    return most
 
 
 def _loss_and_coefficients(inputs: HeadInputs, logps: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ class Result:
 
     @property
     def peak(self) -> int | None:
-        """Bytes above inputs and returned gradients; of the whole process for a step."""
+        """Bytes above inputs and returned gradients; for a step above policy and reference."""
         return self.row.get("peak_bytes")
 
     @property

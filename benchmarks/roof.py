@@ -36,7 +36,7 @@ class Roof:
 
 def measure_roof(device: str, dtypes: tuple[str, ...]) -> Roof:
     """Median rates over a few runs: ``[n, n] x [n, n]`` (n = 8192 on CUDA, 1536 on CPU) in every
-    dtype, and a copy of 4 GiB (CPU: 256 MiB)."""
+    dtype, and a copy of 4 GiB (CPU: 256 MiB; a quarter of what a smaller device has free)."""
     size = _PRODUCT[device]
     flops = {}
     for dtype in dtypes:
@@ -44,10 +44,13 @@ def measure_roof(device: str, dtypes: tuple[str, ...]) -> Roof:
         out = torch.empty_like(a)
         seconds = _median(partial(torch.mm, a, b, out=out), device)
         flops[dtype] = 2 * size**3 / seconds
-    source = torch.zeros(_COPIED[device] // 4, device=device)
+    copied = _COPIED[device]
+    if device == "cuda":
+        copied = min(copied, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.zeros(copied // 4, device=device)
     target = torch.empty_like(source)
     seconds = _median(lambda: target.copy_(source), device)
-    return Roof(flops, 2 * _COPIED[device] / seconds)
+    return Roof(flops, 2 * source.nbytes / seconds)
 
 
 def _median(run: Callable[[], object], device: str) -> float:

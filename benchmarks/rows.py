@@ -1,8 +1,16 @@
 """One row: one contender on one case, as a line of JSON. Files only grow, so runs can be continued.
 
+Fields: ``seconds`` (``median``, ``p10``, ``p90``, ``min`` of ``n`` calls), ``floor_seconds`` (the
+bare products that ``floor`` counts, in the same rounds) and ``expected_seconds`` (cost_model.py) in
+seconds; ``peak_bytes`` above inputs and returned gradients, for a step above both models;
+``error`` as gate.py and step/gate.py define it, with its ``limit``; ``speedup_over_reference``: how
+many times as fast as the reference; ``machine``: device, driver, versions, commit; ``time``: when
+the row was made, ``run``: when its process began, both UTC. A step's further fields are in
+step/rows.py.
+
 A row's identity (:func:`row_key`) is everything that decides its numbers but chance: kind, case and
-its parameters, contender and its version, seed, threads, settings, code and device. A row whose
-identity is in the output file already is not measured again.
+its parameters, contender and its version, seed, threads, settings, code, device and the libraries
+below. A row whose identity is in the output file already is not measured again.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +32,19 @@ Row = dict[str, Any]
 _FIELDS = (
     "kind", "case", "case_params", "contender", "version", "status", "reason", "error", "seconds",
     "peak_bytes", "floor", "floor_seconds", "expected_seconds", "speedup_over_reference", "seed",
-    "threads", "machine", "time", "command",
+    "threads", "machine", "time", "run", "command",
+)  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+# When this process began: rows of one run met the same machine, in turns where they are timed so.
+_RUN = _now()
+# Of the machine, what decides a row's numbers; a contender's own version is a field of the row.
+_DECISIVE = (
+    "device", "driver", "commit", "changes", "torch", "triton", "transformers", "accelerate",
 )  # fmt: skip
 
 
@@ -64,21 +84,23 @@ def make_row(
     row.update(
         kind=kind, case=case, case_params=case_params, contender=contender, version=version,
         status=status, seed=seed, threads=threads, machine=machine, command=command,
-        settings=settings or {},
-        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        settings=settings or {}, time=_now(), run=_RUN,
     )  # fmt: skip
     row.update(values)
     return row
 
 
+def circumstances(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Device, code and libraries: rows that differ here are not of the same thing."""
+    return tuple(map((row.get("machine") or {}).get, _DECISIVE))
+
+
 def row_key(row: Row) -> str:
     """The row's identity, as a short hash."""
-    machine = row.get("machine") or {}
     params = {k: v for k, v in (row.get("case_params") or {}).items() if k not in _MEASURED}
     parts = [
         row["kind"], row["case"], params, row["contender"], row.get("version"), row.get("seed"),
-        row.get("threads"), row.get("settings") or {}, machine.get("device"),
-        machine.get("commit"), machine.get("changes"), machine.get("torch"),
+        row.get("threads"), row.get("settings") or {}, *circumstances(row),
     ]  # fmt: skip
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -150,16 +172,29 @@ def _cut_off(content: bytes) -> bytes:
     return b""
 
 
+# What tables and pages cannot do without, and what is an object where it is given.
+_NEEDED = ("kind", "case", "contender", "status")
+_NEEDED_TO_COMPARE = (
+    "of", "base", "new", "base_seconds", "new_seconds", "base_peak_bytes", "new_peak_bytes",
+    "ratio", "ratio_low", "ratio_high", "verdict",
+)  # fmt: skip
+_OBJECTS = ("case_params", "error", "seconds", "machine")
+
+
 def _read_row(line: str, place: str) -> Row:
-    needed = ("kind", "case", "contender", "status")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(_broken(line, place, "a JSON object")) from error
-    missing = [name for name in needed if not isinstance(row, dict) or name not in row]
+    found = row if isinstance(row, dict) else {}
+    needed = _NEEDED + (_NEEDED_TO_COMPARE if found.get("kind") == "compare" else ())
+    missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(_broken(line, place, f"a JSON object with {', '.join(missing)}"))
-    return row
+    flat = [name for name in _OBJECTS if not isinstance(found.get(name), (dict, type(None)))]
+    if flat:
+        raise ValueError(_broken(line, place, f"a JSON object whose {flat[0]} is one or null"))
+    return found
 
 
 def _broken(line: str, place: str, expected: str) -> str:
@@ -175,13 +210,19 @@ class RowFile:
     Args:
         path: JSON lines, or None to keep nothing.
         fresh: move an older file aside (``NAME.1``, ``NAME.2``, ...) and begin anew.
+
+    Raises:
+        ValueError: a file that cannot be written, found out before anything is measured; a line
+            that is no row.
     """
 
     def __init__(self, path: Path | None, *, fresh: bool = False):
         self.path = path
         if path is not None and fresh and path.exists():
             path.rename(_aside(path))
-        before = read_rows(path) if path is not None and path.exists() else []
+        if path is not None:
+            _check_writable(path)
+        before = read_rows(path) if path is not None else []
         # What failed or was absent may work by now.
         self.finished = {row_key(row): row for row in before if row["status"] in ("ok", "wrong")}
         self._known = {(row_key(row), row["status"], row.get("reason")) for row in before}
@@ -189,6 +230,12 @@ class RowFile:
     def find(self, row: Row) -> Row | None:
         """The row of that identity from an earlier run."""
         return self.finished.get(row_key(row))
+
+    def after_an_interruption(self) -> str:
+        """What was kept, and how to go on."""
+        if self.path is None:
+            return "nothing was kept (with --output FILE, the same command would go on from here)"
+        return f"{self.path} has what is finished; the same command goes on from there"
 
     def append(self, rows: Iterable[Row]) -> None:
         """Keep rows for good, but do not say twice that somebody is absent."""
@@ -203,6 +250,19 @@ class RowFile:
             new.append(row)
         if self.path is not None and new:
             append_rows(self.path, new)
+
+
+def _check_writable(path: Path) -> None:
+    """Also makes the file and its folder."""
+    if path.is_dir():
+        raise ValueError(f"--output: expected a file of rows, got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"--output: expected a file that can be written, got {path} ({error.strerror})"
+        ) from None
 
 
 def _aside(path: Path) -> Path:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastdaa.benchmarks import contenders as field
-from fastdaa.benchmarks.cases import Case, select_cases
+from fastdaa.benchmarks.cases import SELECTIONS, Case, select_cases
 from fastdaa.benchmarks.contenders import Contender
 from fastdaa.benchmarks.machine import machine
+from fastdaa.benchmarks.progress import progress
 from fastdaa.benchmarks.roof import measure_roof
 from fastdaa.benchmarks.rows import Row, RowFile, make_row
 from fastdaa.benchmarks.side_by_side import REFERENCE, Settings, compare
@@ -30,11 +31,16 @@ def run(kind: str, options: argparse.Namespace, *, timed: bool) -> int:
     Raises:
         ValueError: an option that fits nothing.
     """
-    cases = _cases(kind, options)
+    cases = chosen_cases(kind, options)
     contenders = select_contenders(options.contenders, kind)
     if options.list:
         _list(cases, contenders, options.device)
         return 0
+    if not any(contender.applies(case) for contender in contenders for case in cases):
+        raise ValueError(
+            f"contenders: expected one for {', '.join(case.id for case in cases)}, got "
+            f"{', '.join(contender.name for contender in contenders)}, who do other work"
+        )
     torch.set_num_threads(options.threads)
     file = RowFile(options.output, fresh=options.fresh)
     rows: list[Row] = []
@@ -43,9 +49,7 @@ def run(kind: str, options: argparse.Namespace, *, timed: bool) -> int:
         _measure(cases, contenders, settings, file, rows)
     except KeyboardInterrupt:
         _show(kind, rows)
-        kept = f"{options.output} has the finished cases; " if options.output else ""
-        again = "the same command goes on from there" if options.output else "--output keeps rows"
-        print(f"interrupted: {kept}{again}", file=sys.stderr)
+        print(f"interrupted: {file.after_an_interruption()}", file=sys.stderr)
         return 130
     _show(kind, rows)
     bad = [r for r in rows if r["family"] == "fastdaa" and r["status"] in ("wrong", "failed")]
@@ -75,20 +79,32 @@ def select_contenders(names: list[str] | None, kind: str) -> list[Contender]:
     return [c for c in field.ALL if c.name in names or (c.family in meant and kind in c.kinds)]
 
 
-def _cases(kind: str, options: argparse.Namespace) -> list[Case]:
+def chosen_cases(kind: str, options: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for.
+
+    Raises:
+        ValueError: names that nobody has, ``--losses`` for a kind without losses, or no case left.
+    """
+    everything = (case for cases in SELECTIONS[kind].values() for case in cases)
+    if options.losses and not any(case.is_loss for case in everything):
+        raise ValueError(f"--losses: expected no such flag, the cases of {kind} have no loss")
     cases = select_cases(
-        kind, options.selection or "quick", names=options.cases, losses=options.losses,
-        dtype=options.dtype,
-    )  # fmt: skip
+        kind, _selection(options), names=options.cases, losses=options.losses, dtype=options.dtype
+    )
     if not cases:
         raise ValueError("cases: expected at least one, got none that fits all options")
     return cases
 
 
+def _selection(options: argparse.Namespace) -> str:
+    """A GPU does the small cases of a CPU in launches and little else."""
+    return options.selection or ("gpu" if options.device == "cuda" else "quick")
+
+
 def _settings(
     kind: str, options: argparse.Namespace, cases: Sequence[Case], timed: bool
 ) -> Settings:
-    budget = options.budget or _BUDGETS[options.selection or "quick"]
+    budget = options.budget or _BUDGETS[_selection(options)]
     # On CPU fastdaa's products are fp32 whatever the inputs are.
     dtypes = dict.fromkeys(case.dtype for case in cases)
     if options.device == "cpu":
@@ -107,19 +123,9 @@ def _measure(
     file: RowFile,
     rows: list[Row],
 ) -> None:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
-        for number, case in enumerate(cases, 1):
-            title = f"case {number} of {len(cases)}, {case.id}"
-
-            def say(text: str, title: str = title) -> None:
-                progress.update(task, description=f"{title}: {text}")
-
-            rows += measure_case(case, contenders, settings, file, say)
+    for number, case in enumerate(cases, 1):
+        with progress(f"case {number} of {len(cases)}, {case.id}") as tell:
+            rows += measure_case(case, contenders, settings, file, tell)
 
 
 def measure_case(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastdaa.benchmarks.columns import columns_for
+from fastdaa.benchmarks.mixed_runs import mixed_runs
 from fastdaa.benchmarks.reading import Result, by_case, case_details, case_title, latest, ranked
 from fastdaa.benchmarks.wording import error
 
@@ -36,7 +37,7 @@ def show(
         console.print(f"\n{title or kind} on {device}", style="bold", highlight=False, markup=False)
         for part in build(kind, chosen):
             _print_whole(console, part)
-        for line in notes(chosen):
+        for line in [*notes(chosen), *mixed_runs(chosen)]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -59,8 +60,7 @@ def build(kind: str, results: Iterable[Result]) -> list[Table]:
     columns = columns_for(kind, ran)
     # The same widths in all of them, so that the eye can go down a column.
     widths = [
-        max(len(column.heading), *(len(column.cell(result)) for result in ran))
-        for column in columns
+        max(len(words) for words in (column.heading, *map(column.cell, ran))) for column in columns
     ]
     tables = []
     for case, members in by_case(ran).items():

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 
 from fastdaa.benchmarks import contenders as field
-from fastdaa.benchmarks.cases import Case, select_cases
+from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.gate import Gate
 from fastdaa.benchmarks.inputs import make_inputs
 from fastdaa.benchmarks.measure import measure_peak, time_once
-from fastdaa.benchmarks.sweep import select_contenders
+from fastdaa.benchmarks.sweep import chosen_cases, select_contenders
 
 
 def comparison_jobs(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case with every contender that can do it: those of fastdaa, if none are named."""
-    cases = select_cases(
-        kind, options.selection or "quick", names=options.cases, losses=options.losses,
-        dtype=options.dtype,
-    )  # fmt: skip
     jobs = []
-    for case in cases:
+    for case in chosen_cases(kind, options):
         for contender in select_contenders(options.contenders or ["fastdaa"], kind):
             if contender.applies(case) and contender.supports(case) is None:
                 jobs.append(

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from fastdaa.benchmarks import wording
 from fastdaa.benchmarks.compare.ratio import CONFIDENCE, Ratio, ratio_of
 
+# Three rounds of equal versions all fall on one side in one case of four.
+_LEAST_LAUNCHES, _LEAST_ROUNDS = 3, 5
 _STYLES = {"slower": "bold red", "WRONG": "bold red", "faster": "green", "failed": "red"}
 
 
@@ -177,3 +179,16 @@ def print_table(results: Sequence[Comparison], threshold: float) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if launches and chancy(results):
+        console.print(
+            f"Fewer than {_LEAST_LAUNCHES} launches of {_LEAST_ROUNDS} rounds: the interval is "
+            "narrower than its name, and a verdict may be chance.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def chancy(results: Sequence[Comparison]) -> bool:
+    """Whether one with a ratio has too few launches or rounds for its interval to be trusted."""
+    rounds = [[len(launch) for launch in result.seconds[0]] for result in results if result.ratio()]
+    return any(len(some) < _LEAST_LAUNCHES or min(some) < _LEAST_ROUNDS for some in rounds)

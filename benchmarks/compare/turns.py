@@ -25,7 +25,8 @@ from typing import IO, Any
 from fastdaa.benchmarks.compare.result import Comparison, print_table
 from fastdaa.benchmarks.compare.versions import Version, both, checkout
 from fastdaa.benchmarks.machine import machine
-from fastdaa.benchmarks.rows import append_rows
+from fastdaa.benchmarks.progress import progress
+from fastdaa.benchmarks.rows import RowFile, append_rows
 
 # Modules with `comparison_jobs(options)` and `open_job(job)`: see docs/benchmarks.md.
 JOBS = {kind: f"fastdaa.benchmarks.{kind}" for kind in ("head", "loss", "step")}
@@ -48,6 +49,7 @@ def run(kind: str, options: argparse.Namespace, root: Path | None = None) -> int
         jobs = importlib.import_module(JOBS[kind]).comparison_jobs(options)
         if not jobs:
             raise ValueError("expected a contender and a case to compare, got none (see --list)")
+        RowFile(options.output, fresh=options.fresh)  # if it cannot be written, that is said now
         results = [Comparison(kind, job, base.name, new.name) for job in jobs]
         interrupted = False
         try:
@@ -62,18 +64,15 @@ def take_turns(
     results: list[Comparison], versions: tuple[Version, Version], options: argparse.Namespace
 ) -> None:
     """Fills the results with rounds, launch by launch."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     rounds = options.repeats or _ROUNDS
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("comparing", total=options.launches * len(results))
-        for launch in range(options.launches):
-            with _launched(JOBS[results[0].kind], versions, options.threads) as workers:
-                for result in results:
-                    progress.update(bar, description=f"{result.case}, {result.contender}")
-                    _measure(result, workers, rounds, launch)
-                    progress.advance(bar)
+    for launch in range(options.launches):
+        with (
+            progress(f"launch {launch + 1} of {options.launches}") as tell,
+            _launched(JOBS[results[0].kind], versions, options.threads) as workers,
+        ):
+            for number, result in enumerate(results, 1):
+                tell(f"{number} of {len(results)}, {result.case}, {result.contender}")
+                _measure(result, workers, rounds, launch)
 
 
 def _measure(result: Comparison, workers: list[Worker], rounds: int, launch: int) -> None:

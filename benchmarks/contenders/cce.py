@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdaa.benchmarks.cases import Case
-from fastdaa.benchmarks.contenders.base import Absent, TokenScorer, installed, needs_cuda
-from fastdaa.benchmarks.contenders.pytorch import compiler_problem
+from fastdaa.benchmarks.contenders.base import TokenScorer, installed, needs_cuda
+from fastdaa.benchmarks.contenders.pytorch import needs_compiler
 from fastdaa.benchmarks.inputs import HeadInputs
 
 
@@ -26,15 +26,14 @@ class CutCrossEntropy(TokenScorer):
 
     def version(self) -> str:
         """The package's, which may be older than its repository."""
-        version = installed("cut-cross-entropy", "pip install 'fastdaa[bench]'")
-        if self.options["impl"] == "torch_compile" and compiler_problem() is not None:
-            raise Absent(str(compiler_problem()))
-        return version
+        return installed("cut-cross-entropy", "pip install 'fastdaa[bench]'")
 
     def check_device(self, device: str) -> None:
         """CUDA for the kernels; the fallback is compiled PyTorch."""
         if self.options["impl"] == "cce":
             needs_cuda("cut-cross-entropy", device)
+        else:
+            needs_compiler(device)
 
     def applies(self, case: Case) -> bool:
         """The fallback where its own function is the work: it is what ``torch-compile`` does."""

@@ -92,7 +92,8 @@ class Fastdaa(TokenScorer):
     def gemms(self, case: Case) -> int:
         """Those of the path, less the one for a weight that is frozen, plus an online reference."""
         products = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4}[self.path]
-        if self.path == "single_pass" and self.max_bytes is not None:
+        kept = 2 * case.tokens * case.vocab  # bytes of the gradients of all logits
+        if self.path == "single_pass" and self.max_bytes is not None and kept > self.max_bytes:
             products = 4  # nearly all logits are computed again
         spared = self.path in ("single_pass", "recompute") and not case.head_grad
         return products - spared + (case.reference == "online")

@@ -67,6 +67,7 @@ class FusedLinearDPO(Contender):
         labels[where >= 0] = inputs.targets[where[where >= 0]]
         ref_hidden = pad_rows(inputs.ref_hidden, where)
         hidden = pad_rows(inputs.hidden.detach(), where).requires_grad_()
+        places = token_places(where, inputs.case.tokens)
         leaves = (hidden, inputs.weight) if inputs.case.head_grad else (hidden,)
 
         def run() -> Outputs:
@@ -75,7 +76,7 @@ class FusedLinearDPO(Contender):
                 ref_weight=inputs.weight.detach(),
             )  # fmt: skip
             dh, *dw = torch.autograd.grad(loss, leaves)
-            return with_gradients(loss, None, (unpad_rows(dh, where, inputs), *dw))
+            return with_gradients(loss, None, (dh.flatten(0, 1)[places], *dw))
 
         return run
 
@@ -97,12 +98,13 @@ def pad_rows(rows: Tensor, where: Tensor) -> Tensor:
     return padded
 
 
-def unpad_rows(padded: Tensor, where: Tensor, inputs: HeadInputs) -> Tensor:
-    """``[2B, T, D]`` back to ``[N, D]``, a view where no row moves."""
-    inside = where >= 0
-    rows = padded.new_empty(inputs.hidden.shape)
-    rows[where[inside]] = padded[inside]
-    return rows
+def token_places(where: Tensor, tokens: int) -> Tensor:
+    """Where each of ``N`` tokens stands in the flattened ``[2B T]`` rows, ``[N]`` int64."""
+    flat = where.flatten()
+    (inside,) = torch.where(flat >= 0)
+    places = torch.empty(tokens, dtype=torch.int64, device=where.device)
+    places[flat[inside]] = inside
+    return places
 
 
 class FusedLinearCrossEntropy(TokenScorer):

@@ -72,12 +72,9 @@ class Compiled(Materialised):
 
     name = "torch-compile"
 
-    def version(self) -> str:
-        """Torch's, if its compiler works here."""
-        problem = compiler_problem()
-        if problem is not None:
-            raise Absent(problem)
-        return torch.__version__
+    def check_device(self, device: str) -> None:
+        """Where its compiler works."""
+        needs_compiler(device)
 
     def cost(self, case: Case, device: str) -> Cost | None:
         """None: what gets fused is the compiler's choice."""
@@ -92,13 +89,21 @@ class Compiled(Materialised):
         )
 
 
+def needs_compiler(device: str) -> None:
+    """Raise :class:`Absent` where ``torch.compile`` does not work."""
+    problem = compiler_problem(device)
+    if problem is not None:
+        raise Absent(problem)
+
+
 @cache
-def compiler_problem() -> str | None:
-    """Why ``torch.compile`` does not work on this machine, or None."""
+def compiler_problem(device: str) -> str | None:
+    """Why ``torch.compile`` does not work on this device, or None. Without a C++ compiler it works
+    on CUDA alone."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compile(lambda x: (x + 1).sum(), dynamic=False)(torch.ones(8))
+            torch.compile(lambda x: (x + 1).sum(), dynamic=False)(torch.ones(8, device=device))
     except Exception as error:
         return f"torch.compile does not work here: {type(error).__name__}: {error}".split("\n")[0]
     return None

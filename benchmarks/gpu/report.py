@@ -12,16 +12,25 @@ from fastdaa.benchmarks.gpu import questions as asked
 from fastdaa.benchmarks.gpu.scaling import Point, fit_line, growth
 from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT, TARGETS, Judged, judge
 from fastdaa.benchmarks.reading import Result, latest
+from fastdaa.benchmarks.rows import circumstances
 
 _PATH_OF = {name: path for path in asked.PATHS for name in asked.ours(path)}
 
 
 class Answers:
-    """The newest row of every contender on every case of one run's sizes and device."""
+    """The newest row of every contender on every case of one run's sizes and device.
+
+    Rows of other code, libraries or devices than the newest row's answer nothing: what fails by now
+    would be shown as it was.
+    """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], size: str, device: str):
         self.size, self.device = asked.SIZES[size], device
-        self.results = {(r.kind, r.case, r.contender): r for r in latest(rows)}
+        given = list(rows)
+        newest = max(given, key=lambda row: str(row.get("time")), default={})
+        chosen = [row for row in given if circumstances(row) == circumstances(newest)]
+        self.left_out = len(given) - len(chosen)
+        self.results = {(r.kind, r.case, r.contender): r for r in latest(chosen)}
 
     def of(self, path: str, name: str, **changes: Any) -> Result | None:
         """A contender on the case of a path, with other sizes if given."""
@@ -70,11 +79,10 @@ def as_lines(parts: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _title(answers: Answers) -> str:
     case = answers.size.case
-    machine = next((r.machine for r in answers.results.values()), {})
-    versions = ", ".join(f"{n} {machine[n]}" for n in ("torch", "triton", "trl") if machine.get(n))
-    where = ", ".join(
-        part for part in (str(machine.get("device", answers.device)), versions) if part
-    )
+    result = next(iter(answers.results.values()), Result({}))
+    named = ("torch", "triton", "trl", "driver")
+    versions = [f"{name} {result.machine[name]}" for name in named if result.machine.get(name)]
+    where = ", ".join([result.device, *versions, f"commit {result.commit}"])
     return f"{case.dtype}, N = {case.tokens}, V = {case.vocab}, D = {case.hidden}: {where}"
 
 
@@ -105,8 +113,12 @@ def _targets(answers: Answers) -> list[str]:
         *table(headings, cells), "",
         f"Floor (the bare products in the same run): {floor or 'not measured'}. TRL's extra memory "
         f"({', '.join(asked.PATHS)}): {used or 'not measured'}.",
-        *sorted(said),
+        *sorted(said), *_left_out(answers.left_out),
     ]  # fmt: skip
+
+
+def _left_out(count: int) -> list[str]:
+    return [f"Rows of other code or versions, left out here: {count}."] if count else []
 
 
 def _engine(result: Result) -> str:

@@ -57,7 +57,8 @@ class Growth(NamedTuple):
     factor: float
     """The most over that at the first of them."""
     bytes_a_token: float
-    """Between the fewest and the most tokens."""
+    """Between the two largest numbers of tokens: from some number on a path may hold a sum of the
+    weight's size, which no further token adds to."""
 
     @property
     def flat(self) -> bool:
@@ -83,7 +84,7 @@ def growth(points: Sequence[Point], start: int) -> Growth:
     chosen = sorted(p for p in points if p.tokens >= start)
     if len(chosen) < 2:
         raise ValueError(f"points: expected two or more from {start} tokens on, got {len(chosen)}")
-    first, last = chosen[0], chosen[-1]
+    before, last = chosen[-2:]
     most = max(p.extra_bytes for p in chosen)
-    per_token = (last.extra_bytes - first.extra_bytes) / (last.tokens - first.tokens)
-    return Growth(most / max(first.extra_bytes, 1), per_token)
+    per_token = (last.extra_bytes - before.extra_bytes) / (last.tokens - before.tokens)
+    return Growth(most / max(chosen[0].extra_bytes, 1), per_token)

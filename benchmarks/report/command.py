@@ -49,20 +49,24 @@ def run(options: argparse.Namespace) -> int:
     if not files:
         raise ValueError("expected FILE... (there are no committed results here), got none")
     rows = [row for file in files for row in read_rows(file)]
-    drawn: list[Picture] = []
+    drawn: dict[Picture, str] = {}
 
     def keep(kind: str, results: Sequence[Result], prefix: str) -> list[Picture]:
         found = draw(kind, results, prefix)
-        drawn.extend(found)
+        commits = ", ".join(dict.fromkeys(result.commit for result in results))
+        drawn.update(dict.fromkeys(found, f"{results[0].device}; commit {commits}"))
         return found
 
     page = build(rows, [file.name for file in files], keep)
     folder = options.output / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in drawn:
-        _write(folder / f"{picture.name}.png", picture.png())
+    for picture, origin in drawn.items():
+        _write(folder / f"{picture.name}.png", picture.png(origin))
     _write(options.output / "index.html", page.encode())
-    counts = f"{len(rows)} row{'s' * (len(rows) != 1)}, {len(drawn)} pictures"
+    counts = ", ".join(
+        f"{len(some)} {name}{'s' * (len(some) != 1)}"
+        for some, name in ((rows, "row"), (drawn, "picture"))
+    )
     print(f"{options.output / 'index.html'} ({counts})")
     return 0
 

@@ -68,7 +68,7 @@ def _of_case(kind: str, case: str, members: Sequence[Result], prefix: str) -> Pi
     if kind == "step":
         return bars(name, title, f"{details}. Time a pair", members, pace, wording.duration)
     # Paths make different numbers of products; none of them can do with fewer than the fewest.
-    floors = [r.row["floor_seconds"] for r in members if r.ok and r.family != "floor"]
+    floors = [r.row.get("floor_seconds") for r in members if r.ok and r.family != "floor"]
     return bars(
         name,
         title,

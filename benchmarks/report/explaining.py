@@ -11,8 +11,9 @@ INTRODUCTION = (
     "fastdaa does this without the table, and shares what the two answers have in common. Here"
     " you see how long that takes, how much memory it needs and how exact it is, beside other"
     " ways to do the same work. All contenders get the same inputs and take turns in the same"
-    " run. First each result is checked against the same computation in 64-bit arithmetic; one"
-    " that is off is marked WRONG and takes no part in any comparison of speed.",
+    " run (whole training steps on a GPU: one contender after another). First each result is"
+    " checked against the same computation in 64-bit arithmetic; one that is off is marked WRONG"
+    " and takes no part in any comparison of speed.",
 )
 KIND_TITLES = {
     "step": "A whole training step",
@@ -50,20 +51,26 @@ GLOSSARY = (
     ),
     (
         "floor",
-        "The time of the bare products (1U to 4U) that a contender's way needs at least, timed in"
+        "The time of the bare products (1U to 5U) that a contender's way needs at least, timed in"
         " the same run without anything around them. 'x floor' is the contender's time over it:"
         " 1 would be perfect.",
     ),
-    ("expected", "The time that a model of operations and memory traffic predicts."),
+    (
+        "expected",
+        "The time that a model of operations and memory traffic predicts. It is made for GPUs; a"
+        " CPU keeps parts of the traffic in its caches and pays for exponentials.",
+    ),
     (
         "median, p10 - p90",
         "Half of the calls were faster than the median; one in ten was faster than p10, one in"
         " ten slower than p90.",
     ),
+    ("n", "Calls (of a whole step: steps) that were timed, after a warm-up that is not counted."),
     (
         "peak memory",
         "The most memory in use during a call, above inputs and returned gradients. For a whole"
-        " step: of everything, weights and optimizer included.",
+        " step: above the weights of policy and reference, that is gradients, optimizer and"
+        " activations.",
     ),
     (
         "error / limit",

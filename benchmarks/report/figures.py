@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from fastdaa.benchmarks.reading import Result, ranked
 from fastdaa.benchmarks.report.palette import light, themed
 
 _WIDTH = 4.9
+_CAPTION = 68
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RC: dict[Any, Any] = {
@@ -75,11 +77,20 @@ class Picture(NamedTuple):
         text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
         return themed(re.sub(r"font-family: [^;\"]*;?", "", text))
 
-    def png(self) -> bytes:
-        """For files beside the page."""
+    def png(self, origin: str = "") -> bytes:
+        """For files beside the page, which have no caption: with the title, the details and, in a
+        last line, what was measured on."""
         buffer = io.BytesIO()
+        caption = [self.title, *textwrap.wrap(f"{self.details}. {origin}".strip(), _CAPTION)]
+        width, height = self.figure.get_size_inches()
         with matplotlib.rc_context(_RC):
+            self.figure.set_size_inches(width, height + 0.19 * len(caption))
+            words = self.figure.suptitle(
+                "\n".join(caption), x=0.02, ha="left", fontsize=9, color=light("ink")
+            )
             self.figure.savefig(buffer, format="png", dpi=200, facecolor=light("paper"))
+            words.remove()
+            self.figure.set_size_inches(width, height)
         return buffer.getvalue()
 
 

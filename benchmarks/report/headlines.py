@@ -31,7 +31,10 @@ class _Duel(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How many times as fast ours is."""
+        """How many times as fast ours is: each over the reference of its own run, where both are,
+        since the two may be of different runs."""
+        if self.ours.speedup and self.theirs.speedup:
+            return self.ours.speedup / self.theirs.speedup
         return (pace(self.theirs) or 0.0) / (pace(self.ours) or 1.0)
 
     @property
@@ -90,7 +93,9 @@ def _step(results: Sequence[Result]) -> list[Headline]:
     weighed = [duel for duel in plain if duel.ours.peak and duel.theirs.peak]
     if weighed:
         shares = [(duel.ours.peak or 0) / (duel.theirs.peak or 1) for duel in weighed]
-        text = f"Its peak memory is {_span(shares)} times that of TRL's DPOTrainer."
+        text = (
+            f"Its peak memory above both models is {_span(shares)} times that of TRL's DPOTrainer."
+        )
         lines.append(Headline(text, _tone(1 / max(shares))))
     for duel in fastest:
         text = f"{duel.title}: {duel.ours.contender} {_pace_words(duel.gain)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdaa.benchmarks.columns import columns_for
 from fastdaa.benchmarks.compare import result as comparison
+from fastdaa.benchmarks.mixed_runs import mixed_runs
 from fastdaa.benchmarks.reading import (
     KINDS,
     Result,
@@ -114,6 +115,7 @@ def _section(
             markup.paragraph(device, "sub") if named else "",
             markup.paragraph(KIND_TEXTS[kind]),
             markup.said(("", line.text, line.tone) for line in rest),
+            *(markup.paragraph(line, "small") for line in mixed_runs(members)),
             markup.pictures(figures),
             markup.folded(summary, numbers(kind, ran), len(ran) <= _MOST_OPEN_ROWS),
         ]

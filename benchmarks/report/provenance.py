@@ -11,7 +11,7 @@ from fastdaa.benchmarks.report import markup
 
 # Keys of a row's machine that are not versions of packages.
 _PLACES = ("device", "driver", "cpu", "cores", "memory", "os")
-_NOT_VERSIONS = (*_PLACES, "commit", "dirty")
+_NOT_VERSIONS = (*_PLACES, "commit", "dirty", "changes")
 
 
 def missing_table(results: Sequence[Result]) -> str:

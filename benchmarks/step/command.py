@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.benchmarks.flags import not_negative, positive, seconds
+from fastdaa.benchmarks.progress import progress
 from fastdaa.benchmarks.step import cases, contenders
 from fastdaa.benchmarks.step.plan import LOSSES, Plan
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     Oracle = Callable[[Plan, Sequence[str]], dict[str, Expected]]
 
 _INTERRUPTED = 130
-_DEFAULT_THREADS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,17 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="real preference pairs (.jsonl, .jsonl.gz, ...) instead of generated lengths",
     )
     own.add_argument("--model", metavar="NAME", help=f"one of {', '.join(cases.MODELS)}")
-    own.add_argument("--steps", type=_above_zero, metavar="N", help="timed steps of a contender")
+    own.add_argument("--steps", type=positive, metavar="N", help="timed steps of a contender")
+    own.add_argument("--repeats", type=positive, metavar="N", help="another name of --steps")
     own.add_argument("--warmup", type=_count, metavar="N", help="steps before them")
-    own.add_argument("--batch", type=_above_zero, metavar="N", help="pairs of a batch")
+    own.add_argument("--batch", type=positive, metavar="N", help="pairs of a batch")
     own.add_argument(
         "--budget",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help="after S seconds begin no other case (on CUDA, no other contender), and stop the "
         "running one after three timed steps",
     )
-    own.add_argument("--lr", type=float, default=1e-5, metavar="X", help="learning rate")
+    own.add_argument("--lr", type=not_negative, default=1e-5, metavar="X", help="learning rate")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,8 +82,7 @@ def run(options: argparse.Namespace) -> int:
         _measure_all([(case, loss) for case in chosen for loss in losses], options, file, rows)
     except KeyboardInterrupt:
         _show(rows)
-        again = options.command if options.output else f"{options.command} --output FILE"
-        print(f"interrupted: finished rows are kept; to continue: {again}", file=sys.stderr)
+        print(f"interrupted: {file.after_an_interruption()}", file=sys.stderr)
         return _INTERRUPTED
     _show(rows)
     broken = [row for row in rows if row["family"] == "fastdaa" and _is_broken(row)]
@@ -127,12 +128,13 @@ def _measure_all(
     from fastdaa.benchmarks.machine import machine
     from fastdaa.benchmarks.step.accounting import measured_rate
 
-    threads = options.threads or _DEFAULT_THREADS
-    facts, rate = machine(options.device), measured_rate(options.device, threads)
+    facts, rate = machine(options.device), measured_rate(options.device, options.threads)
     deadline = None if options.budget is None else time.monotonic() + options.budget
     for case, loss in jobs:
         with tempfile.TemporaryDirectory(prefix="fastdaa-step-") as folder:
-            plan = Plan(case, folder, options.device, threads, options.seed, loss, options.lr)
+            plan = Plan(
+                case, folder, options.device, options.threads, options.seed, loss, options.lr
+            )
             names = options.contenders or case.contenders
             measure_case(
                 plan, contenders.choose(names), file, rows, deadline=deadline,
@@ -180,7 +182,7 @@ def measure_case(
         orders = list(dict.fromkeys(order_of(contender) for contender in left))
         expected.update((oracle or run_oracle)(plan, orders))
 
-    with _progress(plan.case.id) as tell:
+    with progress(plan.case.id) as tell:
         try:
             for result in measure(
                 left, plan, tell, start=start or trainer_worker, before=ask_oracle,
@@ -228,30 +230,6 @@ def _reference(setting: Setting, rows: Sequence[Row]) -> Row | None:
     return next(found, None)
 
 
-def _progress(case: str) -> Any:
-    """A context that gives a function for one changing line; plain lines where no terminal is."""
-    import contextlib
-
-    from rich.console import Console
-
-    @contextlib.contextmanager
-    def shown() -> Any:
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            began = time.monotonic()
-
-            def tell(line: str) -> None:
-                seconds = time.monotonic() - began
-                print(f"{seconds:5.0f} s  {case}: {line}", file=sys.stderr, flush=True)
-
-            yield tell
-            return
-        with console.status(case) as status:
-            yield lambda line: status.update(f"{case}: {line}")
-
-    return shown()
-
-
 def _show(rows: Sequence[Row]) -> None:
     if rows:
         from fastdaa.benchmarks.step.printing import show
@@ -281,18 +259,6 @@ def _is_broken(row: Row) -> bool:
 
 def _dtype(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def _above_zero(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    from fastdaa.benchmarks.flags import seconds
-
-    return seconds(text)
 
 
 def _count(text: str) -> int:

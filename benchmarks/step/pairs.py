@@ -16,6 +16,7 @@ FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>")
 ORDERS = ("given", "sorted")
 _TOKENIZER_SIZE = 16000
+_BYTES = 256
 
 
 class PairLengths(NamedTuple):
@@ -40,7 +41,7 @@ def prepare(case: Case, folder: str, seed: int) -> dict[str, list[PairLengths]]:
 
     Raises:
         fastdaa.data.DataError: a data file that cannot be found or read, or with a bad row.
-        ValueError: a file without a pair that fits.
+        ValueError: a file without a pair that fits, or a model whose vocabulary is no text's.
     """
     from datasets import Dataset
 
@@ -148,6 +149,11 @@ def _from_file(workload: Workload, need: int, vocab: int, folder: str) -> list[d
 
     assert workload.data is not None
     pairs = load_pairs(workload.data)
+    least = len(SPECIAL) + _BYTES
+    if vocab < least:
+        raise ValueError(
+            f"--model: expected a vocabulary of at least {least} for text, got one of {vocab}"
+        )
     tokenizer = _trained_tokenizer(pairs, vocab)
     tokenizer.save_pretrained(folder)
     tokens, _ = tokenize_pairs(pairs, tokenizer, max_length=workload.max_length)

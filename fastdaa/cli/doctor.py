@@ -12,6 +12,7 @@ from fastdaa.cli.kernel_search import search_kernels
 from fastdaa.cli.plain_parser import PlainParser
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # What the rest is for; without them everything else works.
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         "--kernels",
         action="store_true",
         help="compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed; a minute or "
-        "two the first time) and print their registers, spills and shared memory",
+        "two) and print their registers, spills and shared memory",
     )
     parser.add_argument(
         "--search-kernels",
@@ -115,10 +116,13 @@ def kernel_rows() -> list[Row]:
         if error.name != "triton":
             raise
         return [Row("triton", "not installed: pip install 'fastdaa[triton]'", ok=False)]
+    from rich.console import Console
+    from rich.progress import track
+
+    pairs = [(entry, target) for entry in ENTRIES for target in entry.targets]
+    shown = track(pairs, "compiling", console=Console(stderr=True), transient=True)
     try:
-        measured = [
-            (entry, measure(entry, target)) for entry in ENTRIES for target in entry.targets
-        ]
+        measured = [(entry, measure(entry, target)) for entry, target in shown]
     except RuntimeError as error:
         return [Row("triton", str(error), ok=False)]
     print(table(numbers for _, numbers in measured))
@@ -152,8 +156,9 @@ def empty_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        said = str(error).split("Model type should be one of")[0]  # two hundred classes
         raise type(error)(
-            f"model: expected a causal language model, got {source!r}: {error}"
+            f"model: expected a causal language model, got {source!r}: {said.rstrip()}"
         ) from error
 
 
@@ -208,6 +213,8 @@ def _adapter_rows(source: str) -> list[Row]:
 
 
 def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:
+    import torch
+
     from fastdaa.head import LmHead
     from fastdaa.planner import plan_head
 
@@ -224,8 +231,15 @@ def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:
         f"softcap {head.softcap}" if head.softcap is not None else "no softcap",
         f"logit scale {head.logit_scale:g}",
     ]
-    full = plan_head(vocab, device, hidden_grad=True, head_grad=True, loss_inside=True)
-    lora = plan_head(vocab, device, hidden_grad=True, head_grad=False, loss_inside=True)
+    dtype = _training_dtype(device)
+    full, lora = (
+        plan_head(
+            vocab, device, hidden_grad=True, head_grad=trained, loss_inside=True,
+            hidden_size=hidden, operand=dtype, weight_dtype=torch.float32, hidden_dtype=dtype,
+            softcap=head.softcap is not None, selected=True,
+        )
+        for trained in (True, False)
+    )  # fmt: skip
     return [
         Row("head", ", ".join(facts)),
         Row("head path, full", full.explain()),
@@ -233,15 +247,20 @@ def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:
     ]
 
 
-def _attention(model: PreTrainedModel, device: str) -> str:
+def _training_dtype(device: str) -> torch.dtype:
+    """What `fastdaa train` computes in by default: bf16 autocast where the GPU has bf16."""
     import torch
 
+    half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if half else torch.float32
+
+
+def _attention(model: PreTrainedModel, device: str) -> str:
     from fastdaa.train.segment_backends import choose_backend
 
     text: Any = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = _training_dtype(device)
     choice = choose_backend(
         device,
         dtype,

@@ -168,7 +168,14 @@ def pytest_run(*words: str, head: str, code: str = "") -> subprocess.CompletedPr
 def test_pytest_benchmark_entry(tmp_path: Path) -> None:
     file = tmp_path / "now.json"
     only = ("-k", "pytorch or recompute or cce-exact", "--benchmark-max-time=0.01")
-    done = pytest_run(*only, f"--benchmark-json={file}", head="tiny")
+    # Its first call takes 64 MiB, as a compiler would.
+    compiling = (
+        "import torch; inner = fastdaa.Fastdaa.prepare; "
+        "first = iter([torch.zeros]); "
+        "fastdaa.Fastdaa.prepare = lambda self, inputs: (lambda run: lambda: "
+        "([make(1 << 24) for make in first], run())[1])(inner(self, inputs))"
+    )
+    done = pytest_run(*only, f"--benchmark-json={file}", head="tiny", code=compiling)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {
         mark["extra_info"]["contender"]: mark for mark in json.loads(file.read_text())["benchmarks"]
@@ -177,6 +184,7 @@ def test_pytest_benchmark_entry(tmp_path: Path) -> None:
     assert {mark["group"] for mark in found.values()} == {"head tiny-logps-n32-fp32-peaked-trained"}
     ours = found["fastdaa-recompute"]["extra_info"]
     assert ours["status"] == "ok" and ours["error"]["dh"] < ours["error"]["limit"]["dh"]
+    assert 0 < ours["peak_bytes"] < 1 << 22, "not that of the first call"
     assert ours["case_params"]["N"] == 32 and ours["machine"]["torch"]
     assert "skipped" in done.stdout, "what is not here is said to be skipped"
     again = subprocess.run(

@@ -19,7 +19,7 @@ import pytest
 
 from fastdaa.benchmarks.compare import turns, versions
 from fastdaa.benchmarks.compare.ratio import Ratio, ratio_of
-from fastdaa.benchmarks.compare.result import Comparison
+from fastdaa.benchmarks.compare.result import Comparison, chancy
 
 ROOT = Path(__file__).resolve().parents[2]
 # A project of the same shape as this one, whose calls say how long they would like to have taken:
@@ -111,9 +111,38 @@ def options(refs: str, **changes: object) -> argparse.Namespace:
         "launches": 2,
         "threshold": 0.05,
         "output": None,
+        "fresh": False,
         "command": "fastdaa bench toy --compare",
     }
     return argparse.Namespace(**{**values, **changes})
+
+
+def test_a_verdict_from_few_rounds_says_so(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three rounds of one launch: equal versions would be called different once in four times."""
+    speed(toy, 0.015)
+    output = tmp_path / "rows.jsonl"
+    output.write_text("", encoding="utf-8")
+    asked = options("HEAD", output=output, launches=1, fresh=True)
+    assert turns.run("toy", asked, toy) == 1
+    assert "a verdict may be chance" in capsys.readouterr().out
+    assert (tmp_path / "rows.jsonl.1").exists(), "--fresh is for comparisons, too"
+
+
+def test_enough_rounds_need_no_warning() -> None:
+    result = Comparison("toy", {"case": "a", "contender": "b"}, "old", "new")
+    for launch in range(3):
+        result.start_launch()
+        for _ in range(5):
+            result.add_round([{"seconds": 1.0, "peak_bytes": None}] * 2)
+        assert chancy([result]) == (launch < 2)
+
+
+def test_an_output_that_cannot_be_written_costs_no_measurement(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="--output: expected a file that can be written"):
+        turns.run("toy", options("HEAD", output=tmp_path / "file" / "rows.jsonl"), toy)
 
 
 def row_of(path: Path) -> dict:

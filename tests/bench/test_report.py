@@ -13,6 +13,7 @@ import pytest
 from fastdaa.benchmarks.reading import Result
 from fastdaa.benchmarks.report import headlines as said
 from fastdaa.benchmarks.report.drawing import draw
+from fastdaa.benchmarks.report.figures import bars
 from fastdaa.benchmarks.report.palette import COLOURS
 from fastdaa.cli import main
 
@@ -163,6 +164,39 @@ def test_says_what_the_rows_say(page: str) -> None:
 def test_explains_its_words(page: str) -> None:
     terms = {html.unescape(term) for term in re.findall(r"<dt>(.*?)</dt>", page)}
     assert {"U", "floor", "peak memory", "WRONG", "speed-up", "flat, peaked"} <= terms
+
+
+@pytest.mark.parametrize("kind", ["head", "loss", "step", "memory", "accuracy"])
+def test_a_row_without_numbers_is_still_a_row(tmp_path: Path, kind: str) -> None:
+    """Of another version, say."""
+    least = {"kind": kind, "case": "a", "contender": "somebody", "status": "ok"}
+    assert "somebody" in words_of(page_of(tmp_path, [least]))
+
+
+def test_contenders_of_two_runs_are_compared_by_their_own_references() -> None:
+    """The machine was twice as slow in the second run, where ours was timed."""
+    rows = [
+        row("head", "pytorch", median=0.1, run="a", speedup_over_reference=1.0),
+        row("head", "trl", median=0.1, run="a", speedup_over_reference=1.0),
+        row("head", "fastdaa-recompute", median=0.16, run="b", speedup_over_reference=1.25),
+    ]
+    first = said.headlines("head", map(Result, rows))[0]
+    assert "is 1.25 times as fast as the fastest peer" in first.text and first.tone == "good"
+
+
+def test_a_picture_alone_says_what_it_shows() -> None:
+    """Files have no caption of a page around them."""
+    picture = bars("a", "title", "details", [Result(row("head", "trl"))], lambda r: 1.0, str)
+    assert picture is not None
+    size = picture.figure.get_size_inches().tolist()
+    plain, told = (png_height(picture.png(origin)) for origin in ("", "a device; " * 20))
+    assert told > plain > 200 * size[1]
+    assert picture.figure.get_size_inches().tolist() == size, "for the page it is as it was"
+    assert not picture.figure.texts
+
+
+def png_height(content: bytes) -> int:
+    return int.from_bytes(content[20:24], "big")
 
 
 def test_pictures_are_drawn(folder: Path, page: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,14 @@ def test_unknown_words_are_refused(kind: str, status: str) -> None:
         {"contender": "trl"}, {"version": "2"}, {"seed": 1}, {"threads": 2},
         {"settings": {"repeats": 3}}, {"case_params": {"N": 1024}},
         {"machine": {**MACHINE, "commit": "abd"}}, {"machine": {**MACHINE, "changes": "f00"}},
-        {"machine": {**MACHINE, "device": "a GPU"}},
+        {"machine": {**MACHINE, "device": "a GPU"}}, {"machine": {**MACHINE, "torch": "2.14.0"}},
+        {"machine": {**MACHINE, "triton": "3.6.0"}}, {"machine": {**MACHINE, "driver": "570"}},
+        {"machine": {**MACHINE, "transformers": "5.0.0"}},
+        {"machine": {**MACHINE, "accelerate": "1.0.0"}},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "-".join(changes if "machine" not in changes else (
+        name for name, value in changes["machine"].items() if MACHINE.get(name) != value
+    )),
 )  # fmt: skip
 def test_what_makes_a_row_another_one(changes: dict[str, Any]) -> None:
     assert row_key(row(**changes)) != row_key(row())
@@ -71,7 +77,15 @@ def test_written_rows_are_read_again(tmp_path: Path) -> None:
     assert "NaN" not in path.read_text()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"kind": "head"}'], ids=["cut", "list", "fields"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "[]", '{"kind": "head"}',
+        '{"kind": "compare", "case": "a", "contender": "b", "status": "ok"}',
+        '{"kind": "head", "case": "a", "contender": "b", "status": "ok", "seconds": 0.1}',
+    ],
+    ids=["cut", "list", "fields", "comparison", "a number of seconds"],
+)  # fmt: skip
 def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n\n" + line + "\n")
@@ -138,6 +152,13 @@ def test_absence_is_written_once(tmp_path: Path) -> None:
     assert len(read_rows(path)) == 1
 
 
+def test_a_file_that_cannot_be_written_is_found_out_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path / "file" / "rows.jsonl", "can be written"), (tmp_path, "folder")):
+        with pytest.raises(ValueError, match=f"--output: expected a file.*{words}"):
+            RowFile(path)
+
+
 def test_fresh_moves_the_old_file_aside(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for _ in range(3):
@@ -170,3 +191,32 @@ def test_without_git_the_sources_tell_code_apart(
     (tmp_path / "a.py").write_text("a = 2", encoding="utf-8")
     assert machine._commit.__wrapped__() != first
     machine._commit.cache_clear()
+
+
+def test_code_that_git_does_not_know_yet_is_other_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of an older state of a new module would be taken for those of the present one."""
+    from importlib.machinery import ModuleSpec
+
+    from fastdaa.benchmarks import machine
+
+    for name in ("fastdaa/a.py", "benchmarks/machine.py", "docs/page.md"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("1", encoding="utf-8")
+    me = ("-c", "user.name=a", "-c", "user.email=b@c")
+    for words in (("init", "-q"), ("add", "."), (*me, "commit", "-qm", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    spec = ModuleSpec("fastdaa", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "fastdaa")]
+    monkeypatch.setattr(machine, "find_spec", lambda name: spec)
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "benchmarks" / "machine.py"))
+    commit = machine._commit.__wrapped__
+    (tmp_path / "docs" / "page.md").write_text("2", encoding="utf-8")
+    (tmp_path / "benchmarks" / "rows.jsonl").write_text("{}", encoding="utf-8")
+    assert commit()[1] is None
+    (tmp_path / "fastdaa" / "b.py").write_text("1", encoding="utf-8")
+    first = commit()[1]
+    (tmp_path / "fastdaa" / "b.py").write_text("2", encoding="utf-8")
+    second = commit()[1]
+    assert first and second and first != second

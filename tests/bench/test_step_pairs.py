@@ -13,7 +13,7 @@ import pytest
 from datasets import load_from_disk
 
 from fastdaa.benchmarks.step import cases, pairs
-from fastdaa.benchmarks.step.cases import CASES, MODELS, WORKLOADS, Case, Lengths
+from fastdaa.benchmarks.step.cases import CASES, MODELS, WORKLOADS, Case, Lengths, from_file
 from fastdaa.benchmarks.step.pairs import PairLengths
 from fastdaa.data import DataError
 
@@ -43,6 +43,15 @@ def test_lengths_have_the_stated_median_and_spread() -> None:
     sizes = [len(row["prompt_ids"]) for row in pairs.generated(workload, 1500, 199, seed=1)]
     assert statistics.median(sizes) == pytest.approx(100, rel=0.06)
     assert sum(size < 164.9 for size in sizes) / 1500 == pytest.approx(0.8413, abs=0.03)
+
+
+def test_a_model_without_room_for_bytes_is_refused(tmp_path: Path) -> None:
+    """Its embedding would be read beyond its end: on CUDA that takes the device along."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    case = dataclasses.replace(from_file(str(data), "cpu"), model=MODELS["llama-smoke"])
+    with pytest.raises(ValueError, match="at least 260 for text, got one of 199"):
+        pairs.prepare(case, str(tmp_path), seed=0)
 
 
 def test_pairs_follow_from_the_seed() -> None:

@@ -259,15 +259,17 @@ def test_exit_code_is_about_fastdaa(
     assert command.run(_options()) == code
 
 
-def test_interruption_says_how_to_continue(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interruption_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fake(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_measure_all", fake)
     assert command.run(_options()) == 130
-    assert "to continue: fastdaa bench step --output FILE" in capsys.readouterr().err
+    assert "nothing was kept (with --output FILE" in capsys.readouterr().err
+    assert command.run(_options(output=tmp_path / "rows.jsonl")) == 130
+    assert "rows.jsonl has what is finished; the same command goes" in capsys.readouterr().err
 
 
 def test_list_names_cases_and_contenders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fastdaa.benchmarks import wording
 from fastdaa.benchmarks.columns import verdict
+from fastdaa.benchmarks.mixed_runs import mixed_runs
 from fastdaa.benchmarks.reading import Result, best, case_title, latest, ranked
 from fastdaa.benchmarks.table import notes, show
 
@@ -77,6 +78,32 @@ def test_absent_and_failed_are_listed_with_reasons() -> None:
 def test_a_reason_that_holds_everywhere_is_said_once() -> None:
     rows = [row("cce", "absent", case=case, reason="CUDA only") for case in ("a", "b")]
     assert notes(map(Result, rows)) == ["cce absent: CUDA only"]
+
+
+def test_nobody_ran() -> None:
+    """All that were asked for are absent: no table, but the reasons."""
+    text = shown([row("cce", "absent", reason="CUDA only"), row("quack", "skipped", reason="no")])
+    assert "cce absent: CUDA only" in text and "quack skipped: no" in text
+
+
+def test_the_number_of_timed_calls_is_shown() -> None:
+    text = shown([row("pytorch", seconds={"median": 0.1, "p10": 0.1, "p90": 0.1, "n": 17})])
+    assert " 17 " in text
+
+
+def test_times_of_several_runs_are_said_not_to_compare() -> None:
+    rows = [
+        row("pytorch", run="a", time="01:00"), row("trl", run="b", time="02:00"),
+        row("floor-3u", run="b", family="floor"), row("cce", "failed", run="b"),
+        row("pytorch", run="a", time="01:00", kind="memory"),
+        row("trl", run="b", time="02:00", kind="memory"),
+    ]  # fmt: skip
+    (line,) = mixed_runs(map(Result, rows))
+    assert line.startswith(
+        "small-logps: timed in 2 runs (pytorch at 01:00; trl at 02:00), so times do not compare"
+    )
+    assert line in shown(rows, width=300)
+    assert mixed_runs(map(Result, [row("pytorch", run="a"), row("trl", run="a")])) == []
 
 
 def test_no_rows() -> None:
