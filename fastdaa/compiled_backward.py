@@ -113,7 +113,7 @@ def pair_loss_gradients(
         return present(head_gradients(logits, targets, scaled, state, plan, wants), rows)
     some = active if dz.shape[0] < rows.shape[0] else None
     kept = KeptGradients(dz[:, : weight.shape[0]], factors, own, some)
-    waiting = Waiting(logps, scaled, m, log_s, kept)
+    waiting = Waiting(scaled, RowState(m, log_s, logps), kept)
     return present(waiting_gradients(logits, targets, waiting, plan, wants), rows)
 
 

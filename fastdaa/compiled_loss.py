@@ -161,12 +161,18 @@ def _evaluate(
     rows, head, targets = logits.hidden_states, logits.head, batch.selection.targets
     saved: dict[str, Tensor | None]
     if plan.kept_whole:
-        results, (_, coefficients, m, log_s, kept) = keep_gradients(
+        results, (coefficients, state, kept) = keep_gradients(
             logits, targets, plan, lambda logps: batch.evaluate(logps, batch.everything), stats
         )
         # Whole rows of the buffer: an operator's outputs are best contiguous.
         dz = kept.dz.as_strided((kept.dz.shape[0], kept.dz.stride(0)), (kept.dz.stride(0), 1))
-        saved = {"coefficients": coefficients, "m": m, "log_s": log_s, **kept._asdict(), "dz": dz}
+        saved = {
+            "coefficients": coefficients,
+            "m": state.m,
+            "log_s": state.log_s,
+            **kept._asdict(),
+            "dz": dz,
+        }
         return results, saved
     if plan.path == "single_pass":
         chunks = chunks_of_pairs(batch.selection.counts, plan.chunk_tokens)

@@ -30,13 +30,10 @@ from fastdaa.unscaled import Unscaled
 class Waiting(NamedTuple):
     """What waits for the backward pass."""
 
-    logps: Tensor
-    """``[N]``."""
     coefficients: Tensor
     """``[N]`` derivatives of the loss by the log-probs."""
-    m: Tensor
-    """``[N]``, to compute logits again; empty where all gradients are kept, as the next."""
-    log_s: Tensor
+    state: RowState
+    """``[N]``, to compute logits again; of empty ``m`` and ``log_s`` where there is no need."""
     kept: KeptGradients
 
 
@@ -56,8 +53,8 @@ class Kept(torch.autograd.Function):
         """Loss, coefficients, and the gradients of the logits without them."""
         logits = Logits(hidden_states, head, engine=plan.engine)
         (losses, logps, *values), waiting = keep_gradients(logits, targets, plan, objective, stats)
-        *numbers, kept = waiting
-        ctx.save_for_backward(hidden_states, weight, bias, targets, *numbers, *kept)
+        coefficients, state, kept = waiting
+        ctx.save_for_backward(hidden_states, weight, bias, targets, coefficients, *state, *kept)
         ctx.plan, ctx.operand = plan, logits.operand
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         logps = logps.clone()  # the caller may change it, backward reads the other
@@ -68,13 +65,26 @@ class Kept(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, targets, logps, coefficients, m, log_s, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, coefficients, *saved = ctx.saved_tensors
         logits = Logits(
             hidden, replace(ctx.options, weight=weight, bias=bias), ctx.operand, ctx.plan.engine
         )
-        waiting = Waiting(logps, coefficients * grad_loss, m, log_s, KeptGradients(*kept))
+        state, kept = RowState(*saved[:3]), KeptGradients(*saved[3:])
+        waiting = Waiting(coefficients * grad_loss, state, kept)
         grads = waiting_gradients(logits, targets, waiting, ctx.plan, ctx.needs_input_grad[:3])
         return *grads, None, None, None, None, None, None
+
+
+def keep_logps(
+    logits: Logits, targets: Tensor, plan: HeadPlan, stats: bool = False
+) -> tuple[list[Tensor], RowState, KeptGradients]:
+    """Three statistics ``[N]``, log-probs and what computes logits again (empty where all gradients
+    are kept), and the gradients."""
+    with without_autocast(logits.hidden_states.device):
+        made = Unscaled(logits, targets, plan, targets.shape[0], stats)
+        logps = made.make(slice(0, targets.shape[0]))
+    (m, log_s, _), values = made.joined()
+    return values, RowState(m, log_s, logps), made.kept
 
 
 def keep_gradients(
@@ -82,16 +92,13 @@ def keep_gradients(
     objective: Callable[[Tensor], tuple[Tensor, Tensor]], stats: bool,
 ) -> tuple[list[Tensor], Waiting]:  # fmt: skip
     """Losses ``[B]``, log-probs ``[N]`` and three statistics of a batch, and what waits."""
+    values, state, kept = keep_logps(logits, targets, plan, stats)
     with without_autocast(logits.hidden_states.device):
-        made = Unscaled(logits, targets, plan, targets.shape[0], stats)
-        logps = made.make(slice(0, targets.shape[0]))
-        losses, coefficients = objective(logps)
-        kept = made.kept
+        losses, coefficients = objective(state.logps)
         if plan.sparse:
             dz, active = leave_out(kept.dz, coefficients)
             kept = kept._replace(dz=dz, active=active)
-    (m, log_s, _), values = made.joined()
-    return [losses, logps, *values], Waiting(logps, coefficients, m, log_s, kept)
+    return [losses, state.logps, *values], Waiting(coefficients, state, kept)
 
 
 def waiting_gradients(
@@ -99,10 +106,9 @@ def waiting_gradients(
     wanted: tuple[bool, bool, bool],
 ) -> Gradients:  # fmt: skip
     """Gradients of hidden states, weight and bias in their dtypes; None where not wanted."""
-    logps, coefficients, m, log_s, kept = waiting
+    coefficients, state, kept = waiting
     hidden, head = logits.hidden_states, logits.head
-    if plan.keeps_part:
-        state = RowState(m, log_s, logps)
+    if kept.dz.shape[1] < head.width:
         return head_gradients(logits, targets, coefficients, state, plan, wanted, kept=kept)
     with without_autocast(hidden.device):
         columns = FirstColumns(kept, targets, coefficients, head.width)

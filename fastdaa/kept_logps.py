@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
-from fastdaa.kept import Waiting, waiting_gradients
+from fastdaa.kept import Waiting, keep_logps, waiting_gradients
 from fastdaa.kept_products import KeptGradients
 from fastdaa.plan_call import plan_call
 from fastdaa.planner import HeadPlan
-from fastdaa.tiles import Logits, without_autocast
-from fastdaa.unscaled import Unscaled
+from fastdaa.row_passes import RowState
+from fastdaa.tiles import Logits
 
 
 class KeptLogps(torch.autograd.Function):
@@ -36,22 +36,19 @@ class KeptLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Statistics, and ``d logp / d logits`` of every token, ``[N, V]`` as a factor."""
         logits = Logits(hidden_states, head, engine=plan.engine)
-        with without_autocast(hidden_states.device):
-            made = Unscaled(logits, targets, plan, targets.shape[0], stats)
-            logps = made.make(slice(0, targets.shape[0]))
-        (m, log_s, _), values = made.joined()
-        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s, *made.kept)
+        values, state, kept = keep_logps(logits, targets, plan, stats)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, *state, *kept)
         ctx.plan, ctx.operand = plan, logits.operand
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.mark_non_differentiable(*values)
-        return logps.clone(), *values  # the caller may change it, backward reads the other
+        return state.logps.clone(), *values  # the caller may change it, backward reads the other
 
     @staticmethod
     @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Both products; what was saved stays as it is, so that backward can run again."""
-        hidden, weight, bias, targets, logps, m, log_s, *saved = ctx.saved_tensors
-        kept, plan = KeptGradients(*saved), ctx.plan
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
+        state, kept, plan = RowState(*saved[:3]), KeptGradients(*saved[3:]), ctx.plan
         if plan.sparse and not plan.keeps_part:
             active = coefficients.nonzero()[:, 0]
             # A copy of the rows, which has to be less than half of their products to be worth it.
@@ -59,7 +56,7 @@ class KeptLogps(torch.autograd.Function):
                 kept = kept._replace(dz=kept.dz[active], active=active)
         head = replace(ctx.options, weight=weight, bias=bias)
         logits = Logits(hidden, head, ctx.operand, plan.engine)
-        waiting = Waiting(logps, coefficients, m, log_s, kept)
+        waiting = Waiting(coefficients, state, kept)
         grads = waiting_gradients(logits, targets, waiting, plan, ctx.needs_input_grad[:3])
         return *grads, None, None, None, None
 
@@ -67,7 +64,8 @@ class KeptLogps(torch.autograd.Function):
 def plan_kept(
     hidden_states: Tensor, head: LmHead, *, stats: bool = False, impl: str = "auto",
     engine: str = "auto", max_bytes: int | None = None, sparse: bool = False,
-    selected: bool = False,
+    selected: bool = False, wanted: tuple[bool, bool] | None = None,
+    operand: torch.dtype | None = None,
 ) -> HeadPlan | None:  # fmt: skip
     """The plan that keeps gradients of logits; None where there is none worth taking.
 
@@ -75,15 +73,19 @@ def plan_kept(
     (which would round too much) and memory: bf16 factors for a part of the gradients at least, see
     :mod:`fastdaa.single_pass_memory`, wider ones for a chunk of :func:`fastdaa.pair_loss`.
 
+    Args:
+        wanted, operand: as in :func:`fastdaa.plan_call.plan_call`.
+
     Raises:
         ValueError: there is none, and ``impl`` asks for it.
     """
-    tokens, operand = hidden_states.shape[0], Logits(hidden_states, head).operand
+    tokens, operand = hidden_states.shape[0], Logits(hidden_states, head, operand).operand
     # As for a loss that couples all tokens: none is known before backward.
     narrow = operand == torch.bfloat16 and tokens > 0 and head.shard is None
     plan = plan_call(
         hidden_states, head, loss_inside=True, coupled=narrow, stats=stats, impl=impl,
-        engine=engine, max_bytes=max_bytes, sparse=sparse, selected=selected,
+        engine=engine, max_bytes=max_bytes, sparse=sparse, selected=selected, wanted=wanted,
+        operand=operand,
     )  # fmt: skip
     fits = plan.kept_whole or (not plan.kept_tokens and tokens <= plan.tile_rows)
     if plan.path == "single_pass" and fits and head.shard is None and operand != torch.float16:

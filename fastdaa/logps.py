@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdaa import reference
+from fastdaa.compiled_kept import compiled_kept_logps
 from fastdaa.compiled_logps import compiled_head_logps, compiled_token_stats
 from fastdaa.frozen import Frozen
 from fastdaa.head import LmHead
@@ -54,8 +55,7 @@ def token_logps(
         impl: ``"auto"``, ``"score"`` (no gradient), ``"frozen"`` (head not trained),
             ``"recompute"``, ``"single_pass"`` (gradients of the logits are kept until the loss is
             known, 2 bytes an entry for bf16 factors: 3U for any loss, to 4U where memory holds a
-            part of them; not under torch.compile), or ``"reference"`` (materialised logits, for
-            checks).
+            part of them), or ``"reference"`` (materialised logits, for checks).
         engine: what works on tiles of logits: ``"torch"``, ``"triton"`` (fp16, bf16 and fp32 on
             CUDA devices; not yet measured on one), ``"fused"`` (without gradient only: no tile of
             logits at all, and log-probs that differ from the other engines' in the last bits, so
@@ -91,17 +91,13 @@ def head_logps(
 
     ``selected`` says that the hidden states are a copy, made for this call, which counts, too.
     """
-    logps = compiled_head_logps if torch.compiler.is_compiling() else _eager_head_logps
-    return logps(
-        hidden_states, head, targets, impl=impl, engine=engine, max_bytes=max_bytes,
-        selected=selected,
-    )  # fmt: skip
-
-
-def _eager_head_logps(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, **options: Any
-) -> Tensor:
-    return head_logps_and_stats(hidden_states, head, targets, **options)[0]
+    call = (hidden_states, head, targets)
+    options: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes, "selected": selected}
+    if not torch.compiler.is_compiling():
+        return head_logps_and_stats(*call, impl=impl, **options)[0]
+    if impl == "single_pass":
+        return compiled_kept_logps(*call, **options)
+    return compiled_head_logps(*call, impl=impl, **options)
 
 
 def head_logps_and_stats(

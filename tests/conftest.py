@@ -118,6 +118,7 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
     from fastdaa import (
         compiled_divergence,
         compiled_entropy,
+        compiled_kept,
         compiled_logps,
         compiled_loss,
         divergence_tiles,
@@ -146,7 +147,8 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
         numeric = (tiles, frozen, kept_products, gradient_sums, divergence_tiles, entropy_tiles)
         for module in numeric:
             monkeypatch.setattr(module, "product", product)
-        compiled = (compiled_divergence, compiled_entropy, compiled_logps, compiled_loss)
+        compiled = (compiled_divergence, compiled_entropy, compiled_kept)
+        compiled += (compiled_logps, compiled_loss)
         for module in (tiles, recompute, plan_call, entropy, *compiled):
             monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
         return seen

@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"frozen", "recompute", "unscaled"},
     {"kept", "kept_chunks", "divergence_tiles", "entropy_tiles", "compiled_logps"},
     {"single_pass", "kept_logps", "compiled_divergence", "compiled_entropy", "compiled_backward"},
+    {"compiled_kept"},
     {"logps", "divergence", "entropy"},
     {"pair_batch"},
     {"compiled_loss"},

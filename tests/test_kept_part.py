@@ -174,6 +174,19 @@ def test_gradients_have_the_dtypes_of_their_tensors(in_part):
         assert got.dtype == torch.float32 and relative(got, want) < EPS
 
 
+def test_the_caller_may_change_what_is_returned(in_part):
+    in_part(48)
+    leaves, selection = tensors()
+    call = {"ref_logps": torch.zeros(len(COUNTS)), "impl": "single_pass"}
+    found = []
+    for change in (False, True):
+        out = pair_loss(leaves[0], LmHead(leaves[1]), selection, Objective.parse("dpo"), **call)
+        if change:
+            out.token_logps.zero_()
+        found.append(torch.autograd.grad(out.loss, leaves[:2]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_loss_outside_the_call_may_run_backward_twice(in_part):
     leaves, selection = tensors(bias=True)
     hidden, weight, bias = leaves
