@@ -281,6 +281,7 @@ def test_the_finished_bar_is_drawn_once(
         ("tokens", 7487.2, "7,487"),
         ("tokens", 12711.6, "12,712"),
         ("loss", 0.693147, "0.6931"),
+        ("rewards/margins", -0.0, "0"),
     ],
 )
 def test_numbers_as_they_are_shown(key: str, value: float, text: str) -> None:
@@ -289,6 +290,14 @@ def test_numbers_as_they_are_shown(key: str, value: float, text: str) -> None:
 
 def test_lines_show_no_negative_kl() -> None:
     assert "kl/token 0.00e+00" in format_row({**ROW, "kl/token": -4.88e-9}, 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("margin", "text"),
+    [(-4e-5, "0.0000"), (-6e-5, "-0.0001"), (-0.0, "0.0000"), (float("-inf"), "-inf")],
+)
+def test_lines_show_no_negative_zero(margin: float, text: str) -> None:
+    assert f"margin {text} " in format_row({**ROW, "rewards/margins": margin}, 5, 10)
 
 
 def test_progress_of_other_processes(

@@ -59,7 +59,8 @@ class FakeTrainer:
         self.state = type("State", (), {"log_history": HISTORY, "global_step": 3})()
 
     def train(self, resume_from_checkpoint: str | None) -> None:
-        FakeTrainer.calls.append({**self.options, "checkpoint": resume_from_checkpoint})
+        known = {"checkpoint": resume_from_checkpoint, "card_dataset": self.card_dataset}
+        FakeTrainer.calls.append({**self.options, **known})
         if FakeTrainer.outcome is not None:
             raise FakeTrainer.outcome
 
@@ -254,6 +255,13 @@ def test_yaml_is_below_the_command_line(tmp_path: Path) -> None:
     ("content", "message"),
     [
         pytest.param("learning_rte: 1", "'learning_rte' (did you mean 'learning_rate'?)", id="key"),
+        pytest.param(
+            "model_name_or_path: m\nrank: 1\ntorch_dtype: auto",
+            "unknown keys 'model_name_or_path' (did you mean 'model'?), 'rank', "
+            "'torch_dtype' (did you mean 'dtype'?)",
+            id="keys of TRL",
+        ),
+        pytest.param("optim: adamw", "names such as adamw_torch, ", id="long choice"),
         pytest.param("max_steps: many", "max_steps: got 'many'", id="value"),
         pytest.param("layout: flat", "layout: got 'flat'", id="choice"),
         pytest.param("- a\n- b", "expected 'option: value' lines, got list", id="list"),
@@ -322,6 +330,7 @@ def test_chat_template_from_a_file(
     template.write_text("{{ messages }}")
     assert train(model_path, data, tmp_path / "out", "--chat_template", str(template)) == 0
     assert trained[0]["processing_class"].chat_template == "{{ messages }}"
+    assert trained[0]["card_dataset"] == [str(data)]  # before the first push to the hub
 
 
 @pytest.mark.parametrize(

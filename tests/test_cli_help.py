@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from fastdaa.cli import evaluate, main, online_arguments, reward, sft
+from fastdaa.cli import evaluate, main, online_arguments, stage
 from fastdaa.cli.arguments import build_parser
 from fastdaa.cli.common_options import COMMON, EXAMPLES, TRAINERS_HELP, WORDS
 from fastdaa.cli.help_format import HelpFormatter, OptionFormatter, fill_usage
@@ -64,7 +64,7 @@ def parser_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], OptionParser]:
         raise Parsed(parser)
 
     def read(command: str) -> OptionParser:
-        for module in (sft, reward, online_arguments, evaluate):
+        for module in (stage, online_arguments, evaluate):
             monkeypatch.setattr(module, "read_options", caught)
         monkeypatch.setattr("fastdaa.cli.arguments.read_options", caught)
         with pytest.raises(Parsed) as found:
@@ -282,6 +282,11 @@ def test_usage_breaks_between_options() -> None:
         (["train", "--batch_size", "1"], "'--per_device_train_batch_size'"),
         (["train", "--epochs", "1"], "'--num_train_epochs'"),
         (["evaluate", "--batch_size", "1"], "'--per_device_eval_batch_size'"),
+        (["train", "--model_name_or_path", "m"], "(did you mean '--model'?)"),
+        (["train", "--torch_dtype", "auto"], "(did you mean '--dtype'?)"),
+        (["reward", "--rpo_alpha", "1"], "unknown option '--rpo_alpha'"),
+        (["train", "--optim", "adamw"], "names such as adamw_torch, "),
+        (["train", "--dtype", "bf16"], "one of float32, bfloat16, float16, auto, got 'bf16'"),
         (["train", "--help_al"], "did you mean '--help_all'"),
         (["sft", "--quxly"], "'--quxly'; `fastdaa sft --help-all` lists all options"),
         (["train", "--max_steps"], "error: argument --max_steps: expected one argument"),
@@ -303,7 +308,7 @@ def test_wrong_options_get_one_line(
     assert main(argv) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and error.startswith(f"fastdaa {argv[0]}: error: ")
-    assert message in error
+    assert message in error and len(error) < 400
 
 
 def test_help_is_no_key_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastdaa.data import DataError, load_pairs, read_pairs
-from fastdaa.data.examples import load_examples
+from fastdaa.data.examples import EXAMPLES, PROMPTS
 from fastdaa.data.named_columns import NamedColumns
 
 datasets = pytest.importorskip("datasets")
@@ -153,7 +153,7 @@ def test_tools_of_messages(tmp_path: Path) -> None:
     told = {"role": "tool", "name": "look", "content": "blue"}
     turns = [system("s"), user("Sky?"), asked, told]
     source = write(tmp_path / "chats.jsonl", {"messages": [*turns, bot("Blue.")], "tools": "[{}]"})
-    (example,) = load_examples(source)
+    (example,) = EXAMPLES.load(source)
     assert (example["prompt"], example["completion"]) == (turns, [bot("Blue.")])
     assert example["tools"] == "[{}]"
 
@@ -454,7 +454,7 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
 
 
 ASK, ANSWER = [user("Sky?")], [bot("Blue.")]
-EXAMPLES = {
+ANSWERED = {
     "ShareGPT": ({"conversations": [HUMAN, GPT]}, ASK, ANSWER),
     "ShareGPT, system column": (
         {"conversations": [HUMAN, GPT], "system": "s"}, [system("s"), *ASK], ANSWER
@@ -473,24 +473,24 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("record", "prompt", "completion"), EXAMPLES.values(), ids=EXAMPLES)
+@pytest.mark.parametrize(("record", "prompt", "completion"), ANSWERED.values(), ids=ANSWERED)
 def test_examples(tmp_path: Path, record: Any, prompt: Any, completion: Any) -> None:
     source = write(tmp_path / "examples.jsonl", record, record)
-    assert load_examples(source).to_list() == [{"prompt": prompt, "completion": completion}] * 2
+    assert EXAMPLES.load(source).to_list() == [{"prompt": prompt, "completion": completion}] * 2
     if "text" not in record:
-        assert load_examples(source, prompts_only=True).to_list() == [{"prompt": prompt}] * 2
+        assert PROMPTS.load(source).to_list() == [{"prompt": prompt}] * 2
 
 
 def test_prompts_need_no_answers(tmp_path: Path) -> None:
     for record in ({"instruction": "Sky?"}, {"conversations": [HUMAN]}):
         source = write(tmp_path / "prompts.jsonl", record)
-        assert load_examples(source, prompts_only=True).to_list() == [{"prompt": ASK}]
+        assert PROMPTS.load(source).to_list() == [{"prompt": ASK}]
         with pytest.raises(DataError):
-            load_examples(source)
+            EXAMPLES.load(source)
     for empty in ("", []):
         source = write(tmp_path / "prompts.jsonl", {"prompt": empty})
         with pytest.raises(DataError, match=":1: field 'prompt': expected text or messages"):
-            load_examples(source, prompts_only=True)
+            PROMPTS.load(source)
 
 
 def test_examples_are_all_text_or_all_conversations(tmp_path: Path) -> None:
@@ -501,7 +501,7 @@ def test_examples_are_all_text_or_all_conversations(tmp_path: Path) -> None:
     ):
         source = write(tmp_path / "examples.jsonl", *rows)
         with pytest.raises(DataError, match=f":2: field 'prompt': expected {expected}"):
-            load_examples(source)
+            EXAMPLES.load(source)
 
 
 @pytest.mark.parametrize(
@@ -520,11 +520,11 @@ def test_examples_are_all_text_or_all_conversations(tmp_path: Path) -> None:
 def test_broken_examples(tmp_path: Path, record: Any, message: str) -> None:
     path = write(tmp_path / "examples.jsonl", record)
     with pytest.raises(DataError, match="^" + re.escape(f"{path}{message}")):
-        load_examples(path)
+        EXAMPLES.load(path)
 
 
 def test_skipped_examples_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "examples.jsonl", {"messages": [*ASK, *ANSWER]}, {"messages": ASK})
     with caplog.at_level(logging.WARNING, "fastdaa"):
-        load_examples(path, on_bad_row="skip")
+        EXAMPLES.load(path, on_bad_row="skip")
     assert "1 example kept, 1 row left out: 1 wrong messages (first: " in caplog.text

@@ -176,6 +176,8 @@ def test_the_split_that_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptu
          "expected UTF-8 text, got the byte 0xff at byte 13 of the line"),
         (b'{"prompt": "p", "chosen" "a"}', "broken JSON",
          "expected one JSON object a line, got broken JSON (Expecting ':' delimiter at column 26)"),
+        (rb'{"prompt": "p", "chosen": "a \ud83d", "rejected": "b"}', "broken Unicode",
+         r"expected text that can be written as UTF-8, got half of a character, '\ud83d'"),
         (b'["a", "b"]', "not an object", "expected an object with fields, got list ['a', 'b']"),
         (b'{"prompt": "p", "chosen": "a"}', "missing field",
          "field 'rejected': expected text or a list of messages, got only 'prompt', 'chosen'"),
@@ -190,8 +192,8 @@ def test_the_split_that_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         (IMPLICIT, "mixed formats",
          "field 'prompt': expected a prompt as in the first row, got none"),
     ],
-    ids=["utf-8", "json", "non-object", "missing", "non-string", "empty", "equal", "mixed",
-         "implicit among explicit"],
+    ids=["utf-8", "json", "half an emoji", "non-object", "missing", "non-string", "empty",
+         "equal", "mixed", "implicit among explicit"],
 )  # fmt: skip
 def test_bad_lines(tmp_path: Path, line: bytes, reason: str, message: str) -> None:
     path = tmp_path / "pairs.jsonl"
@@ -207,12 +209,38 @@ def test_bad_lines(tmp_path: Path, line: bytes, reason: str, message: str) -> No
     assert "\n" not in str(report)
 
 
+@pytest.mark.parametrize("begin", [b"[", b'{"data": ['], ids=["list", "object"])
+def test_halves_of_characters_in_a_list(tmp_path: Path, begin: bytes) -> None:
+    path = tmp_path / "pairs.json"
+    whole = rb'{"prompt": "p", "chosen": "\ud83d\ude00", "rejected": "b"}'
+    half = whole.replace(rb"\ude00", b"")
+    path.write_bytes(begin + whole + b"," + half + b"]" + b"}" * begin.count(b"{"))
+    loaded, report = read_pairs(path, on_bad_row="skip")
+    assert loaded["chosen"] == ["\N{GRINNING FACE}"]
+    assert report.skipped == {"broken Unicode": 1}
+
+
 def test_skipped_rows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(GOOD + b"\n{\n")
     with caplog.at_level(logging.WARNING, "fastdaa"):
         load_pairs(path, on_bad_row="skip")
     assert "1 pair kept, 1 row left out: 1 broken JSON" in caplog.text
+
+
+def test_each_of_several_reasons_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    empty = b'{"prompt": "p", "chosen": "a", "rejected": ""}'
+    path.write_bytes(b"\n".join((GOOD, b"[]", empty, b"[]")))
+    first, *examples = str(read_pairs(path, on_bad_row="skip")[1]).splitlines()
+    assert first == "1 pair kept, 3 rows left out: 2 not an object, 1 empty completion"
+    assert [line.split(": ")[:2] for line in examples] == [
+        ["  not an object", f"{path}:2"],
+        ["  empty completion", f"{path}:3"],
+    ]
+    path.write_bytes(b"[]\n" + empty)
+    with pytest.raises(DataError, match=r"got none \(0 pairs kept, 2 rows left out: [^\n]*\)$"):
+        load_pairs(path, on_bad_row="skip")
 
 
 def test_rows_behind_the_limit_are_not_looked_at(tmp_path: Path) -> None:
@@ -322,6 +350,51 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     assert len(load_pairs(tmp_path, split="test")) == 1
     with pytest.raises(DataError, match="split: expected one of test, train, got 'validation'"):
         load_pairs(tmp_path, split="validation")
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: {0}
+  data_files:
+  - split: train_prefs
+    path: data/train_prefs-*
+  - split: train_sft
+    path: data/train_sft-*
+- config_name: other
+  data_files: other.jsonl
+---
+"""
+
+
+@pytest.fixture
+def download(tmp_path: Path) -> Path:
+    """A dataset of the hub as ``hf download`` leaves it, with names of splits of its own."""
+    folder = tmp_path / "ultra"
+    (folder / "data").mkdir(parents=True)
+    for split, rows in (("train_prefs", CHATS[:3]), ("train_sft", CHATS[3:])):
+        write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows)
+    write_lines(folder / "other.jsonl", CHATS[:1])
+    return folder
+
+
+def test_splits_of_shards_have_their_whole_name(download: Path) -> None:
+    data = download / "data"
+    assert load_pairs(data, split="train_prefs")["prompt"] == [r["prompt"] for r in CHATS[:3]]
+    with pytest.raises(DataError, match="one of train_prefs, train_sft, got no split given"):
+        load_pairs(data)
+
+
+def test_a_dataset_card_says_what_is_in_a_folder(download: Path) -> None:
+    (download / "README.md").write_text(CARD.format("default"))
+    assert len(load_pairs(download, split="train_sft")) == 2
+    assert len(load_pairs(f"{download}:other")) == len(load_pairs(f"{download}:other:train")) == 1
+    with pytest.raises(DataError, match="one of train_prefs, train_sft, got no split given"):
+        load_pairs(download)
+    (download / "README.md").write_text(CARD.format("prefs"))
+    with pytest.raises(DataError, match=r"README.md says, got .*configs: \['prefs', 'other'\]"):
+        load_pairs(download)
+    assert len(load_pairs(download, name="prefs", split="train_prefs")) == 3
 
 
 def test_several_splits_and_no_train_must_be_chosen(tmp_path: Path) -> None:

@@ -83,6 +83,26 @@ def test_bos_comes_from_the_tokenizer() -> None:
     ]
 
 
+LOOPS = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for b in m['content'] %}{{ b['text'] }}{% endfor %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [(CHATML, "<u>|p|\n|q|<e>|<a>"), (LOOPS, "<u>|p|q|<e>|<a>")],
+    ids=["text only", "blocks"],
+)
+def test_text_blocks_are_text_where_the_template_has_no_blocks(template: str, prompt: str) -> None:
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(["\n"])
+    blocks = [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]
+    row = chat(blocks, blocks[:1], blocks[1:])
+    assert tokenized(tokenizer, [row]) == [(prompt, "p|<e>", "q|<e>")]
+
+
 def test_chats_get_the_template_and_nothing_else() -> None:
     assert tokenized(make_tokenizer(bos=True), [chat("p", "a", "b")]) == [
         ("<u>|p|<e>|<a>", "a|<e>", "b|<e>")

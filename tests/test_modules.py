@@ -140,6 +140,7 @@ def test_given_reference_logps_are_those_of_the_hidden_states():
     ("options", "error", "message"),
     [
         ({"order": "sorted"}, ValueError, "order: expected one of 'chosen_first', 'interleaved'"),
+        ({"ignore_index": -100.5}, TypeError, "ignore_index: expected an integer, got -100.5"),
         ({"ignore_index": 5}, ValueError, "ignore_index: expected a negative number, got 5"),
         ({"impl": "fast"}, ValueError, "impl: expected one of 'auto'"),
         ({"engine": "cuda"}, ValueError, "engine: expected one of 'auto'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastdaa.data import DataError, load_pairs
-from fastdaa.data.examples import load_examples
+from fastdaa.data.examples import EXAMPLES
 from fastdaa.train import PreferenceConfig
 from fastdaa.validation import check_choice, shown
 
@@ -25,7 +25,7 @@ def test_shown(value, expected):
     assert shown(value) == expected
 
 
-@pytest.mark.parametrize("load", [load_pairs, load_examples])
+@pytest.mark.parametrize("load", [load_pairs, EXAMPLES.load])
 def test_a_list_where_an_object_was_expected(tmp_path, load):
     path = tmp_path / "data.jsonl"
     path.write_text("[" + ", ".join(['{"prompt": "%s"}' % ("x" * 500)] * 40) + "]\n")

@@ -10,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from fastdaa.cli.runs import INTERRUPTED
+
 _COMMANDS = {
     "train": "train a policy on preference pairs",
     "sft": "fine-tune a model on the completions of a dataset",
@@ -21,7 +23,6 @@ _COMMANDS = {
     "bench": "measure speed and memory against other implementations",
     "study": "measure over-optimisation: quality against KL, scaling laws, a page",
 }
-_INTERRUPTED = 130
 _USAGE_ERROR = 2
 # What a user can cause: wrong values, missing files, an unreachable hub, a missing extra, weights
 # that a learning rate has blown up.
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_packages(command)
         return int(importlib.import_module(f"{__name__}.{command}").run(rest))
     except KeyboardInterrupt:
-        return _fail(f"fastdaa {command}", "interrupted", _INTERRUPTED)
+        return _fail(f"fastdaa {command}", "interrupted", INTERRUPTED)
     except _USER_ERRORS as error:
         if debug:
             traceback.print_exc()

@@ -48,18 +48,11 @@ def start_stage(arguments: ModelArguments, config: PackedConfig, kind: RecordKin
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of ``--model`` or of its base, with ``--chat_template`` if there is one."""
-    from transformers import AutoTokenizer
+    from fastdaa.train import tokenizers
 
-    from fastdaa.train.adapter_files import tokenizer_source
-
-    source = arguments.model
-    try:
-        source = tokenizer_source(source)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=arguments.trust_remote_code
-        )
-    except Exception as error:
-        raise OSError(f"model: expected a tokenizer in {source!r}, got: {error}") from error
+    tokenizer = tokenizers.load_tokenizer(
+        arguments.model, trust_remote_code=arguments.trust_remote_code
+    )
     if arguments.chat_template is not None:
         tokenizer.chat_template = _read_template(arguments.chat_template)
     return tokenizer

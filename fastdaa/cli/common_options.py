@@ -65,12 +65,14 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "optimisation": ("learning_rate", "minibatch", "epochs", "bf16", "seed"),
         "memory": ("load_in_4bit", "tokens_per_pack"),
-        "evaluation": ("eval_dataset", "test_size", "eval_steps", "eval_rollouts"),
+        "evaluation": (
+            "eval_dataset", "test_size", "eval_steps", "eval_rollouts", "gold_reward",
+        ),
         "saving and reporting": _SAVING,
     },
     "evaluate": {
         "models": ("model", "ref_model", "dtype", "load_in_4bit"),
-        "data": ("dataset", "dataset_split", "max_train_samples", *_DATA[1:]),
+        "data": ("dataset", "dataset_split", "max_samples", *_DATA[1:]),
         "objective": ("loss_type", "beta", "loss_kwargs"),
         "speed and memory": ("per_device_eval_batch_size", "tokens_per_pack", "bf16", "use_cpu"),
         "reporting": ("output",),

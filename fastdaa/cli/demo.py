@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastdaa.cli.plain_parser import PlainParser
-
-_INTERRUPTED = 130
+from fastdaa.cli.runs import INTERRUPTED
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,5 +43,5 @@ def run(argv: Sequence[str]) -> int:
         )  # fmt: skip
     except KeyboardInterrupt:
         sweep.say_how_to_continue(options.output_dir)
-        return _INTERRUPTED
+        return INTERRUPTED
     return sweep.report_failures(sweep.failures(record))

@@ -18,8 +18,9 @@ from fastdaa.cli.runs import command_run
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_file import check_output, write_facts
 from fastdaa.train.evaluation_processes import be_quiet, meet, run_together
+from fastdaa.train.options import check_count
 from fastdaa.train.quantization import QuantizationOptions
-from fastdaa.train.shown import shown_value
+from fastdaa.train.shown import shown_as
 
 if TYPE_CHECKING:
     from fastdaa.train.evaluation import EvaluationTrainer
@@ -36,7 +37,8 @@ _TAKEN = (
     *("log_exact_kl", "log_token_stats"),
     *("per_device_eval_batch_size", "dataloader_num_workers", "bf16", "use_cpu", "disable_tqdm"),
 )
-_OF_TRAINING = ("epoch", "model_preparation_time")
+_LEFT_OUT = ("epoch", "model_preparation_time", "samples_per_second", "steps_per_second")
+"""What belongs to training, and rates that ``throughput/`` has of the batches alone."""
 _FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl/sequence", "kl/token")
 
 
@@ -62,10 +64,11 @@ class EvaluateArguments(QuantizationOptions, ModelArguments):
         metadata={"help": "JSON file for the numbers. Default: none.", "metavar": "FILE"},
     )
     seed: int = field(default=42, metadata={"help": "Seed of mixtures of datasets."})
-    max_train_samples: int | None = field(
+    max_samples: int | None = field(
         default=None,
         metadata={"help": "Measure on the first N pairs only; of a mixture, on N random ones."},
     )
+    max_train_samples: int | None = field(init=False, default=None)
     # All pairs are to be evaluated on.
     eval_dataset: list[str] | None = field(init=False, default=None)
     eval_split: str | None = field(init=False, default=None)
@@ -73,6 +76,8 @@ class EvaluateArguments(QuantizationOptions, ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_count("max_samples", self.max_samples, optional=True)
+        self.max_train_samples = self.max_samples
         self.check_quantization()
 
 
@@ -198,15 +203,11 @@ def _load_models(arguments: Any, reference: str | None, config: PreferenceConfig
 
 def _tokenizer_of(source: str, arguments: Any) -> Any:
     """The tokenizer of a reference; None where there is none."""
-    from transformers import AutoTokenizer
-
-    from fastdaa.train.adapter_files import tokenizer_source
+    from fastdaa.train.tokenizers import load_tokenizer
 
     # Many references are weights alone.
-    with contextlib.suppress(OSError, ValueError):
-        return AutoTokenizer.from_pretrained(
-            tokenizer_source(source), trust_remote_code=arguments.trust_remote_code
-        )
+    with contextlib.suppress(OSError):
+        return load_tokenizer(source, "ref_model", trust_remote_code=arguments.trust_remote_code)
     return None
 
 
@@ -248,7 +249,7 @@ def _measure(trainer: EvaluationTrainer) -> dict[str, float]:
             f"--per_device_eval_batch_size that fits; {error}"
         ) from error
     named = {name.removeprefix("eval_"): float(value) for name, value in found.items()}
-    return {name: value for name, value in named.items() if name not in _OF_TRAINING}
+    return {name: value for name, value in named.items() if name not in _LEFT_OUT}
 
 
 def _print(facts: Mapping[str, Any]) -> None:
@@ -261,7 +262,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     table = Table("", f"{facts['pairs']:,} pairs")
     table.columns[1].justify = "right"
     for name in names:
-        table.add_row(name, f"{shown_value(name, metrics[name]):,.6g}")
+        table.add_row(name, shown_as(name, metrics[name], ",.6g"))
     console = Console(markup=False)
     against = f" against {facts['ref_model']}" if facts["ref_model"] else ""
     console.print(f"{facts['model']}{against}", highlight=False, soft_wrap=True)

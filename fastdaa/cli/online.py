@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,8 +71,10 @@ def _check_alone() -> None:
 
 def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
     """Checks every local path before anything slow, and finds the checkpoint to resume from."""
-    if arguments.reward is not None and ":" not in arguments.reward:
-        paths.check_model("reward", arguments.reward)
+    for name in ("reward", "gold_reward"):
+        given = getattr(arguments, name)
+        if given is not None and ":" not in given:
+            paths.check_model(name, given)
     folder = str(config.output_dir)
     return paths.check_paths(arguments, folder, arguments.resume_from_checkpoint)
 
@@ -100,11 +103,12 @@ def build(
     tokenizer = building.load_tokenizer(arguments)
     data = _load_prompts(arguments, config, tokenizer)
     ending = chat_ending(tokenizer) if data.train.conversational else None
-    assert arguments.reward is not None
-    rewards = load_reward(
-        arguments.reward, tokenizer, data.original, ending=ending, device=device,
+    read_reward = partial(
+        load_reward, tokenizer=tokenizer, original=data.original, ending=ending, device=device,
         dtype=getattr(torch, arguments.dtype, arguments.dtype),
     )  # fmt: skip
+    assert arguments.reward is not None
+    rewards = read_reward(arguments.reward)
     policy = building.load_policy(
         arguments, tokenizer, str(config.output_dir), checkpoint, device=device
     )
@@ -122,8 +126,9 @@ def build(
     rollouts = _rollouts(arguments, config, policy, tokenizer, ending)
     evaluate = None
     if data.held_out is not None:
+        gold = None if arguments.gold_reward is None else read_reward(arguments.gold_reward)
         asked = list(islice(cycle(data.held_out.ids), arguments.eval_rollouts))
-        evaluate = HeldOut(asked, every=arguments.eval_steps, seed=config.seed)
+        evaluate = HeldOut(asked, every=arguments.eval_steps, seed=config.seed, gold=gold)
     return OnlineTrainer(
         policy, rollouts, rewards, data.train.ids, config, reference=reference,
         tokenizer=tokenizer, evaluate=evaluate,
@@ -185,6 +190,8 @@ _SHOWN = (
     ("objective/raw_scores", "reward of rollouts"),
     ("eval/scores", "reward on held-out prompts"),
     ("eval/ref_scores", "reward of the reference there"),
+    ("eval/gold", "gold reward on held-out prompts"),
+    ("eval/ref_gold", "gold reward of the reference there"),
     ("objective/kl", "KL of rollouts (nats a completion)"),
     ("eval/kl", "KL on held-out prompts (nats a completion)"),
     ("policy/token_entropy", "entropy (nats a token)"),

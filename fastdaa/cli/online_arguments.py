@@ -40,6 +40,13 @@ class OnlineArguments(AdapterArguments):
             "(module:function or file.py:function)."
         },
     )
+    gold_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "A second reward, given in the same way, that is not trained on: it scores the "
+            "answers to held-out prompts, to see when the reward gets exploited."
+        },
+    )
     ref_model: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the policy at the start."}
     )
@@ -101,6 +108,12 @@ class OnlineArguments(AdapterArguments):
         for name in ("sft_options", "reward_options"):
             given = getattr(self, name)
             setattr(self, name, read_mapping(name, given, "options", '{"num_train_epochs": 1}'))
+        measured = self.test_size or self.eval_dataset or self.eval_split
+        if self.gold_reward is not None and not measured:
+            raise ValueError(
+                "gold_reward: expected held-out prompts for it (test_size, eval_dataset or "
+                "eval_split), got none"
+            )
         if self.reward is None and not self.pipeline:
             raise ValueError(
                 "reward: expected --reward with a model or a function, or --pipeline to train one"

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastdaa.cli.common_options import COMMON, EXAMPLES, plain_words
 from fastdaa.cli.help_format import CommonFormatter, OptionFormatter, fill_usage
-from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option
+from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option, one_of
 from fastdaa.validation import shown
 
 _NONE_WORDS = ("none", "null")
@@ -147,6 +147,13 @@ class OptionParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One of the spellings that argparse lists: --max_steps/--max-steps.
         raise ValueError(re.sub(r"^(argument --\w+)/[^:]*", r"\1", message))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse would list every choice, of which --optim has some forty.
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action, f"expected {one_of(action.choices, value)}, got {value!r}"
+            )
 
     def format_help(self) -> str:
         """The text of ``--help``: the common options, examples, and where the others are."""

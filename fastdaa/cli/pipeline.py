@@ -79,6 +79,8 @@ def _run_online(
     if arguments.quantizes is not None:
         kind, nested = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
         words.append(f"{arguments.quantizes} {kind} {nested}")
+    if arguments.gold_reward is not None:
+        words.append(f"gold_reward {arguments.gold_reward}")
     if _is_done(folder, words):
         return 0
     # Its continuation is the pipeline's own command.

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fastdaa.cli import building
-from fastdaa.cli.arguments import AdapterArguments, trainer_config
-from fastdaa.cli.options import option_parser, read_options
-from fastdaa.cli.runs import command_run, hold_folder, train_and_save
-from fastdaa.cli.summary import STAGE, print_run
+from fastdaa.cli.arguments import AdapterArguments
+from fastdaa.cli.runs import hold_folder
+from fastdaa.cli.stage import run_stage
 from fastdaa.data.pairs import PAIRS
 from fastdaa.train.stage_config import RewardConfig
 
@@ -34,14 +33,10 @@ class RewardArguments(AdapterArguments):
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
     kinds = (RewardArguments, RewardConfig)
-    parser = option_parser("reward", kinds, _WHAT, title="reward model")
-    (arguments,), values = read_options(parser, kinds, argv)
-    config = trainer_config(RewardConfig, values, arguments)
-    with command_run(main_process=config.process_index == 0):
-        return _train(arguments, config, argv)
+    return run_stage("reward", kinds, _WHAT, argv, _make_trainer, title="reward model")
 
 
-def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
+def _make_trainer(arguments: Any, config: Any) -> tuple[Any, str | None]:
     from fastdaa.train.reward import RewardTrainer
 
     start = building.start_stage(arguments, config, PAIRS)
@@ -53,10 +48,7 @@ def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
         model, config, start.train, start.evaluation,
         processing_class=start.tokenizer, peft_config=peft_config,
     )  # fmt: skip
-    code = train_and_save("reward", trainer, start.checkpoint, argv)
-    if code == 0 and trainer.is_world_process_zero():
-        print_run(trainer, STAGE)
-    return code
+    return trainer, start.checkpoint
 
 
 def _load_model(arguments: RewardArguments, config: Any, start: building.Start) -> Any:

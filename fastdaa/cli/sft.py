@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdaa.cli import building
-from fastdaa.cli.arguments import AdapterArguments, trainer_config
-from fastdaa.cli.options import option_parser, read_options
-from fastdaa.cli.runs import command_run, train_and_save
-from fastdaa.cli.summary import STAGE, print_run
+from fastdaa.cli.arguments import AdapterArguments
+from fastdaa.cli.stage import run_stage
 from fastdaa.data.examples import EXAMPLES
 from fastdaa.train.stage_config import SftConfig
 
@@ -33,14 +31,10 @@ class SftArguments(AdapterArguments):
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
     kinds = (SftArguments, SftConfig)
-    parser = option_parser("sft", kinds, _WHAT, title="fine-tuning")
-    (arguments,), values = read_options(parser, kinds, argv)
-    config = trainer_config(SftConfig, values, arguments)
-    with command_run(main_process=config.process_index == 0):
-        return _train(arguments, config, argv)
+    return run_stage("sft", kinds, _WHAT, argv, _make_trainer, title="fine-tuning")
 
 
-def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
+def _make_trainer(arguments: Any, config: Any) -> tuple[Any, str | None]:
     from fastdaa.train.sft import SftTrainer
 
     start = building.start_stage(arguments, config, EXAMPLES)
@@ -53,7 +47,4 @@ def _train(arguments: Any, config: Any, argv: Sequence[str]) -> int:
         model, config, start.train, start.evaluation,
         processing_class=start.tokenizer, peft_config=peft_config,
     )  # fmt: skip
-    code = train_and_save("sft", trainer, start.checkpoint, argv)
-    if code == 0 and trainer.is_world_process_zero():
-        print_run(trainer, STAGE)
-    return code
+    return trainer, start.checkpoint

@@ -59,10 +59,11 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    trainer.card_dataset = arguments.dataset
     tracking.attach(trainer)
     code = train_and_save("train", trainer, checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
-        trainer.create_model_card(dataset=arguments.dataset)
+        trainer.create_model_card()
         print_run(trainer, ALIGNMENT, heading=str(config.objective()))
         tracking.print_summary()
     return code

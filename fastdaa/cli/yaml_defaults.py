@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,29 @@ from fastdaa.validation import shown
 if TYPE_CHECKING:
     from fastdaa.cli.options import OptionParser
 
-_OTHER_NAMES = {"lr": "learning_rate"}
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    **dict.fromkeys(("model_name_or_path", "base_model"), "model"),
+    **dict.fromkeys(("ref_model_name_or_path", "model_ref"), "ref_model"),
+    **dict.fromkeys(("torch_dtype", "model_dtype"), "dtype"),
+    **dict.fromkeys(("dataset_train_split", "split"), "dataset_split"),
+    "dataset_test_split": "eval_split",
+    **dict.fromkeys(("dataset_mixer", "datasets"), "dataset"),
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_processes"), "dataset_num_proc"),
+    "dataset_config": "dataset_name",
+    **dict.fromkeys(("val_size", "val_set_size"), "test_size"),
+    **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "max_length"),
+    **dict.fromkeys(("pref_beta", "rl_beta"), "beta"),
+    "pref_loss": "loss_type",
+    "rpo_alpha": "loss_weights",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "warmup_ratio": "warmup_steps",
+}
+"""What TRL, its alignment handbook, LLaMA-Factory and Axolotl call an option of ours."""
+_FEW = 12
+"""So many choices fit into the line of an error."""
 
 
 def apply_yaml(parser: OptionParser, path: Path) -> None:
@@ -37,11 +60,18 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
         raise ValueError(f"{path}: expected 'option: value' lines, got {got}")
+    known = {key: parser._option_string_actions.get(f"--{key}") for key in content}
+    unknown = [
+        f"{key!r}{nearest_option(parser, str(key))}"
+        for key, action in known.items()
+        if action is None or action.dest in ("config", "help", "help_all")
+    ]
+    if unknown:
+        raise ValueError(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
     seen: dict[str, str] = {}
-    for key, value in content.items():
-        action = parser._option_string_actions.get(f"--{key}")
-        if action is None or action.dest in ("config", "help", "help_all"):
-            raise ValueError(f"{path}: unknown key {key!r}{nearest_option(parser, str(key))}")
+    for key, action in known.items():
+        assert action is not None
+        value = content[key]
         # `loss` and `loss_type` are one option, and so are `max_steps` and `max-steps`.
         if action.dest in seen:
             raise ValueError(
@@ -62,10 +92,12 @@ def nearest_option(parser: OptionParser, given: str, prefix: str = "") -> str:
         # What was a switch once and is a choice now, such as group_by_length.
         if wanted in (action.choices or ()):
             return f" (did you mean {f'{prefix}{action.dest} {wanted}'!r}?)"
-    # What other programs call a common option: --epochs, --batch_size, --lr.
-    for name in (name for names in parser.common.values() for name in names):
-        if name.endswith(f"_{wanted}") or name == _OTHER_NAMES.get(wanted):
-            return f" (did you mean {prefix + name!r}?)"
+    # What other programs call an option: --torch_dtype, or --epochs for a common one.
+    common = [name for names in parser.common.values() for name in names]
+    ends = [name for name in common if name.endswith(f"_{wanted}")]
+    for name in (_OTHER_NAMES.get(wanted), *ends):
+        if f"--{name}" in parser._option_string_actions:
+            return f" (did you mean {f'{prefix}{name}'!r}?)"
     names = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     spelled = [name for name in names if "-" not in name]
     near = difflib.get_close_matches(wanted, spelled, n=1)
@@ -120,5 +152,15 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     convert: Any = action.type or str
     converted = convert(str(value))
     if action.choices is not None and converted not in action.choices:
-        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}")
+        raise ValueError(f"expected {one_of(action.choices, converted)}")
     return converted
+
+
+def one_of(choices: Iterable[Any], given: object) -> str:
+    """``one of ...`` with all choices, or of many with those most like the given one."""
+    names = [str(choice) for choice in choices]
+    if len(names) <= _FEW:
+        return f"one of {', '.join(names)}"
+    near = [name for name in names if name.startswith(str(given))]
+    near += difflib.get_close_matches(str(given), names, n=4, cutoff=0.0)
+    return f"one of {len(names)} names such as {', '.join(list(dict.fromkeys(near))[:4])}"

@@ -43,6 +43,16 @@ class _Collator:
         self.pad_token_id = pad_token_id
         self.tokens_per_pack = tokens_per_pack
 
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of ``rows``; see the class for its format."""
+        if not rows:
+            raise ValueError("rows: expected at least one row, got none")
+        batch = self._packs(rows)
+        return {"row_ids": torch.tensor([int(row["row_id"]) for row in rows]), "packs": batch}
+
+    def _packs(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
     def _groups(self, widths: list[int], stored: list[int]) -> list[list[int]]:
         """Items of each pack, by the longest row of an item and by the tokens that it stores."""
         if self.tokens_per_pack is None:
@@ -135,10 +145,7 @@ class PairCollator(_Collator):
     ) -> None:
         super().__init__(layout, pad_token_id, tokens_per_pack)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of ``rows``; see the class for its format."""
-        if not rows:
-            raise ValueError("rows: expected at least one row, got none")
+    def _packs(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         pairs = [_read_pair(row, self.layout == "prefix_shared") for row in rows]
         ref_logps = _read_numbers(rows, REF_FIELDS)
         advantages = _read_numbers(rows, ADVANTAGE_FIELDS)
@@ -155,7 +162,7 @@ class PairCollator(_Collator):
             if REF_TOKEN_FIELDS[0] in rows[0]:
                 pack["ref_token_logps"] = _token_logps([rows[i] for i in members], pack["counts"])
             batch.append(pack)
-        return {"row_ids": _row_ids(rows), "packs": batch}
+        return batch
 
     def _pack_pairs(self, pairs: list[_Pair]) -> dict[str, Any]:
         prompts = [prompt for pair in pairs for prompt in pair.prompts]
@@ -196,10 +203,7 @@ class SequenceCollator(_Collator):
     ) -> None:
         super().__init__(layout, pad_token_id, tokens_per_pack)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of ``rows``; see the class for its format."""
-        if not rows:
-            raise ValueError("rows: expected at least one row, got none")
+    def _packs(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         prompts, completions = ([_as_array(row[f]) for row in rows] for f in SEQUENCE_FIELDS)
         sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         batch = []
@@ -207,11 +211,7 @@ class SequenceCollator(_Collator):
             pack = self._pack([prompts[i] for i in members], [completions[i] for i in members])
             pack["padded_tokens"] = len(members) * max(sizes)
             batch.append(pack)
-        return {"row_ids": _row_ids(rows), "packs": batch}
-
-
-def _row_ids(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([int(row["row_id"]) for row in rows])
+        return batch
 
 
 def _read_pair(row: Mapping[str, Any], share_prompts: bool) -> _Pair:

@@ -163,8 +163,29 @@ def _template_options(row: Row) -> dict[str, Any]:
 def _apply_template(
     tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any
 ) -> list[Ids]:
+    if any(isinstance(turn.get("content"), list) for turns in conversations for turn in turns):
+        conversations = [_readable(turns, tokenizer, options) for turns in conversations]
     quick = {"return_attention_mask": False, "verbose": False}
     rendered: Any = tokenizer.apply_chat_template(
         conversations, tokenize=True, return_dict=True, tokenizer_kwargs=quick, **options
     )
     return rendered["input_ids"]
+
+
+def _readable(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Blocks of text as one text, a line each, where the template knows no blocks.
+
+    Such a template would write them as Python does: ``[{'type': 'text', 'text': ...``.
+    """
+    blocks = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    written: Any = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    if not any(str(content) in written for content in blocks):
+        return turns
+    return [
+        {**turn, "content": "\n".join(block["text"] for block in turn["content"])}
+        if isinstance(turn.get("content"), list)
+        else turn
+        for turn in turns
+    ]

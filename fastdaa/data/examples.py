@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdaa.data.assemble import messages_in
 from fastdaa.data.bad_rows import OnBadRow, good_rows
@@ -19,53 +18,20 @@ from fastdaa.data.errors import BadRow, bad_field, describe, mixed_formats
 from fastdaa.data.formats import recognise
 from fastdaa.data.kinds import CheckedRow, RecordKind
 from fastdaa.data.known_formats import example_format
-from fastdaa.data.named_columns import NamedColumns
 from fastdaa.data.readers import Records
 from fastdaa.data.reports import SkipReport
 from fastdaa.data.turns import check_content, check_last_role, read_turns
 from fastdaa.data.validate import normalise_pair, template_fields
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 EXAMPLE_FIELDS = ("prompt", "completion")
 _KINDS = "'prompt' and 'completion', 'chosen' and 'rejected', 'messages' or 'text'"
 
 
-def load_examples(
-    source: str | PathLike[str] | Dataset,
-    *,
-    split: str | None = None,
-    name: str | None = None,
-    limit: int | None = None,
-    on_bad_row: OnBadRow = "error",
-    prompts_only: bool = False,
-    columns: Mapping[str, str] | None = None,
-) -> Dataset:
-    """Reads records of the forms above, checks every one, and brings all into one form.
-
-    Args:
-        source, split, name, limit, on_bad_row, columns: as in :func:`fastdaa.data.load_pairs`.
-        prompts_only: records need no completion, and theirs are left out.
-
-    Returns:
-        A dataset in memory with ``prompt`` and ``completion`` (all text or all lists of messages),
-        and for conversations that have them ``tools`` (JSON text) and ``chat_template_kwargs``.
-
-    Raises:
-        DataError: a source that cannot be found or read, a column that is missing or can be read in
-            several ways, a bad record, or no usable one at all.
-        ValueError: an unknown ``on_bad_row``, a ``limit`` below 1, or ``columns`` for other fields.
-    """
-    kind = PROMPTS if prompts_only else EXAMPLES
-    named = NamedColumns(columns or {})
-    return kind.load(
-        source, split=split, name=name, limit=limit, on_bad_row=on_bad_row, columns=named
-    )
-
-
 def normalise_example(record: Any, prompts_only: bool = False) -> dict[str, Any]:
-    """Checks one record and brings it into the form of :func:`load_examples`.
+    """Checks one record and brings it into the form of examples.
+
+    That is ``prompt`` and ``completion`` (all text or all lists of messages), and for conversations
+    that have them ``tools`` (JSON text) and ``chat_template_kwargs``.
 
     Raises:
         BadRow: says the field, what was expected and what came.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from fastdaa.data.errors import BadRow, DataError, describe
 Place = str
 Records = Iterator[tuple[Place, Any]]
 _BOM = b"\xef\xbb\xbf"
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_file(path: Path) -> Records:
@@ -78,7 +80,9 @@ def _read_json_lines(path: Path) -> Records:
             continue
         record: Any
         try:
-            record = json.loads(_decode(raw))
+            text = _decode(raw)
+            record = json.loads(text)
+            record = _whole_characters(record) if _HALF_ESCAPED.search(text) else record
         except json.JSONDecodeError as error:
             got = f"broken JSON ({error.msg} at column {error.colno})"
             record = BadRow("broken JSON", f"expected one JSON object a line, got {got}")
@@ -116,7 +120,23 @@ def _read_json(path: Path) -> Records:
     if not isinstance(rows, list):
         expected = "a list of objects, an object with such a list under 'data', or an object a line"
         raise DataError(f"{path}: expected {expected}, got {describe(document)}")
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+    halves = _HALF_ESCAPED.search(text) is not None
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", _whole_characters(row) if halves else row
+
+
+def _whole_characters(record: Any) -> Any:
+    """A record of JSON, or ``BadRow`` where half of a character (a surrogate) stands alone in it.
+
+    Such halves are left where text was cut in the middle of an emoji. JSON can escape them; UTF-8,
+    and with it tokenizers and Arrow, has no place for them.
+    """
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        got = f"half of a character, {error.object[error.start]!a}"
+        return BadRow("broken Unicode", f"expected text that can be written as UTF-8, got {got}")
+    return record
 
 
 def _is_row(line: bytes) -> bool:
@@ -132,12 +152,12 @@ def _read_array(path: Path, text: str) -> Records:
     decoder = json.JSONDecoder()
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     at = skip(text, text.index("[") + 1).end()
-    line, counted = 1, 0
+    line, counted, halves = 1, 0, _HALF_ESCAPED.search(text) is not None
     while not text.startswith("]", at):
         line += text.count("\n", counted, at)
         counted = at
         record, at = decoder.raw_decode(text, at)
-        yield f"{path}:{line}", record
+        yield f"{path}:{line}", _whole_characters(record) if halves else record
         at = skip(text, at).end()
         if text.startswith(",", at):
             at = skip(text, at + 1).end()

@@ -38,7 +38,7 @@ class SkipReport:
     def __str__(self) -> str:
         line = f"{_count(self.kept, f'{self.unit}s')} kept, "
         line += f"{_count(self.total_skipped, 'rows')} left out"
-        return line + _reasons(self.skipped, self.first)
+        return line + _reasons(self.skipped, self.first) + _examples(self.skipped, self.first)
 
 
 @dataclass
@@ -94,6 +94,7 @@ class TokenizeReport:
             (self.shortened_prompts, "prompts end where their completions' tokens diverge"),
         ):
             line += f"; {_count(count, what)}" if count else ""
+        line += _examples(self.dropped, self.first)
         spread = [
             f"{name} tokens " + ", ".join(f"{key} {value:,}" for key, value in values.items())
             for name, values in (
@@ -151,6 +152,7 @@ class MixtureReport:
             if source.skips.skipped:
                 line += f"; {_count(source.skips.total_skipped, 'rows')} left out"
                 line += _reasons(source.skips.skipped, source.skips.first)
+                line += _examples(source.skips.skipped, source.skips.first)
         return line
 
 
@@ -170,10 +172,15 @@ def percentiles(lengths: Iterable[int]) -> dict[str, int]:
 
 
 def _reasons(counts: Counter[str], first: dict[str, str]) -> str:
+    """``: 2 broken JSON, 1 empty completion``; a single reason with its example."""
     if not counts:
         return ""
-    parts = [
-        _count(count, reason) + (f" (first: {first[reason]})" if reason in first else "")
-        for reason, count in counts.most_common()
-    ]
-    return ": " + ", ".join(parts)
+    line = ": " + ", ".join(_count(count, reason) for reason, count in counts.most_common())
+    example = first.get(next(iter(counts))) if len(counts) == 1 else None
+    return line if example is None else f"{line} (first: {example})"
+
+
+def _examples(counts: Counter[str], first: dict[str, str]) -> str:
+    """The example of each of several reasons, a line each."""
+    several = [reason for reason, _ in counts.most_common() if reason in first]
+    return "".join(f"\n  {reason}: {first[reason]}" for reason in several if len(counts) > 1)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[^a-zA-Z])")
+_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}\.")
+_CARD = re.compile(r"---\s*\n(?:(?!---).*\n)*?configs:")
 
 
 class Source(NamedTuple):
@@ -29,7 +31,7 @@ class Source(NamedTuple):
     path: str
     """A path or hub id."""
     name: str | None = None
-    """Configuration on the hub."""
+    """Configuration of a hub dataset, perhaps of one that was downloaded into a folder."""
     split: str | None = None
 
 
@@ -39,7 +41,7 @@ def parse_source(text: str) -> Source:
     What exists is a path, whatever is in its name; text that is none of these is a path, too.
 
     Raises:
-        DataError: a configuration of a local path.
+        DataError: a configuration of a local path whose dataset card names none.
     """
     if ":" not in text or Path(text).expanduser().exists():
         return Source(text)
@@ -49,10 +51,10 @@ def parse_source(text: str) -> Source:
         if len(rest) < colons or not (local or _is_hub_id(base)):
             continue
         name, split = [*rest, ""][:2]
-        if local and name:
+        if local and name and not _has_card(Path(base).expanduser()):
             raise DataError(
                 f"{text}: expected '{base}::{split or name}' for a split, got {name!r} as a "
-                "configuration, which only datasets on the hub have"
+                "configuration, which only datasets of the hub have"
             )
         return Source(base, name or None, split or None)
     return Source(text)
@@ -90,7 +92,7 @@ def open_source(
 
             saved = datasets.load_from_disk(str(path))
             return rows_of(_pick_split(saved, split, str(path)), str(path))
-        return chain.from_iterable(map(read_file, _files_of(path, split)))
+        return chain.from_iterable(map(read_file, _files_of(path, split, name)))
     text = str(source)
     if not _is_hub_id(text):
         raise DataError(
@@ -118,7 +120,16 @@ def _load_from_hub(hub_id: str, name: str | None) -> Any:
         ) from error
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
+def _has_card(folder: Path) -> bool:
+    """Whether a dataset card (``README.md``) lists configurations, as in a download of the hub."""
+    card = folder / "README.md"
+    return card.is_file() and _CARD.match(card.read_text("utf-8", "replace")) is not None
+
+
+def _files_of(folder: Path, split: str | None, name: str | None) -> list[Path]:
+    if _has_card(folder):
+        found = _files_of_card(folder, name)
+        return found[_pick_name(list(found), split, str(folder))]
     files = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path))
     if not files:
         expected = "files that end with .jsonl, .json, .csv or .parquet (or .gz)"
@@ -128,12 +139,33 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     return [path for path, found in zip(files, splits, strict=True) if found == wanted]
 
 
+def _files_of_card(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """The files of every split of a configuration, as ``datasets`` finds them."""
+    import datasets
+
+    try:
+        config: Any = datasets.load_dataset_builder(str(folder), name).config
+    except Exception as error:
+        what = " ".join(str(error).split("\nExample")[0].split())
+        raise DataError(
+            f"{folder}: expected a folder that can be read as its README.md says, got "
+            f"{type(error).__name__}: {what}"
+        ) from error
+    return {
+        str(split): [Path(file) for file in files] for split, files in config.data_files.items()
+    }
+
+
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name, or the folder it lies in, begins with."""
+    """The split that a file's name, or the folder it lies in, begins with.
+
+    ``train_prefs-00000-of-00001.parquet`` is of ``train_prefs``, as on the hub.
+    """
     for part in (path.name, path.parent.name):
         match = _SPLIT_NAME.match(part.lower())
         if match:
-            return match[1]
+            shard = _SHARD.match(part)
+            return shard[1] if shard else match[1]
     return None
 
 
@@ -180,5 +212,5 @@ def name_of(source: object) -> str:
 
 def nothing_in(source: object, unit: str, report: SkipReport) -> DataError:
     """The error for a source without a usable ``unit``, with what was left out."""
-    detail = f" ({report})" if report.skipped else ""
+    detail = f" ({str(report).splitlines()[0]})" if report.skipped else ""
     return DataError(f"{name_of(source)}: expected at least one {unit}, got none{detail}")

@@ -37,7 +37,7 @@ def tokenize_prompts(
     """Tokenises prompts as they are at the moment when an answer is asked for.
 
     Args:
-        dataset: records with prompts, see :func:`fastdaa.data.examples.load_examples`.
+        dataset: records with prompts, see :mod:`fastdaa.data.examples`.
         tokenizer: the policy's.
         max_length: prompts of more tokens are left out and counted.
 

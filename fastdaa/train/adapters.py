@@ -41,6 +41,14 @@ def adapter_words(model: nn.Module) -> str | None:
     return f"{words}, on {named}" if named else words
 
 
+def adapter_dropout(model: nn.Module) -> float:
+    """The largest dropout probability that the configurations of a model's adapters ask for."""
+    if not is_adapted(model):
+        return 0.0
+    configs = peft_model(model).peft_config.values()
+    return max(float(getattr(config, "lora_dropout", 0.0) or 0.0) for config in configs)
+
+
 def check_adapters(model: nn.Module) -> None:
     """Raise ``ValueError`` for adapters whose start cannot be scored, or that shift positions."""
     if not hasattr(model, "disable_adapter"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from fastdaa.train.prepare import config_values, dropout_values
 from fastdaa.train.quantization import check_adapted, quantization_of
 from fastdaa.train.rounding import warn_of_rounding
 from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
-from fastdaa.train.steps_left import check_steps, steps_of
+from fastdaa.train.steps_left import check_steps, say_plan, steps_of
 
 
 class PairTrainer(Trainer):
@@ -38,6 +38,8 @@ class PairTrainer(Trainer):
     at 0 while it is trained; what is saved holds the original ones.
     """
 
+    unit: ClassVar[str] = "pairs"
+    """What a row of the dataset is, in the plural, in lines and for the names of rates."""
     args: PackedConfig
     model: Any
     processing_class: Any
@@ -116,6 +118,8 @@ class PairTrainer(Trainer):
         self._check_batches()
         checkpoint = self._begin_run(resume_from_checkpoint)
         if self.args.should_log:
+            if isinstance(self.train_dataset, Sized):
+                say_plan(self.args, len(self.train_dataset), self.unit, self.model)
             warn_of_rounding(self)
         self._new_tokens, self._first_step = 0, None
         off = dict.fromkeys(self._dropout, 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from fastdaa.train.adapters import check_adapters, is_adapted
+from fastdaa.train.adapters import adapter_dropout, check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.base import PairTrainer
 from fastdaa.train.best_metric import check_best_metric, running_metrics
@@ -46,8 +46,6 @@ class PackLoop(PairTrainer):
     :meth:`check_policy` and :meth:`settle_layout`.
     """
 
-    unit: ClassVar[str] = "pairs"
-    """What a row of the dataset is, in the plural, for the names of rates."""
     store_type: ClassVar[type[MetricStore]] = MetricStore
     """Of an evaluation."""
     draws_curves: ClassVar[bool] = True
@@ -104,6 +102,13 @@ class PackLoop(PairTrainer):
         prepare_model(self.model, self.layout)
         compile_backbone(self.model, self.compilation)
         if self.args.disable_dropout:
+            asked = adapter_dropout(self.model)
+            if asked and self.args.should_log:
+                logger.warning(
+                    "lora_dropout: %g is without effect under disable_dropout; with "
+                    "--disable_dropout false all dropout is on",
+                    asked,
+                )
             disable_dropout(self.model)
 
     def check_lengths(self, dataset: Any, name: str, *sequences: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastdaa.train.shown import shown_value
+from fastdaa.train.shown import shown_as
 
 # Key, name in a line, format.
 _LINE = (
@@ -175,7 +175,7 @@ def _cells(
     logs: Mapping[str, Any], columns: tuple[tuple[str, str, str], ...]
 ) -> list[tuple[str, str]]:
     return [
-        (name, format(shown_value(key, logs[key]), spec))
+        (name, shown_as(key, logs[key], spec))
         for key, name, spec in columns
         if isinstance(logs.get(key), int | float)
     ]

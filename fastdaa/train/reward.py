@@ -32,6 +32,7 @@ from fastdaa.train.reward_models import (
 from fastdaa.train.sharding import check_one_device
 from fastdaa.train.stage_config import RewardConfig
 from fastdaa.train.stages import StageTrainer
+from fastdaa.train.tokenizers import tokenizer_for
 
 
 class RewardTrainer(StageTrainer):
@@ -48,7 +49,7 @@ class RewardTrainer(StageTrainer):
         train_dataset: ``datasets.Dataset`` of preference pairs, see ``docs/data.md``; token columns
             are taken as they are.
         eval_dataset: the same to evaluate on, or a dictionary of such.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; None for that of a ``model`` given by name.
         peft_config: wraps ``model`` in a new adapter, with a copy of ``score`` (``SEQ_CLS``).
         options: ``callbacks``, and anything else that ``Trainer`` takes.
 
@@ -57,7 +58,6 @@ class RewardTrainer(StageTrainer):
             before any training.
     """
 
-    unit = "pairs"
     args: RewardConfig
 
     def __init__(
@@ -74,6 +74,7 @@ class RewardTrainer(StageTrainer):
         check_config(args, RewardConfig)
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
+        processing_class = tokenizer_for(processing_class, model, train_dataset, eval_dataset)
         if isinstance(model, str):
             model = load_reward_model(model, processing_class, resize=peft_config is None)
         compute_as_in_training(model)

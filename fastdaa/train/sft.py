@@ -28,6 +28,7 @@ from fastdaa.train.prepare import (
 from fastdaa.train.sharding import check_one_device, head_in_force
 from fastdaa.train.stage_config import SftConfig
 from fastdaa.train.stages import StageTrainer
+from fastdaa.train.tokenizers import tokenizer_for
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class SftTrainer(StageTrainer):
         train_dataset: ``datasets.Dataset`` of examples, see :mod:`fastdaa.data.examples`; the
             columns ``prompt_ids`` and ``completion_ids`` are taken as they are.
         eval_dataset: the same to evaluate on, or a dictionary of such.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; None for that of a ``model`` given by name.
         peft_config: wraps ``model`` in a new adapter.
         options: ``callbacks``, and anything else that ``Trainer`` takes.
 
@@ -67,6 +68,7 @@ class SftTrainer(StageTrainer):
         check_config(args, SftConfig)
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
+        processing_class = tokenizer_for(processing_class, model, train_dataset, eval_dataset)
         policy = load_policy(model, peft_config)
         check_head(policy)
         super().__init__(

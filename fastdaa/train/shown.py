@@ -15,7 +15,12 @@ def shown_value(key: str, value: float) -> float:
     return max(value, 0.0) if key.removeprefix("eval_") in _NOT_NEGATIVE else value
 
 
+def shown_as(key: str, value: float, spec: str) -> str:
+    """The value in a format; what that rounds to 0 has no sign: ``0.0000`` for -0.00001."""
+    text = format(shown_value(key, value), spec)
+    return text.removeprefix("-") if float(text.replace(",", "").rstrip("%")) == 0 else text
+
+
 def shown_text(key: str, value: float) -> str:
     """Four significant digits, or a whole number with separators from 1,000 on."""
-    value = shown_value(key, value)
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return shown_as(key, value, ",.0f" if 1000 <= abs(value) < 1e15 else ".4g")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from fastdaa.train.packed_config import PackedConfig
@@ -42,10 +43,33 @@ def steps_of(args: PackedConfig, rows: int) -> int:
     """Optimiser steps of a run over ``rows`` rows, as the Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
+    return math.ceil(args.num_train_epochs * _steps_of_epoch(args, rows))
+
+
+def _steps_of_epoch(args: PackedConfig, rows: int) -> int:
+    """Optimiser steps of one pass over ``rows`` rows."""
     batches = rows / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    return math.ceil(args.num_train_epochs * steps)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def say_plan(args: PackedConfig, rows: int, unit: str, model: nn.Module) -> None:
+    """Log what a run will do: steps, rows of a step, epochs, and how much is trained.
+
+    Args:
+        unit: what rows are called.
+    """
+    steps = steps_of(args, rows)
+    accumulated, processes = args.gradient_accumulation_steps, args.world_size
+    product = str(args.train_batch_size)
+    product += f" x {accumulated} accumulated" if accumulated > 1 else ""
+    product += f" x {processes} processes" if processes > 1 else ""
+    logger.info(
+        "plan: steps %s, %s a step %s%s, epochs %.3g of %s %s, trained parameters %s",
+        f"{steps:,}", unit, f"{args.train_batch_size * accumulated * processes:,}",
+        f" ({product})" if " " in product else "", steps / _steps_of_epoch(args, rows),
+        f"{rows:,}", unit, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+    )  # fmt: skip
 
 
 def check_steps(checkpoint: str, args: PackedConfig, steps: int) -> None:

@@ -6,7 +6,7 @@ trackers) is the Trainer's and accelerate's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from fastdaa.train.references import (
 )
 from fastdaa.train.run_record import weights_fact
 from fastdaa.train.sharding import check_one_device, place_early
+from fastdaa.train.tokenizers import tokenizer_for
 
 
 class PreferenceTrainer(PackLoop):
@@ -70,7 +71,7 @@ class PreferenceTrainer(PackLoop):
         train_dataset: ``datasets.Dataset`` of preference pairs, see ``docs/data.md``; token
             columns are taken as they are.
         eval_dataset: the same to evaluate on, or a dictionary of such.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; None for that of a ``model`` given by name.
         peft_config: wraps ``model`` in a new adapter.
         callbacks: further callbacks.
         options: ``optimizers`` and what else ``Trainer`` takes, but nothing that makes or reads
@@ -85,6 +86,8 @@ class PreferenceTrainer(PackLoop):
     # accumulation steps, whatever the model says about itself.
     loss_is_scaled_for_ga = False
     args: PreferenceConfig
+    card_dataset: str | Sequence[str] | None = None
+    """What the model card calls the training data, also the one that ``push_to_hub`` writes."""
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class PreferenceTrainer(PackLoop):
         self.objective: Objective = args.objective()
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
+        processing_class = tokenizer_for(processing_class, model, train_dataset, eval_dataset)
         super().__init__(
             load_policy(model, peft_config),
             args=args,
@@ -264,7 +268,7 @@ class PreferenceTrainer(PackLoop):
             rows=rows_of_saved(self),
             best=best_model(self),
             base_model=getattr(causal_lm(self.model).config, "_name_or_path", "") or None,
-            dataset=kwargs.get("dataset"),
+            dataset=kwargs.get("dataset", self.card_dataset),
             reference=self._reference_name,
             dtype=str(causal_lm(self.model).dtype).removeprefix("torch."),
             adapter=adapter_words(self.model),

@@ -117,6 +117,13 @@ def test_a_new_adapter_does_nothing(evaluate):
     assert facts["metrics"]["kl/token"] == 0
 
 
+def test_the_first_pairs_alone_and_each_rate_once(evaluate):
+    code, facts = evaluate("new adapter", max_samples=3)
+    assert code == 0 and facts["pairs"] == 3
+    rates = {name for name in facts["metrics"] if "second" in name}
+    assert rates == {"throughput/pairs_per_second", "throughput/tokens_per_second"}
+
+
 def test_a_loss_without_a_reference(evaluate):
     code, facts = evaluate(loss="simpo")
     assert code == 0 and facts["ref_model"] is None and "kl/token" not in facts["metrics"]
@@ -237,6 +244,8 @@ def test_interrupted(evaluate, files, tmp_path, monkeypatch, capsys):
         ({"loss": "simpo", "max_length": 1}, "expected at least one pair"),
         ({"learning_rate": 1}, "unknown option '--learning_rate'"),
         ({"test_size": 3}, "unknown option '--test_size'"),
+        ({"max_train_samples": 3}, "(did you mean '--max_samples'?)"),
+        ({"max_samples": 0}, "max_samples: expected an integer above 0, got 0"),
         ({"loss": "dop"}, "did you mean 'dpo'"),
     ],
     ids=[
@@ -247,6 +256,8 @@ def test_interrupted(evaluate, files, tmp_path, monkeypatch, capsys):
         "no pair left",
         "training",
         "split",
+        "training rows",
+        "no rows",
         "loss",
     ],
 )

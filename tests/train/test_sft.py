@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastdaa.data import DataError, load_pairs, tokenize_pairs
 from fastdaa.data.collate import SequenceCollator
-from fastdaa.data.examples import load_examples, normalise_example
+from fastdaa.data.examples import EXAMPLES, PROMPTS, normalise_example
 from fastdaa.data.rows import SequenceRows
 from fastdaa.data.tokenise import tokenize_examples
 from fastdaa.data.tokenise_prompts import tokenize_prompts
@@ -179,11 +179,11 @@ def test_chosen_sides_are_tokenised_as_in_preference_training(tokenizer):
     pair = {"prompt": ASK, "chosen": ANSWER, "rejected": [{**ANSWER[0], "content": "bad"}]}
     source = Dataset.from_list([pair] * 2)
     pairs, _ = tokenize_pairs(load_pairs(source), tokenizer)
-    examples, report = tokenize_examples(load_examples(source), tokenizer)
+    examples, report = tokenize_examples(EXAMPLES.load(source), tokenizer)
     assert examples["prompt_ids"] == pairs["prompt_ids"] == [[3, 5, 2, 4]] * 2
     assert examples["completion_ids"] == pairs["chosen_ids"] == [[6, 2]] * 2
     assert report.kept == 2
-    prompts, left_out = tokenize_prompts(load_examples(source, prompts_only=True), tokenizer)
+    prompts, left_out = tokenize_prompts(PROMPTS.load(source), tokenizer)
     assert [prompt.ids for prompt in prompts] == pairs["prompt_ids"] and not left_out
     assert prompts[0].text == ASK
 

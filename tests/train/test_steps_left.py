@@ -96,3 +96,12 @@ def test_steps_are_counted_as_the_trainer_does(started, pairs, caplog):
     with caplog.at_level(logging.INFO, "fastdaa"):
         started(True, **options)
     assert "is of the last step, 5" in caplog.text
+
+
+def test_the_plan_of_a_run_is_logged(started, caplog):
+    with caplog.at_level(logging.INFO, "fastdaa"):
+        started(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert (
+        "plan: steps 3, pairs a step 4 (2 x 2 accumulated), epochs 1.5 of 8 pairs, trained "
+        "parameters 6,640"
+    ) in caplog.text

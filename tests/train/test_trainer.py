@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +275,11 @@ def test_a_trainer_shows_what_it_trains(make_trainer, pairs):
     shown = repr(trainer)
     assert shown.startswith("PreferenceTrainer(LlamaForCausalLM, dpo(beta=0.25, ")
     assert shown.endswith(", 4 pairs, padded layout, step 0)")
+
+
+def test_the_card_of_a_push_names_the_data(make_trainer):
+    trainer = make_trainer()
+    trainer.card_dataset = ["someone/pairs"]
+    trainer.create_model_card(model_name="what push_to_hub says")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "preference pairs of `someone/pairs`" in card.replace("[", "`").replace("]", "`")

@@ -333,3 +333,15 @@ def test_no_dataset_to_train_on(make_trainer, tmp_path, tiny_model):
         trainer.train()
     with pytest.raises(ValueError, match="evaluation requires an eval_dataset"):
         trainer.evaluate()
+
+
+def test_a_model_given_by_name_brings_its_tokenizer(tokenizer, make_trainer, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    data = Dataset.from_list([TEXT])
+    with pytest.raises(OSError, match=r"model: expected a tokenizer in '.*model', got:"):
+        make_trainer(str(folder), data)
+    tokenizer.save_pretrained(folder)
+    trainer = make_trainer(str(folder), data)
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
+    assert make_trainer(str(folder)).processing_class is None  # of tokens, none is needed

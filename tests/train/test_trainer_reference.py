@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 
 import numpy as np
@@ -115,6 +116,15 @@ def test_the_reference_of_a_new_adapter_is_the_base_model(
     assert moved == {n for n in before if "lora_" in n and ("lora_B" in n or n in moved)}
     assert any("lora_B" in name for name in moved)
     assert REF_ADAPTER not in trainer.model.peft_config
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["dropout", "no dropout"])
+def test_dropout_of_an_adapter_that_is_off_is_said(make_trainer, lora, caplog, dropped):
+    with caplog.at_level(logging.WARNING, "fastdaa"):
+        make_trainer(peft_config=lora(lora_dropout=0.25), disable_dropout=dropped)
+        make_trainer(peft_config=lora(), disable_dropout=True)
+    said = [line for line in caplog.messages if line.startswith("lora_dropout: 0.25 is without")]
+    assert len(said) == dropped and "lora_dropout: 0 " not in caplog.text
 
 
 @pytest.mark.parametrize("start", ["new", "trained"])
