@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -192,10 +193,10 @@ class OnlineConfig(HeadOptions, PackOptions):
             check_choice(name, getattr(self, name), choices)
         for name in _POSITIVE + _POSITIVE_OR_NONE:
             value = getattr(self, name)
-            if not ((value is None and name in _POSITIVE_OR_NONE) or value > 0):
+            if not ((value is None and name in _POSITIVE_OR_NONE) or 0 < value < math.inf):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
         for name in _NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         self.check_head()
         self.check_packs()
@@ -204,6 +205,8 @@ class OnlineConfig(HeadOptions, PackOptions):
         for name in ("gamma", "gae_lambda", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("kl_coef: expected a number above 0 to start from, got 0.0")
         if self.minibatch > self.rollouts_per_iteration:
             raise ValueError(
                 f"minibatch: expected at most rollouts_per_iteration "

@@ -13,7 +13,7 @@ from fastdaa.online.experience import raw_scores, sample
 from fastdaa.online.packs import make_packs
 from fastdaa.online.rewards import sequence_sums
 from fastdaa.online.scoring import score_tokens
-from fastdaa.online.types import Completions
+from fastdaa.online.types import Completions, RewardSource
 from fastdaa.train.backbone import causal_lm
 from fastdaa.validation import check_positive
 
@@ -28,24 +28,34 @@ class HeldOut:
 
     Logged are, of the policy, ``eval/scores`` (mean reward as its source gives it, neither scaled
     nor with penalties), ``eval/kl`` (mean over completions of log policy - log reference, nats),
-    ``eval/length``, ``eval/finished``; and ``eval/ref_scores``, the mean reward of the reference's
-    own completions.
+    both with ``_stderr``, the standard error over prompts; ``eval/length``, ``eval/finished``; and
+    ``eval/ref_scores``, the mean reward of the reference's own completions. With ``gold`` also
+    ``eval/gold``, ``eval/gold_stderr`` and ``eval/ref_gold``, the same by that second reward.
 
     Args:
         prompts: ``[n]`` int64 each.
         every: iterations between two measurements; the last one is measured, too.
         seed: of the completions, always the same, so that measurements differ by the policy alone.
+        gold: a reward that is not trained on, to see when the one that is gets exploited.
 
     Raises:
         ValueError: no prompt, or ``every`` below 1.
     """
 
-    def __init__(self, prompts: Sequence[Tensor], *, every: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        *,
+        every: int = 10,
+        seed: int = 0,
+        gold: RewardSource | None = None,
+    ) -> None:
         check_positive("every", every)
         if not len(prompts):
             raise ValueError("prompts: expected at least one to evaluate on, got none")
         self.prompts, self.every, self.seed = list(prompts), every, seed
-        self._ref_score: float | None = None
+        self.gold = gold
+        self._reference: dict[str, float] = {}
 
     def __call__(self, trainer: OnlineTrainer) -> dict[str, float]:
         """The measurement, where it is due; else nothing."""
@@ -58,8 +68,11 @@ class HeldOut:
         """Completions of the policy as it is now."""
         began = time.perf_counter()
         policy, reference, _ = trainer.models
-        if self._ref_score is None:
-            self._ref_score = self._score(trainer, self._sample(trainer, reference))
+        if not self._reference:
+            scores = self._scores(trainer, self._sample(trainer, reference))
+            self._reference = {
+                f"eval/ref_{name}": float(values.mean()) for name, values in scores.items()
+            }
         completions = self._sample(trainer, policy)
         lengths = torch.tensor([len(ids) for ids in completions.completion_ids])
         packs = make_packs(
@@ -71,10 +84,17 @@ class HeldOut:
             score_tokens(model, packs, lengths, temperature=trainer.config.temperature).logps
             for model in (policy, reference)
         ]
+        scores = self._scores(trainer, completions)
+        scores["kl"] = sequence_sums(logps[0] - logps[1], lengths).cpu()
+        found: dict[str, float] = {}
+        for name, values in scores.items():
+            found[f"eval/{name}"] = float(values.mean())
+            error = self._stderr(values)
+            if error is not None:
+                found[f"eval/{name}_stderr"] = error
         return {
-            "eval/scores": self._score(trainer, completions),
-            "eval/ref_scores": self._ref_score,
-            "eval/kl": float(sequence_sums(logps[0] - logps[1], lengths).mean()),
+            **found,
+            **self._reference,
             "eval/length": float(lengths.double().mean()),
             "eval/finished": float(completions.finished.double().mean()),
             "time/eval": time.perf_counter() - began,
@@ -83,6 +103,26 @@ class HeldOut:
     def _sample(self, trainer: OnlineTrainer, model: nn.Module) -> Completions:
         return sample(trainer.sources[0], model, self.prompts, self.seed)
 
-    def _score(self, trainer: OnlineTrainer, completions: Completions) -> float:
-        scores = raw_scores(trainer.sources[1], self.prompts, completions, trainer.tokenizer)
-        return float(scores.double().mean())
+    def _scores(self, trainer: OnlineTrainer, completions: Completions) -> dict[str, Tensor]:
+        """``[n]`` fp64 by each reward."""
+        sources = {"scores": trainer.sources[1]}
+        if self.gold is not None:
+            sources["gold"] = self.gold
+        return {
+            name: raw_scores(source, self.prompts, completions, trainer.tokenizer).double()
+            for name, source in sources.items()
+        }
+
+    def _stderr(self, values: Tensor) -> float | None:
+        """Standard error of the mean of ``values [n]``; None for a single prompt.
+
+        Completions of one prompt are not independent, so their errors are added up first.
+        """
+        groups: dict[tuple[int, ...], float] = {}
+        for ids, error in zip(self.prompts, (values - values.mean()).tolist(), strict=True):
+            key = tuple(ids.tolist())
+            groups[key] = groups.get(key, 0.0) + error
+        if len(groups) < 2:
+            return None
+        squares = sum(error * error for error in groups.values())
+        return (squares * len(groups) / (len(groups) - 1)) ** 0.5 / len(values)

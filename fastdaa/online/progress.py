@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from fastdaa.train.shown import shown_as
+
 # Key, name in a line, format.
 _LINE = (
     ("objective/raw_scores", "reward", ".4g"),
@@ -45,7 +47,7 @@ class Progress:
     def row(self, iteration: int, logs: Mapping[str, Any]) -> None:
         """A line for the metrics of an iteration."""
         cells = [
-            f"{name} {format(logs[key], spec)}"
+            f"{name} {shown_as(key, logs[key], spec)}"
             for key, name, spec in _LINE
             if isinstance(logs.get(key), int | float)
         ]

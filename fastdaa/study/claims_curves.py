@@ -36,7 +36,7 @@ def _humps(rows: Sequence[Row]) -> dict[str, Hump]:
 
 @each_preset("three or more betas of a loss")
 def judge_hump(rows: Sequence[Row]) -> Iterator[Seen]:
-    """An interior maximum and a fall beyond it of more than two standard errors, per loss."""
+    """An interior maximum, and a fall beyond it whose 95 % interval is above 0, per loss."""
     shapes = _humps(rows)
     parts = [
         f"{name} best {number(shape.best.score, sign=True)} at √KL "

@@ -23,6 +23,7 @@ from fastdaa.study.figures.fitted import Fit, fits
 from fastdaa.study.figures.frontier import regularised_groups, size_groups
 from fastdaa.study.figures.length import KINDS, mean_r2, r2_points
 from fastdaa.study.results import Results
+from fastdaa.study.seed_noise import margin
 from fastdaa.study.verdicts import Finding, Seen, Verdict, conclude, each_preset, no_data
 from fastdaa.study.wording import count, join, number, span
 
@@ -32,8 +33,6 @@ AS_GOOD = 1.05
 WEAK = 0.5
 """A correlation below this size predicts little: a quarter of the variance."""
 CLOSE = -0.9
-FEWEST = 6
-"""Runs below which a correlation says nothing."""
 CLEARLY = 0.05
 
 
@@ -98,7 +97,7 @@ def judge_length_regularised(kinds: Mapping[str, Sequence[Row]]) -> Iterator[See
         return
     gain = statistics.fmean(gains)
     stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-    moved = abs(gain) > 2 * (stderr or 0.0)
+    moved = abs(gain) > margin(stderr, len(gains))
     spread = "" if stderr is None else f" (standard error {number(stderr)}, {len(gains)} seeds)"
     fall = "does not fall beyond noise"
     if shape.interior:
@@ -171,7 +170,7 @@ def judge_r2_by_budget(sizes: Mapping[str, Sequence[Row]]) -> Iterator[Seen]:
     for name, group in sizes.items():
         points = r2_points(group, "length_r2_samples")
         r = pearson([kl for kl, _ in points], [r2 for _, r2 in points])
-        if r is not None and len(points) >= FEWEST:
+        if r is not None and len(points) >= correlations.FEWEST:
             found[name] = r
     parts = [f"{name} {number(r, sign=True)}" for name, r in found.items()]
     if found:
@@ -185,7 +184,9 @@ def judge_metric(rows: Sequence[Row], metric: str) -> Iterator[Seen]:
     seen = [
         cloud
         for cloud in correlations.clouds(rows)
-        if cloud.metric == metric and cloud.r is not None and len(cloud.scores) >= FEWEST
+        if cloud.metric == metric
+        and cloud.r is not None
+        and len(cloud.scores) >= correlations.FEWEST
     ]
     if seen:
         weak = sum(abs(cloud.r or 0.0) < WEAK for cloud in seen)
@@ -199,7 +200,7 @@ def judge_likelihood(rows: Sequence[Row]) -> Iterator[Seen]:
     """The log-ratio of chosen answers falls as the forward KL grows."""
     x, y = column_pairs(finals(rows), "kl_forward", "chosen_logratio")
     r = pearson(x, y)
-    if r is not None and len(x) >= FEWEST:
+    if r is not None and len(x) >= correlations.FEWEST:
         yield Seen(
             f"r = {number(r, sign=True)} over {len(x)} runs; log-ratio "
             f"{number(min(y), 1, sign=True)} where it is lowest, at a forward KL of "
@@ -214,15 +215,16 @@ def judge_tree(results: Results) -> Finding:
     for pair, cells in tree.cells_of(results).items():
         grown = sum(cell["end"]["outside"] > cell["start"]["outside"] for cell in cells)
         losses = split(cells, tree.loss_name)
-        worst_low = 0
-        for mine in losses.values():
-            ranked = sorted(mine, key=lambda cell: cell["beta"])
-            worst_low += ranked[0]["end"]["outside"] >= ranked[-1]["end"]["outside"]
-        text = (
-            f"{tree.pair_title(results, pair)}: grew in {grown} of {len(cells)} settings, most at "
-            f"the smallest beta for {worst_low} of {len(losses)} losses."
+        compared = [
+            sorted(mine, key=lambda cell: cell["beta"]) for mine in losses.values() if len(mine) > 1
+        ]
+        worst_low = sum(
+            ranked[0]["end"]["outside"] >= ranked[-1]["end"]["outside"] for ranked in compared
         )
-        seen.append((None, Seen(text, grown == len(cells) and worst_low == len(losses))))
+        text = f"{tree.pair_title(results, pair)}: grew in {grown} of {len(cells)} settings"
+        if compared:
+            text += f", most at the smallest beta for {worst_low} of {len(compared)} losses"
+        seen.append((None, Seen(f"{text}.", grown == len(cells) and worst_low == len(compared))))
     return conclude(seen, "tree.json, by `fastdaa study tree`")
 
 

@@ -75,8 +75,10 @@ def check_row(row: Mapping[str, Any], where: str = "row") -> Row:
     checked: Row = dict(row)
     for name in REQUIRED:
         if checked.get(name) is None:
+            given = "none" if name in checked else f"the columns {', '.join(checked) or 'none'}"
             raise ValueError(
-                f"{where}: expected a value for {name} (required: {', '.join(REQUIRED)}), got none"
+                f"{where}: expected a value for {name} (required: {', '.join(REQUIRED)}), "
+                f"got {given}"
             )
     if isinstance(checked["run"], int) and not isinstance(checked["run"], bool):
         checked["run"] = str(checked["run"])

@@ -11,9 +11,15 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastdaa.study.seed_noise import margin
+
 Row = Mapping[str, Any]
 LOSS_ORDER = ("dpo", "ipo", "slic")
-LOSS_NAMES = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "hinge": "SLiC", "rdpo": "R-DPO"}
+LOSS_NAMES = {
+    "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "hinge": "SLiC", "rdpo": "R-DPO",
+    "apa": "APA", "awr": "AWR", "ppo": "PPO",
+}  # fmt: skip
+"""Of losses and of on-policy algorithms, as the papers write them."""
 
 
 class Point(NamedTuple):
@@ -119,9 +125,15 @@ def main_size(rows: Sequence[Row]) -> Any:
 def sweeps(rows: Iterable[Row]) -> dict[Any, list[Row]]:
     """The plain sweep of each preset: one model size, no length regularisation.
 
-    A table without presets is one sweep with the name None.
+    A table without presets is one sweep with the name None. On-policy runs of the small world,
+    whose gold reward is known, are left out: the claims are on direct alignment.
     """
-    plain = [row for row in rows if is_offline(row) and not is_length_regularised(row)]
+    every = list(rows)
+    world = any(row.get("gold") is not None for row in every)
+    plain = [
+        row for row in every
+        if not is_length_regularised(row) and (is_offline(row) or not world)
+    ]  # fmt: skip
     return {
         preset: [row for row in group if row.get("size") == main_size(group)]
         for preset, group in split(plain, "preset").items()
@@ -183,7 +195,7 @@ class Hump(NamedTuple):
 def hump(points: Sequence[Point]) -> Hump | None:
     """Reads a curve by :func:`curve`; None for fewer than three points.
 
-    The fall counts if it is above zero and, with two or more seeds, above two standard errors.
+    The fall counts if it is above zero and, with two or more seeds, its 95 % interval is, too.
     """
     if len(points) < 3:
         return None
@@ -193,7 +205,7 @@ def hump(points: Sequence[Point]) -> Hump | None:
     fall = statistics.fmean(falls) if falls else best.score - farthest.score
     stderr = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else None
     inside = best is not points[0] and best is not points[-1]
-    return Hump(best, farthest, fall, stderr, inside and fall > 2 * (stderr or 0.0))
+    return Hump(best, farthest, fall, stderr, inside and fall > margin(stderr, len(falls)))
 
 
 def _paired(left: Point, right: Point) -> list[float]:

@@ -1,14 +1,6 @@
 """Estimates of KL(policy || reference) from samples, held against enumeration.
 
-For a response y sampled from the policy, with ``u_t = log pi(y_t|y_<t) - log ref(y_t|y_<t)`` over
-its tokens and ``U`` their sum, in nats:
-
-- ``k1 = U``: unbiased;
-- ``rb = sum_t KL(pi(.|y_<t) || ref(.|y_<t))``, the expectation of every term of k1 over the next
-  token (Rao-Blackwell; Amini et al. 2025), by :func:`fastdaa.token_kl`: unbiased, less variance;
-- ``k3 = e^(-U) - 1 + U`` (Schulman 2020): unbiased, never negative, heavy-tailed far away;
-- ``trlx = sum_t (e^(u_t) - 1 - u_t)``, as the trlX family logs it: the expectation of a term is
-  chi^2(pi || ref) - KL, so it is no estimate of the KL at all.
+:mod:`fastdaa.study.kl_samples` says what the estimators are.
 
 ``estimators.json``::
 
@@ -40,6 +32,7 @@ from fastdaa.logps import head_logps
 from fastdaa.study.enumeration import response_logps
 from fastdaa.study.json_file import write_json
 from fastdaa.study.kept_runs import REFERENCES
+from fastdaa.study.kl_samples import kl_estimates
 from fastdaa.study.language import LANGUAGE, Language
 from fastdaa.study.measures import measure
 from fastdaa.study.preferences import TRAIN_SEED, preference_pairs
@@ -97,21 +90,8 @@ def _estimates(
     head, ref_head = LmHead.from_model(model).detach(), LmHead.from_model(reference).detach()
     ratios = head_logps(hidden, head, targets, impl="score").double()
     ratios -= head_logps(ref_hidden, ref_head, targets, impl="score").double()
-    divergences = token_kl(hidden, head, ref_hidden, ref_head).double()
-    total = _sums(ratios, scored)
-    return {
-        "k1": total,
-        "rb": _sums(divergences, scored),
-        "k3": torch.expm1(-total) + total,
-        "trlx": _sums(torch.expm1(ratios) - ratios, scored),
-    }
-
-
-def _sums(values: Tensor, scored: Tensor) -> Tensor:
-    """Sums ``[S]`` of the values of the positions that ``scored [S, longest]`` marks."""
-    spread = values.new_zeros(scored.shape)
-    spread[scored] = values
-    return spread.sum(1)
+    divergences = token_kl(hidden, head, ref_hidden, ref_head)
+    return kl_estimates(ratios, scored.sum(1), divergences)
 
 
 def compare(

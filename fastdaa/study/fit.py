@@ -11,7 +11,7 @@ and a reason stands beside every null that could be taken for a result::
         "points": 40, "dropped": 1, "unknown": 0, "runs": 8, "seeds": [0],
         "d_range": [0.1, 2.1],                      # sqrt(nats), of the points used
         "offset": 0.0,                              # score of the reference, taken off first
-        "resampled": "points",                      # what the bootstrap draws
+        "resampled": "runs",                        # what the bootstrap draws, and loo leaves out
         "observed_peak": {"d", "kl", "score", "gain", "run", "checkpoint"},    # the best row
         "message": null,                            # or why there is no fit
         "notes": ["..."],
@@ -20,7 +20,7 @@ and a reason stands beside every null that could be taken for a result::
           {"law": "log", "intercept": false, "formula": "d (alpha - beta log d)",
            "coefficients": {"alpha": 1.2, "beta": 0.8, "intercept": 0.0},
            "intervals": {"alpha": [1.1, 1.3], "beta": [0.7, 0.9], "intercept": null},
-           "rmse": 0.12, "loo_rmse": 0.13, "aicc": -160.0, "r2": 0.7,
+           "rmse": 0.12, "loo_rmse": 0.13, "far_rmse": 0.3 or null, "aicc": -160.0, "r2": 0.7,
            "tied_with_best": true,     # leave-one-out errors cannot be told from the best fit's
            "peak": {"d", "kl", "gain", "score", "d_interval": [1.0, null], "share": 0.97,
                     "points_beyond": 12} or null,
@@ -28,15 +28,20 @@ and a reason stands beside every null that could be taken for a result::
            "zero_crossing": 2.0 or null, "zero_crossing_reason": null or "..."}]}],
      "summary": ["plain sentences"]}
 
-``gain`` is ``score - offset``; coefficients, intervals and errors are in units of the score. ``r2``
-compares with the mean of the gains, whether or not the law has an intercept. ``share`` is the part
-of the bootstrap's resamples whose peak lies inside ``d_range``; an end of ``d_interval`` that lies
-outside is null. :meth:`fastdaa.study.laws.Law.value` turns coefficients into a curve.
+``gain`` is ``score - offset``; coefficients, intervals and errors are in units of the score.
+``loo_rmse`` is the error of each point under the fit without its unit (point, run or seed, as
+``resampled`` says); ``far_rmse`` that of the farthest third of the points under the fit to the
+others, null where these have too few distances. ``r2`` compares with the mean of the gains, whether
+or not the law has an intercept. ``share`` is the part of the bootstrap's resamples whose peak lies
+inside ``d_range``; an end of ``d_interval`` that lies outside is null.
+:meth:`fastdaa.study.laws.Law.value` turns coefficients into a curve, and
+:mod:`fastdaa.study.fit_rows` all fits into a table.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +56,7 @@ from fastdaa.study.table import Table
 from fastdaa.validation import check_choice
 
 _MIN_POINTS = 6
+_FEW_UNITS = 5
 SETTINGS_OF_A_CURVE = ("preset", "size", "algorithm", "loss", "length_alpha", "seed")
 """Rows that differ in one of these are not on the same curve; beta and progress move along it."""
 _OFFSETS: dict[str, tuple[float, list[str]]] = {
@@ -79,7 +85,7 @@ class FitSettings:
     confidence: float = 0.95
     resample: str = "auto"
     """What is drawn: ``"points"``, ``"runs"``, ``"seeds"``, or ``"auto"``: seeds where a group has
-    three or more of them, runs where it has two, else points."""
+    three or more of them, else runs where it has five or more, else points."""
     seed: int = 0
     """Of the bootstrap's random numbers."""
 
@@ -151,16 +157,15 @@ def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
         "fits": [],
     }
     if result["message"] is None:
-        clusters = {"points": None, "runs": "run", "seeds": "seed"}[unit]
-        labels = None if clusters is None else [row.get(clusters) for row in used]
+        column = {"points": None, "runs": "run", "seeds": "seed"}[unit]
+        labels = None if column is None else [row.get(column) for row in used]
+        notes += _resample_notes(unit, labels, result)
         counts = resample_counts(len(used), settings.repeats, settings.seed, labels)
-        sample = Sample(d, gain, offset, counts, settings.confidence)
+        sample = Sample(d, gain, offset, counts, settings.confidence, labels)
         result["fits"] = fit_laws(sample, settings.laws)
         result["best"] = min(
             range(len(result["fits"])), key=lambda place: result["fits"][place]["loo_rmse"]
         )
-        if unit != "points" and len(set(labels or ())) < 5:
-            notes.append(f"only {len(set(labels or ()))} {unit} to resample: intervals are rough")
     return result
 
 
@@ -188,9 +193,32 @@ def _resample_unit(table: Table, seeds: list[Any], settings: FitSettings) -> str
         raise ValueError("resample: expected a seed in every row, got rows without one")
     if settings.resample != "auto":
         return settings.resample
-    if any(row.get("seed") is None for row in table) or len(seeds) < 2:
-        return "points"
-    return "seeds" if len(seeds) >= 3 else "runs"
+    if len(seeds) >= 3 and all(row.get("seed") is not None for row in table):
+        return "seeds"
+    return "runs" if len({row["run"] for row in table}) >= _FEW_UNITS else "points"
+
+
+def _resample_notes(unit: str, labels: list[Any] | None, group: Mapping[str, Any]) -> Iterator[str]:
+    """What has to be said about intervals from few units.
+
+    Raises:
+        ValueError: a single unit; every resample of it would be the same.
+    """
+    if labels is None:
+        if group["runs"] < group["points"]:
+            yield (
+                f"checkpoints of a run are not independent, and fewer than {_FEW_UNITS} runs "
+                "cannot be resampled: intervals over points are too short"
+            )
+        return
+    units = len(set(labels))
+    if units < 2:
+        raise ValueError(
+            f"resample: expected two or more {unit} in a group, got 1; pool some with --group, or "
+            "resample points"
+        )
+    if units < _FEW_UNITS:
+        yield f"only {units} {unit} to resample: intervals are rough, and as a rule too short"
 
 
 def _observed_peak(

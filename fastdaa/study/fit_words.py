@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def describe_fits(content: Mapping[str, Any]) -> list[str]:
         return sentences
     laws = content["settings"]["laws"]
     sentences += _errors(fitted, laws)
+    sentences += _far_errors(fitted, laws)
     if "log" in laws and "kl" in laws:
         sentences.append(_log_against_kl(fitted))
     sentences += _winner(fitted, laws)
@@ -110,6 +112,27 @@ def _errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> list[st
         parts.append(f"{TITLES[law]} {mean:.3g}")
     where = "" if len(groups) == 1 else f", mean of {len(groups)} groups"
     return [f"RMSE without intercept (two coefficients each){where}: {'; '.join(parts)}."]
+
+
+def _far_errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> list[str]:
+    """How far the laws are off where they were not fitted."""
+    known = [
+        group
+        for group in groups
+        if all(through_origin(group, law).get("far_rmse") is not None for law in laws)
+    ]
+    if not known:
+        return []
+    parts = []
+    for law in laws:
+        # One group whose near points say nothing would decide a mean.
+        middle = statistics.median(through_origin(group, law)["far_rmse"] for group in known)
+        parts.append(f"{TITLES[law]} {middle:.3g}")
+    where = "" if len(known) == 1 else f", median of {len(known)} groups"
+    return [
+        "Fitted to the nearest two thirds of the points, without intercept, the laws miss the "
+        f"farthest third by (RMSE{where}): {'; '.join(parts)}."
+    ]
 
 
 def _log_against_kl(groups: Sequence[Mapping[str, Any]]) -> str:

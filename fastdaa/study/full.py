@@ -260,4 +260,4 @@ def _correlate(study: Study) -> str:
 def _report(study: Study) -> str:
     from fastdaa.study.report import build_report
 
-    return str(build_report(study.output, console=study.console))
+    return build_report(study.output, console=study.console).name

@@ -12,6 +12,8 @@ from fastdaa.study.bootstrap import interval, least_squares
 from fastdaa.study.laws import LAWS, Law
 
 _NAMES = ("alpha", "beta", "intercept")
+NEAR = 2 / 3
+"""Part of the points, the nearest ones, from which the others are predicted for ``far_rmse``."""
 
 
 class Sample(NamedTuple):
@@ -27,6 +29,8 @@ class Sample(NamedTuple):
     """``[repeats, n]`` how often each resample drew each point."""
     confidence: float
     """Of the intervals."""
+    labels: Sequence[Any] | None = None
+    """``[n]`` what is left out as a whole (a run, a seed); None for single points."""
 
 
 def fit_laws(sample: Sample, laws: Sequence[str]) -> list[dict[str, Any]]:
@@ -54,8 +58,7 @@ def _fit(law: Law, intercept: bool, sample: Sample) -> tuple[dict[str, Any], np.
     basis, triangle = np.linalg.qr(design)
     coefficients = np.linalg.solve(triangle, basis.T @ gain)
     residual = gain - design @ coefficients
-    leverage = np.einsum("ni,ni->n", basis, basis)
-    loo_errors = residual / np.maximum(1 - leverage, 1e-12)
+    loo_errors = left_out_errors(basis, residual, sample.labels)
 
     samples = least_squares(design, gain, sample.counts)
     found = dict.fromkeys(_NAMES, 0.0)
@@ -73,12 +76,53 @@ def _fit(law: Law, intercept: bool, sample: Sample) -> tuple[dict[str, Any], np.
         "intervals": intervals,
         "rmse": math.sqrt(squares / n),
         "loo_rmse": math.sqrt(float(np.mean(loo_errors**2))),
+        "far_rmse": _far_rmse(design, sample),
         "aicc": _aicc(squares, n, parameters, float(gain @ gain)),
         "r2": 1 - squares / spread if spread > 0 else None,
         **_peak(law, found, samples, sample),
         **_zero_crossing(law, found, sample),
     }
     return fit, loo_errors
+
+
+def left_out_errors(
+    basis: np.ndarray, residual: np.ndarray, labels: Sequence[Any] | None = None
+) -> np.ndarray:
+    """Errors ``[n]`` of every point under the fit without it, or without all of its label.
+
+    Least squares need no refit for that: ``(I - H)^-1 r``, with the block of the projection ``H``
+    that belongs to what is left out.
+
+    Args:
+        basis: ``[n, p]``, orthonormal columns that span those of the design.
+        residual: ``[n]`` of the fit to all points.
+        labels: ``[n]``, see :class:`Sample`.
+    """
+    members = np.arange(len(residual))
+    if labels is not None:
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+        members = np.array([numbers[label] for label in labels])
+    errors = np.empty_like(residual)
+    for number in range(int(members.max()) + 1):
+        block = members == number
+        left, scale, _ = np.linalg.svd(basis[block], full_matrices=False)
+        rest = 1 - scale**2
+        # Where nothing is left, the others do not determine a coefficient, and the residual is 0.
+        stretch = np.divide(scale**2, rest, out=np.zeros_like(rest), where=rest > 1e-10)
+        errors[block] = residual[block] + left @ (stretch * (left.T @ residual[block]))
+    return errors
+
+
+def _far_rmse(design: np.ndarray, sample: Sample) -> float | None:
+    """RMSE at the farthest third of the points of the law fitted to the others."""
+    limit = np.quantile(sample.d, NEAR)
+    near = sample.d <= limit
+    parameters = design.shape[1]
+    if near.all() or len(np.unique(sample.d[near])) <= parameters:
+        return None
+    coefficients = np.linalg.lstsq(design[near], sample.gain[near], rcond=None)[0]
+    errors = sample.gain[~near] - design[~near] @ coefficients
+    return math.sqrt(float(np.mean(errors**2)))
 
 
 def _aicc(squares: float, n: int, parameters: int, scale: float) -> float | None:

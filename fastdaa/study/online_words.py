@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastdaa.study.curves import Row, distance, split
+from fastdaa.study.seed_noise import margin
 from fastdaa.study.wording import join, number
 
 NAMES = {"apa": "APA", "ppo": "PPO", "awr": "AWR", "apa-whitened": "whitened APA"}
@@ -179,20 +180,19 @@ def winners(found: Mapping[str, Sequence[Setting]]) -> list[str]:
 
 
 def _duel(apa: Sequence[Setting], other: Sequence[Setting], name: str) -> str:
-    """APA's frontier against that of another method, in standard errors over seeds."""
+    """APA's frontier against that of another method, with intervals over seeds."""
     places = compare(apa, other)
     if not places:
         return f"APA and {name}: no common distance, or only one seed; not compared."
     ahead, behind = (
-        [place for place in places if sign * place.difference > 2 * place.stderr]
-        for sign in (1, -1)
+        sum(sign * p.difference > margin(p.stderr, p.seeds) for p in places) for sign in (1, -1)
     )
     middle = statistics.fmean(place.difference for place in places)
     return (
         f"Best gold of any checkpoint within √KL {number(places[0].distance)} to "
         f"{number(places[-1].distance)}: APA's less {name}'s is {number(middle, sign=True)} on "
-        f"average; APA is ahead by more than two standard errors at {len(ahead)}, {name} at "
-        f"{len(behind)} of {len(places)} distances."
+        f"average. Ahead by more than the 95 % interval over {places[0].seeds} seeds, "
+        f"of {len(places)} distances: APA at {ahead}, {name} at {behind}."
     )
 
 
@@ -203,6 +203,7 @@ class Place(NamedTuple):
     difference: float
     """Of the best gold within that distance, first less second, mean of the seeds."""
     stderr: float
+    seeds: int
 
 
 def compare(first: Sequence[Setting], second: Sequence[Setting]) -> list[Place]:
@@ -223,7 +224,8 @@ def compare(first: Sequence[Setting], second: Sequence[Setting]) -> list[Place]:
             ours, theirs = (best_within(found[seed], step * _GRID) for found in frontiers)
             differences.append(ours - theirs)
         error = statistics.stdev(differences) / len(differences) ** 0.5
-        places.append(Place(step * _GRID, statistics.fmean(differences), error))
+        mean = statistics.fmean(differences)
+        places.append(Place(step * _GRID, mean, error, len(differences)))
     return places
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdaa.online.loop import OnlineTrainer
@@ -26,7 +26,7 @@ from fastdaa.study.measures import measure
 from fastdaa.study.online_plan import EXACT_STRENGTHS, ExactRun, OnlineRun
 from fastdaa.study.presets import ModelSize, Preset
 from fastdaa.study.sampling import generate_responses
-from fastdaa.study.sft import Reference, make_reference
+from fastdaa.study.sft import Reference, load_kept, make_reference
 from fastdaa.study.tilt import train_proxy
 from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
@@ -99,7 +99,7 @@ def online_setting(
         proxy = train_proxy(world, reference, preset.pairs, seed)
         with whole_file(file) as partial:
             save_file({"rewards": proxy.rewards.contiguous()}, partial)
-    return OnlineSetting(world, reference, load_file(file)["rewards"])
+    return OnlineSetting(world, reference, load_kept(file, file)["rewards"])
 
 
 def run_online(run: OnlineRun, references: str | Path) -> list[Row]:

@@ -19,7 +19,7 @@ from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Picture, render, save_png, to_svg
 from fastdaa.study.page import Page, PageFigure, render_page
 from fastdaa.study.report_tables import tables
-from fastdaa.study.results import Results, read_results
+from fastdaa.study.results import Results, is_study_folder, read_results
 from fastdaa.study.whole_file import whole_file
 from fastdaa.study.wording import count, join, number, with_error
 
@@ -54,7 +54,7 @@ _PRESET_WORDS = {
 
 
 def build_report(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
     command: str | None = None,
@@ -63,10 +63,11 @@ def build_report(
     """Writes the page and its figures, and returns the page's path.
 
     Args:
-        source: a study's folder, or a table of one's own runs (``.jsonl`` or ``.csv``, see
-            :mod:`fastdaa.study.columns`). Laws are fitted to such a table here.
-        output: folder of ``index.html`` and ``figures/``; by default the study's folder, or
-            ``<table>_report`` beside the table.
+        source: a study's folder; or one or more tables of one's own runs (``.jsonl`` or ``.csv``,
+            see :mod:`fastdaa.study.columns`, or output folders, see
+            :mod:`fastdaa.study.table_files`). Laws are fitted to such tables here.
+        output: folder of ``index.html`` and ``figures/``; by default the study's folder,
+            ``<table>_report`` beside the first table, or ``report`` in the first output folder.
         command: the command line, for the page's last table.
         console: shows progress there.
 
@@ -74,11 +75,12 @@ def build_report(
         FileNotFoundError: no such folder or table.
         ValueError: a file that cannot be read, named with its line where there is one.
     """
-    source = Path(source)
-    results = read_results(source)
-    if output is None:
-        output = source.with_name(f"{source.stem}_report") if source.is_file() else source
-    folder = Path(output)
+    given = [source] if isinstance(source, (str, Path)) else source
+    sources = [Path(path) for path in given]
+    if not sources:
+        raise ValueError("report: expected a study's folder or a table, got none")
+    results = read_results(sources)
+    folder = _beside(sources[0]) if output is None else Path(output)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures, missing = collect_pictures(results)
     figures = _draw_all(pictures, folder / "figures", console)
@@ -99,6 +101,12 @@ def build_report(
     with whole_file(path) as partial:
         partial.write_text(render_page(page), encoding="utf-8")
     return path
+
+
+def _beside(source: Path) -> Path:
+    if source.is_file():
+        return source.with_name(f"{source.stem}_report")
+    return source if is_study_folder(source) else source / "report"
 
 
 def collect_pictures(results: Results) -> tuple[list[Picture], dict[str, str]]:

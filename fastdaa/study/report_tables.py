@@ -9,7 +9,7 @@ from typing import Any
 from fastdaa.study.curves import LOSS_NAMES, Row, curve, series_name, split, sweeps
 from fastdaa.study.page import PageTable
 from fastdaa.study.results import Results
-from fastdaa.study.wording import NO_VALUE, number, preset_suffix
+from fastdaa.study.wording import NO_VALUE, capitalised, join, number, preset_suffix
 
 _COLUMNS = {
     "win_rate": ("win-rate", 3),
@@ -71,6 +71,7 @@ def _fits(results: Results) -> PageTable | None:
                     fit["formula"],
                     number(fit["rmse"], 3),
                     number(fit["loo_rmse"], 3),
+                    number(fit.get("far_rmse"), 3),
                     number(found["alpha"]) + _interval(intervals["alpha"]),
                     number(found["beta"]) + _interval(intervals["beta"]),
                     number(fit["peak"]["d"]) if fit["peak"] else "outside the data",
@@ -79,13 +80,17 @@ def _fits(results: Results) -> PageTable | None:
     if not lines:
         return None
     confidence = results.fits.get("settings", {}).get("confidence", 0.95)
+    units = join(sorted({str(entry["resampled"]) for entry in results.fits["groups"]}))
+    notes = dict.fromkeys(note for entry in results.fits["groups"] for note in entry["notes"])
+    words = (
+        f"d is √KL. Brackets: {confidence:.0%} bootstrap intervals over {units}. Left out: error "
+        "of each point under a fit without its unit. Far: error at the farthest third of the "
+        "points under a fit to the others. A peak is given only inside the data."
+    )
     return PageTable(
         title="Fitted laws",
-        note=(
-            f"d is √KL. Brackets: {confidence:.0%} bootstrap intervals. The leave-one-out error is "
-            "that of each point from a fit without it. A peak is given only inside the data."
-        ),
-        head=["group", "law", "RMSE", "leave-one-out", "alpha", "beta", "peak (√nats)"],
+        note=" ".join([words, *(f"{capitalised(note)}." for note in notes)]),
+        head=["group", "law", "RMSE", "left out", "far", "alpha", "beta", "peak (√nats)"],
         rows=lines,
     )
 

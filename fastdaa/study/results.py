@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from fastdaa.study.fit import fit_table
 from fastdaa.study.presets import GLIMPSE
 from fastdaa.study.table import Table, read_table
+from fastdaa.study.table_files import json_rows
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,67 @@ class Results:
         return "score (unit of the table)"
 
 
-def read_results(source: Path) -> Results:
-    """Reads a study's folder, or one table of rows.
+_OF_A_STUDY = ("points.jsonl", "tree.json", "tilt.jsonl", "estimators.json")
+_OF_A_RUN = ("track.jsonl", "metrics.jsonl")
+
+
+def is_study_folder(path: Path) -> bool:
+    """Whether a folder is a study's: output folders of runs may hold fits of theirs, too."""
+    if any((path / name).is_file() for name in _OF_A_STUDY):
+        return True
+    return (path / "fits.json").is_file() and not any((path / n).is_file() for n in _OF_A_RUN)
+
+
+def read_results(sources: Sequence[Path]) -> Results:
+    """Reads a study's folder, or tables of rows.
 
     Args:
-        source: a folder with any of ``points.jsonl``, ``fits.json``, ``tree.json``,
-            ``correlations.json``, ``tilt.jsonl``, ``estimators.json`` and ``study.json``; or a
-            ``.jsonl`` or ``.csv`` table, see :mod:`fastdaa.study.columns`, to which laws are fitted
-            here.
+        sources: one folder with any of ``points.jsonl``, ``fits.json``, ``tree.json``,
+            ``correlations.json``, ``tilt.jsonl``, ``estimators.json``; or tables, files and folders
+            as :func:`fastdaa.study.table_files.rows_of` takes them, to which laws are fitted here.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing of a study in it.
+        FileNotFoundError: no such folder or file, or nothing of a study in it.
         ValueError: a file that cannot be read, named with its line where there is one.
     """
-    if source.is_file():
-        rows = read_table(source)
-        return Results(rows=rows, fits=fit_table(rows))
-    if not source.is_dir():
-        raise FileNotFoundError(f"report: expected a study's folder or a table, got {source}")
-    points = source / "points.jsonl"
+    first = sources[0]
+    if len(sources) > 1 or not is_study_folder(first):
+        return _read_tables(sources)
+    points, tilt = first / "points.jsonl", first / "tilt.jsonl"
     results = Results(
         rows=read_table(points) if points.is_file() else Table([]),
-        fits=_read_object(source / "fits.json"),
-        tree=_read_object(source / "tree.json"),
-        correlations=_read_object(source / "correlations.json"),
-        tilt=tuple(_read_lines(source / "tilt.jsonl")),
-        estimators=_read_object(source / "estimators.json"),
-        settings=_read_object(source / "study.json"),
+        fits=_read_object(first / "fits.json"),
+        tree=_read_object(first / "tree.json"),
+        correlations=_read_object(first / "correlations.json"),
+        tilt=tuple(row for _, row in json_rows(tilt)) if tilt.is_file() else (),
+        estimators=_read_object(first / "estimators.json"),
+        settings=_read_object(first / "study.json"),
     )
     parts = (results.rows, results.fits, results.tree, results.tilt, results.estimators)
     if not any(map(len, parts)):
-        raise FileNotFoundError(
-            f"report: expected points.jsonl, fits.json, tree.json, tilt.jsonl or estimators.json "
-            f"in {source}, got none of them (name a table file to report on it alone)"
-        )
+        raise FileNotFoundError(_nothing_in(first))
     return results
+
+
+def _read_tables(sources: Sequence[Path]) -> Results:
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"report: expected a study's folder or a table, got {source}")
+    try:
+        rows = read_table(sources)
+    except FileNotFoundError as error:
+        if len(sources) > 1:
+            raise
+        raise FileNotFoundError(_nothing_in(sources[0])) from error
+    return Results(rows=rows, fits=fit_table(rows))
+
+
+def _nothing_in(folder: Path) -> str:
+    return (
+        "report: expected points.jsonl, fits.json, tree.json, tilt.jsonl or estimators.json of a "
+        f"study, track.jsonl, or a run of `fastdaa online` with held-out prompts in {folder}, got "
+        "none of them (name a table file to report on it alone)"
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -95,20 +122,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
@@ -130,6 +131,9 @@ def make_reference(world: World, size: str | ModelSize, seed: int, folder: str |
     Args:
         folder: where references are kept; created if missing.
         seed: of the initial weights and the data.
+
+    Raises:
+        ValueError: what is kept there cannot be read.
     """
     size = size_of(size)
     entry = Path(folder) / _entry_name(world, size, seed)
@@ -138,9 +142,27 @@ def make_reference(world: World, size: str | ModelSize, seed: int, folder: str |
         fine_tune(model, world, seed)
         _store(entry, model, response_logps(model, world), _settings(world, size, seed))
     model = new_model(size, seed, world.language)
-    model.load_state_dict(load_file(entry / "model.safetensors"))
-    logps = load_file(entry / "logps.safetensors")["logps"]
+    model.load_state_dict(load_kept(entry / "model.safetensors", entry))
+    logps = load_kept(entry / "logps.safetensors", entry)["logps"]
     return Reference(model, logps, world.anchored(logps))
+
+
+def load_kept(file: Path, whole: Path) -> dict[str, Tensor]:
+    """The tensors of a file that a study has made once and keeps.
+
+    Args:
+        whole: what has to be deleted for it to be made again.
+
+    Raises:
+        ValueError: it cannot be read, e.g. because the disk was full or a copy broke off.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file}: expected tensors that a study keeps, got {error}; they are made again if "
+            f"{whole} is deleted"
+        ) from error
 
 
 # What the source and the fine-tuning depend on; the reward and the preferences come later.

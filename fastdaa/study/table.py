@@ -1,21 +1,21 @@
 """The table of a study: one row a checkpoint of a run, written as JSON lines, read from CSV too.
 
-:mod:`fastdaa.study.columns` says what the columns are.
+:mod:`fastdaa.study.columns` says what the columns are, :mod:`fastdaa.study.table_files` what is
+read.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 
-from fastdaa.study.columns import LABELS, OPTIONAL, REQUIRED, Row, check_row, is_number
+from fastdaa.study.columns import OPTIONAL, REQUIRED, Row, check_row, is_number
+from fastdaa.study.table_files import rows_of
 from fastdaa.study.whole_file import whole_file
 from fastdaa.validation import check_choice
 
@@ -114,8 +114,8 @@ def read_table(
     """Read and check one or more tables.
 
     Args:
-        paths: ``.jsonl`` files, or ``.csv`` files with a header (empty cells are unknown values).
-            Half a row at the end of a ``.jsonl`` file is left out, with a note on stderr.
+        paths: files and folders as :func:`fastdaa.study.table_files.rows_of` takes them. Half a row
+            at the end of a ``.jsonl`` file is left out, with a note on stderr.
         columns: names in the files by the names here, e.g. ``{"kl": "objective/kl"}``.
         duplicates: what to do with a second row of the same run and checkpoint: ``"error"``, or
             ``"last"`` to keep the later one (a resumed run that repeats its checkpoints).
@@ -132,7 +132,7 @@ def read_table(
     kept: dict[tuple[str, int], tuple[str, Row]] = {}
     files = [Path(path) for path in paths]
     for file in files:
-        for where, raw in _rows_of(file):
+        for where, raw in rows_of(file):
             row = check_row(_rename(raw, renamed, where), where)
             key = (row["run"], row["checkpoint"])
             if key in kept and duplicates == "error":
@@ -197,68 +197,6 @@ def _rename(raw: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> R
     row = {name: value for name, value in raw.items() if name not in taken}
     # A source column is kept under its own name too: it may serve two purposes.
     return row | {ours: raw[theirs] for theirs, ours in renamed.items()}
-
-
-def _rows_of(file: Path) -> Iterator[tuple[str, Row]]:
-    """Raw rows with the place that error messages name."""
-    if not file.is_file():
-        raise FileNotFoundError(f"table: expected an existing .jsonl or .csv file, got {file}")
-    if file.suffix.lower() == ".csv":
-        yield from _csv_rows(file)
-    elif file.suffix.lower() in (".jsonl", ".json", ".ndjson"):
-        yield from _json_rows(file)
-    else:
-        raise ValueError(f"table: expected a .jsonl or .csv file, got {file}")
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                # The last line of a process that was killed; the next one to append cuts it off.
-                if line.startswith("{") and not line.endswith("\n"):
-                    print(f"{where}: the file breaks off in this row; left out", file=sys.stderr)
-                    return
-                raise ValueError(f"{where}: expected one JSON object, got {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, row
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for cells in reader:
-            where = f"{file}:{reader.line_num}"
-            if None in cells or None in cells.values():
-                raise ValueError(
-                    f"{where}: expected {len(reader.fieldnames or ())} cells as in the header"
-                )
-            yield where, {name: _cell(name, text) for name, text in cells.items()}
-
-
-def _cell(name: str, text: str) -> Any:
-    """The value of a CSV cell; what is no number where one is due is refused later."""
-    text = text.strip()
-    if not text:
-        return None
-    if name == "run" or name in LABELS:
-        return text
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if name == "final" and text in ("0", "1"):
-        return text == "1"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _line(row: Mapping[str, Any], where: str) -> bytes:

@@ -85,7 +85,7 @@ def describe_cells(table: Sequence[Cell]) -> list[str]:
                 f"Pair {pair}, {loss}: mass outside from {start:.2f} before training to {ends}."
             )
     trends = [_more_outside_at_small_beta(table, pair) for pair in _pairs(table)]
-    if len(trends) > 1:
+    if len(trends) > 1 and len({cell["beta"] for cell in table}) > 1:
         sentences.append(
             f"The smallest beta leaves more mass outside than the largest: {'; '.join(trends)}."
         )

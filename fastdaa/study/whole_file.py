@@ -12,7 +12,7 @@ from pathlib import Path
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` once that is done without an error.
 
-    The folder is made.
+    The folder is made. An ``OSError`` while it is written names the file.
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -20,5 +20,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, file)
+    except OSError as error:
+        if error.filename is None:  # a disk that is full does not say where
+            error.filename = str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)

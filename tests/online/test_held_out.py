@@ -69,6 +69,33 @@ def test_a_policy_that_has_moved(make_trainer, tiny_policy, sequences):
     assert measured["eval/scores"] == pytest.approx(float(expected))
 
 
+class LengthReward:
+    """How long a completion is."""
+
+    def score(self, prompt_ids, completion_ids, texts=None):
+        return torch.tensor([float(len(ids)) for ids in completion_ids])
+
+
+def test_standard_errors_are_over_prompts(make_trainer, tiny_policy, sequences):
+    """By hand: with each prompt answered twice, the error of the mean over prompts' means."""
+    prompts, _ = sequences(4, seed=1)
+    trainer = make_trainer()
+    trainer.models.policy.load_state_dict(tiny_policy(1).state_dict())
+    measured = HeldOut([*prompts, *prompts], seed=3, gold=LengthReward()).measure(trainer)
+    asked = [*prompts, *prompts]
+    drawn = trainer.sources[0].sample(trainer.models.policy, asked, 3).completion_ids
+    lengths = torch.tensor([float(len(ids)) for ids in drawn]).view(2, 4).mean(0)
+    assert measured["eval/gold"] == pytest.approx(float(lengths.mean()))
+    assert measured["eval/gold_stderr"] == pytest.approx(float(lengths.std()) / 2)
+    assert {"eval/ref_gold", "eval/scores_stderr", "eval/kl_stderr"} <= measured.keys()
+
+
+def test_a_single_prompt_has_no_standard_error(make_trainer, sequences):
+    prompts, _ = sequences(1)
+    measured = HeldOut(prompts * 3).measure(make_trainer())
+    assert "eval/scores" in measured and "eval/scores_stderr" not in measured
+
+
 def test_measured_when_due_and_unnoticed(make_trainer, sequences):
     prompts, _ = sequences(5, seed=1)
     calls = []

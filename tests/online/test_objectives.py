@@ -119,6 +119,8 @@ def test_loss_floor_of_apa_on_a_bandit() -> None:
         ({"clip_range_value": -0.2}, "clip_range_value: expected a number above 0"),
         ({"epochs": 0}, "epochs: expected an integer above 0"),
         ({"kl_coef": -0.1}, "kl_coef: expected 0 or more"),
+        ({"kl_coef": 0.0, "kl_controller": "adaptive"}, "kl_coef: expected a number above 0 to"),
+        ({"kl_lambda": math.inf}, "kl_lambda: expected a number above 0"),
         ({"learning_rate": math.nan}, "learning_rate: expected a number above 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

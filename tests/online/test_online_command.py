@@ -151,7 +151,7 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "none/here/too"}, "reward: expected a path or a hub id"),
         ({"reward": "x.py:f"}, "there is no x.py"),
         ({"reward": "math:sqrt", "kl_lamda": 1}, "did you mean '--kl_lambda'"),
-        ({"reward": "math:sqrt", "algorithm": "dpo"}, "invalid choice: 'dpo'"),
+        ({"reward": "math:sqrt", "algorithm": "dpo"}, "expected one of apa, ppo, awr, got 'dpo'"),
         ({"reward": "math:sqrt", "eval_steps": 0}, "eval_steps"),
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),

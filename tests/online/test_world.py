@@ -245,7 +245,9 @@ def test_turned_around_the_sentences_turn_around() -> None:
     told = "\n".join(sentences(rows))
     assert "in 0 of 1 settings, and still rises" in told
     assert "PPO without a KL term does not collapse" in told
-    assert "APA is ahead by more than two standard errors at 0, PPO at" in told
+    assert (
+        "Ahead by more than the 95 % interval over 3 seeds, of 8 distances: APA at 0, PPO" in told
+    )
 
 
 def test_frontiers_allow_stopping_early() -> None:

@@ -42,7 +42,7 @@ def base() -> Results:
 
 
 FLIPS = [
-    ("hump", {}, "reproduced"),
+    ("hump", {"seeds": 4}, "reproduced"),
     ("hump", {"falls": False}, "not reproduced"),
     ("ipo_kl", {}, "reproduced"),
     ("ipo_kl", {"ipo_nearest": False}, "not reproduced"),
@@ -55,7 +55,7 @@ FLIPS = [
     ("r2_by_budget", {"r2_by_distance": -0.25}, "reproduced"),
     ("accuracy", {}, "reproduced"),
     ("accuracy", {"accuracy_slope": 0.3}, "not reproduced"),
-    ("length_regularised", {"seeds": 3, "noise": 0.0}, "reproduced"),
+    ("length_regularised", {"seeds": 6, "noise": 0.0}, "reproduced"),
     ("length_regularised", {"falls": False, "noise": 0.0}, "not reproduced"),
     ("length_regularised", {"regularised": False}, "no data"),
 ]
@@ -195,6 +195,9 @@ def test_tree() -> None:
     assert verdict("tree", Results(tree={"table": shrunk})) == "not reproduced"
     other = [{**cell, "pair": "different_start"} for cell in shrunk]
     assert verdict("tree", Results(tree={"table": CELLS + other})) == "partly"
+    one_beta = [cell for cell in CELLS if cell["beta"] == CELLS[0]["beta"]]
+    found = JUDGES["tree"](Results(tree={"table": one_beta}))
+    assert found.verdict == "reproduced" and "smallest beta" not in found.measured
 
 
 def test_null_space() -> None:
@@ -228,11 +231,13 @@ def rows_of(scores: list[list[float]]) -> list[dict[str, Any]]:
         ([[0.0, 1.0, 0.5]], True),
         ([[0.0, 1.0, 2.0]], False),
         ([[2.0, 1.0, 0.0]], False),
-        ([[0.0, 1.0, 0.5], [0.0, 1.0, 0.6]], True),
+        ([[0.0, 1.0, 0.5], [0.0, 1.0, 0.52]], True),
+        # Falls of 0.5 and 0.4, nine standard errors; two seeds cannot tell.
+        ([[0.0, 1.0, 0.5], [0.0, 1.0, 0.6]], False),
         # The mean falls by 0.1, the seeds by 1.1 and -0.9: noise.
         ([[0.0, 1.0, -0.1], [0.0, 1.0, 1.9]], False),
     ],
-    ids=["falls", "rises", "only falls", "seeds agree", "seeds disagree"],
+    ids=["falls", "rises", "only falls", "seeds agree", "two seeds differ", "seeds disagree"],
 )
 def test_hump(scores: list[list[float]], interior: bool) -> None:
     found = hump(curve(rows_of(scores)))
@@ -248,13 +253,18 @@ def test_seeds_of_their_own_are_compared_by_their_means() -> None:
 
 
 def test_a_sweep_is_one_size_of_plain_offline_losses() -> None:
-    dpo = {"preset": "H", "loss": "dpo", "size": "d32"}
+    dpo = {"preset": "H", "loss": "dpo", "size": "d32", "gold": 0.1}
     ipo = {**dpo, "loss": "ipo"}
     others = [
         {**dpo, "size": "d12"}, {**dpo, "loss": "rdpo"}, {**dpo, "length_alpha": 0.1},
-        {"preset": "H", "algorithm": "apa", "size": "d32"},
+        {"preset": "H", "algorithm": "apa", "size": "d32", "gold": 0.1},
     ]  # fmt: skip
     assert sweeps([dpo, *others, ipo]) == {"H": [dpo, ipo]}
+
+
+def test_on_policy_runs_of_somebody_else_are_a_sweep() -> None:
+    rows = [{"algorithm": "apa", "beta": 0.1}, {"algorithm": "ppo", "beta": 0.2}]
+    assert sweeps(rows) == {None: rows}
 
 
 def test_hump_by_hand() -> None:

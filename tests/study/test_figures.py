@@ -188,6 +188,12 @@ SENTENCES: list[tuple[str, Callable[[], str], str]] = [
         "Correlation of quality with accuracy: DPO -1.00 (n = 3).",
     ),
     (
+        "correlations with intervals", lambda: correlations.sentence(correlations.clouds(
+            rows_of(kl=[1.0] * 6, score=[1.0, 2, 3, 4, 5, 6], accuracy=[1.0, 2, 3, 4, 5, 6]))),
+        "Correlation of quality with accuracy: DPO +1.00 [+1.00, +1.00] (n = 6). Brackets: 95% "
+        "bootstrap intervals over runs.",
+    ),
+    (
         "length", lambda: length.sentence(
             {"d12": rows_of(kl=[1.0, 2.0], score=[0, 0], length_r2_pairs=[0.5, 0.7])},
             ["length_r2_pairs"]),

@@ -7,37 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from law_tables import TRUTH, find, law_points, only_group, points, summary
 
 from fastdaa.cli import main
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.laws import LAWS
 from fastdaa.study.table import Table, write_table
-
-TRUTH = {"alpha": 1.2, "beta": 0.8, "intercept": 0.3}
-
-
-def points(d, gain, **columns):
-    return [
-        {"run": f"run{n}", "checkpoint": 1, "kl": float(x) ** 2, "score": float(y), **columns}
-        for n, (x, y) in enumerate(zip(d, gain, strict=True))
-    ]
-
-
-def law_points(name="log", low=0.1, high=3.0, n=30, noise=0.0, seed=0, offset=0.0, **columns):
-    d = np.linspace(low, high, n)
-    gain = LAWS[name].value(d, TRUTH["alpha"], TRUTH["beta"])
-    return points(d, gain + offset + noise * np.random.default_rng(seed).normal(size=n), **columns)
-
-
-def only_group(rows, **settings):
-    (group,) = fit_table(Table(rows), FitSettings(**{"offset": 0.0, "group": (), **settings}))[
-        "groups"
-    ]
-    return group
-
-
-def find(group, law, intercept=False):
-    return next(f for f in group["fits"] if f["law"] == law and f["intercept"] is intercept)
 
 
 @pytest.mark.parametrize("intercept", [False, True], ids=["origin", "intercept"])
@@ -136,12 +111,6 @@ def test_points_at_the_reference_are_dropped_and_counted():
     assert any("2 rows at the reference" in line for line in summary(rows))
 
 
-def summary(rows, **settings):
-    return fit_table(Table(rows), FitSettings(**{"offset": 0.0, "group": (), **settings}))[
-        "summary"
-    ]
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -223,17 +192,18 @@ def test_rows_without_the_score_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("seeds", "unit"), [(0, "points"), (1, "points"), (2, "runs"), (4, "seeds")]
+    ("seeds", "runs", "unit"),
+    [(0, 30, "runs"), (1, 30, "runs"), (1, 4, "points"), (2, 30, "runs"), (4, 30, "seeds")],
 )
-def test_what_is_resampled(seeds, unit):
+def test_what_is_resampled(seeds, runs, unit):
     rows = law_points(noise=0.1)
     for n, row in enumerate(rows):
-        row["seed"] = n % seeds if seeds else None
+        row |= {"seed": n % seeds if seeds else None, "run": f"run{n % runs}", "checkpoint": n}
     group = only_group(rows)
     assert group["resampled"] == unit
-    assert any("to resample: intervals are rough" in note for note in group["notes"]) == (
-        unit == "seeds"
-    )
+    notes = " ".join(group["notes"])
+    assert ("only 4 seeds to resample: intervals are rough" in notes) == (unit == "seeds")
+    assert ("intervals over points are too short" in notes) == (runs == 4)
 
 
 def test_differences_between_seeds_widen_the_pooled_interval():

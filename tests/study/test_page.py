@@ -258,7 +258,7 @@ def test_tree_alone(tmp_path: Path) -> None:
         ({}, FileNotFoundError, "expected points.jsonl, fits.json"),
         ({"points.jsonl": "{}\n"}, ValueError, r"points.jsonl:1: expected a value for run"),
         ({"tree.json": "[1]"}, ValueError, r"tree.json: expected a JSON object, got list"),
-        ({"tilt.jsonl": "{}\nnope\n"}, ValueError, r"tilt.jsonl:2: expected a JSON object"),
+        ({"tilt.jsonl": "{}\nnope\n"}, ValueError, r"tilt.jsonl:2: expected one JSON object"),
     ],
     ids=["empty folder", "bad row", "no object", "bad line"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
@@ -39,6 +40,13 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path):
         partial.write_text("ha")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"), whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_csv_cells_get_their_types(tmp_path):
@@ -229,3 +237,45 @@ def test_numbers_and_columns():
     assert rows.columns == ["run", "checkpoint", "kl", "score", "gold", "other"]
     with pytest.raises(ValueError, match="other of run a: expected numbers, got 'x'"):
         rows.numbers("other")
+
+
+def test_a_list_of_objects_and_tabs(tmp_path):
+    path = tmp_path / "points.json"
+    path.write_text(json.dumps([row(), row(checkpoint=20)], indent=1))
+    assert [entry["checkpoint"] for entry in read_table(path)] == [10, 20]
+    (tmp_path / "points.tsv").write_text("run\tcheckpoint\tkl\tscore\na\t10\t0.25\t1.5\n")
+    assert list(read_table(tmp_path / "points.tsv")) == [ROW]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"run": 1},', "points.json: expected a list of JSON objects"),
+        ("[1]", "points.json: row 1"),
+    ],
+    ids=["broken", "numbers"],
+)
+def test_broken_lists_are_refused(tmp_path, content, message):
+    (tmp_path / "points.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path / "points.json")
+
+
+def test_columns_of_other_names_are_told(tmp_path):
+    path = lines(tmp_path, {"name": "a", "step": 1})
+    with pytest.raises(ValueError, match=r"a value for run .* got the columns name, step"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("name", ["points.jsonl", "track.jsonl"])
+def test_a_folder_is_read_by_its_table(tmp_path, name):
+    lines(tmp_path, ROW, name=name)
+    assert list(read_table(tmp_path)) == [ROW]
+
+
+def test_a_folder_without_a_table(tmp_path):
+    lines(tmp_path, {"step": 1, "loss": 2.0}, name="metrics.jsonl")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected points.jsonl or track.jsonl, or a run of"
+    ):
+        read_table(tmp_path)

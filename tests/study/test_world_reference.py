@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def test_interrupted_making_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         make_reference(brief, "d12", 0, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model", "logps"])
+def test_a_broken_reference_says_what_to_delete(brief: World, tmp_path: Path, name: str) -> None:
+    make_reference(brief, "d12", 0, tmp_path)
+    (entry,) = tmp_path.iterdir()
+    file = entry / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"made again if {re.escape(str(entry))} is deleted"):
+        make_reference(brief, "d12", 0, tmp_path)
 
 
 def test_two_processes_may_make_a_reference_at_once(

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 
+from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.study_actions.output_folder import add_output_dir
+
 HELP = "KL estimators from samples against exact enumeration (estimators.json)"
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument(
-        "--output_dir", default="study_output",
-        help="folder of the results; default: study_output",
-    )  # fmt: skip
+    add_output_dir(parser)
     parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
     parser.add_argument("--seed", type=int, default=0, help="seed of world and samples; default: 0")
     parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
@@ -56,6 +55,6 @@ def run(options: argparse.Namespace) -> int:
             )
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was written; the same command starts again.")
-        return _INTERRUPTED
+        return INTERRUPTED
     console.print(f"{options.output_dir}/{ESTIMATORS_FILE}", highlight=False, soft_wrap=True)
     return 0

@@ -39,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resample", choices=("auto", "points", "runs", "seeds"), default="auto",
-        help="what the bootstrap draws (default: seeds if a group has three, runs if it has two)",
+        help="what the bootstrap draws, and what is left out for the error of prediction (default: "
+        "seeds if a group has three, else runs if it has five, else points)",
     )  # fmt: skip
     parser.add_argument(
         "--output", metavar="FILE", help="JSON file (default: fits.json beside the table)"
+    )
+    parser.add_argument(
+        "--csv", metavar="FILE", help="the same as a table, too: one row a group and law"
     )
 
 
@@ -51,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastdaa.study.fit import FitSettings, fit_table
+    from fastdaa.study.fit_rows import write_fits_csv
     from fastdaa.study.json_file import write_json
 
     settings = FitSettings(
@@ -67,23 +72,31 @@ def run(options: argparse.Namespace) -> int:
     content = fit_table(read(options), settings)
     path = beside(options, "fits.json")
     write_json(path, content)
-    console = Console()
     fitted = [group for group in content["groups"] if group["fits"]]
+    if options.csv is not None and fitted:
+        write_fits_csv(options.csv, content)
+    console = Console()
     if fitted:
         for group in fitted:
             console.print(_table(group, with_intercepts=len(fitted) <= _MANY))
         console.print(
-            f"in brackets: {settings.confidence:.0%} intervals by bootstrap (open: beyond the "
-            "data); RMSE and left out (leave-one-out error): in units of the score; + c: with "
-            "intercept; *: least leave-one-out error; outside: no peak inside the data",
+            f"in brackets: {settings.confidence:.0%} intervals by bootstrap over {_units(fitted)} "
+            "(open: beyond the data); RMSE, and left out, the error where a law was fitted without "
+            "that point, run or seed: in units of the score; + c: with intercept; *: least error "
+            "left out; outside: no peak inside the data",
             style="dim",
         )
     for sentence in content["summary"]:
         console.print(f"- {sentence}", highlight=False, markup=False)
     for note, names in _notes(content["groups"]).items():
         console.print(f"- {note} ({names})", highlight=False, markup=False)
-    console.print(f"all fits: {path}", highlight=False, soft_wrap=True)
+    console.print(f"all fits and intervals: {path}", highlight=False, soft_wrap=True)
     return 0 if fitted else 1
+
+
+def _units(groups: Sequence[Mapping[str, Any]]) -> str:
+    """``runs``, or ``runs or points`` where groups differ."""
+    return " or ".join(dict.fromkeys(str(group["resampled"]) for group in groups))
 
 
 def _table(group: Mapping[str, Any], with_intercepts: bool) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.study_actions.output_folder import add_output_dir
 from fastdaa.cli.study_actions.sweep import (
     add_workers,
     failures,
@@ -16,15 +18,11 @@ from fastdaa.cli.study_actions.sweep import (
 )
 
 HELP = "the whole study and its page, resumable (a quarter of an hour on two cores)"
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument(
-        "--output_dir", default="study_output",
-        help="folder of the results; default: study_output",
-    )  # fmt: skip
+    add_output_dir(parser)
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2],
         help="seeds of worlds and runs; sizes and R-DPO use the first two; default: 0 1 2",
@@ -45,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         say_how_to_continue(options.output_dir)
-        return _INTERRUPTED
+        return INTERRUPTED
     console.print(
         f"everything took {record['seconds']:.0f} s: {options.output_dir}/index.html",
         highlight=False, soft_wrap=True,

@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastdaa.cli.study_actions.sweep import add_workers, report_failures, say_how_to_continue
+from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.study_actions.output_folder import add_output_dir
+from fastdaa.cli.study_actions.sweep import (
+    add_workers,
+    report_failures,
+    say_how_to_continue,
+    say_what_was_done,
+)
 
 HELP = "on-policy APA, PPO and AWR against a learned reward in the small world"
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument(
-        "--output_dir", default="study_output",
-        help="folder of the results; default: study_output",
-    )  # fmt: skip
+    add_output_dir(parser)
     parser.add_argument(
         "--algorithms", nargs="+", default=["apa", "ppo", "awr"],
         help="some of apa, ppo and awr; default: all three",
@@ -75,12 +78,9 @@ def run(options: argparse.Namespace) -> int:
         result = online_sweep(runs, output, workers=options.workers, console=console)
     except KeyboardInterrupt:
         say_how_to_continue(options.output_dir)
-        return _INTERRUPTED
-    kept = f", {result.kept} done before" if result.kept else ""
-    console.print(
-        f"{result.finished} done in {result.seconds:.0f} s{kept}: {output}/{POINTS}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        return INTERRUPTED
+    said = f"{result.finished} done in {result.seconds:.0f} s"
+    say_what_was_done(console, said, result, output / POINTS)
     rows = online_rows(runs, output)
     if any(row.get("iteration") for row in rows):
         _show(console, rows, output)

@@ -16,12 +16,14 @@ HELP = "write the page and the figures of a study, or of a table of your own run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
     parser.add_argument(
-        "folder", metavar="FOLDER",
-        help="a study's folder, or a .jsonl or .csv table with run, checkpoint, kl and score",
+        "sources", nargs="+", metavar="FOLDER",
+        help="a study's folder; or tables: .jsonl or .csv files with run, checkpoint, kl and "
+        "score, or output folders of tracked runs or of `fastdaa online`",
     )  # fmt: skip
     parser.add_argument(
         "--output", "--output_dir", dest="output",
-        help="where index.html and figures/ go; default: FOLDER, or <table>_report beside a table",
+        help="where index.html and figures/ go; default: FOLDER, <table>_report beside the first "
+        "table, or report in an output folder",
     )  # fmt: skip
 
 
@@ -33,6 +35,6 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console()
     command = shlex.join(["fastdaa", *sys.argv[1:]])
-    path = build_report(options.folder, options.output, command=command, console=console)
+    path = build_report(options.sources, options.output, command=command, console=console)
     console.print(str(path), highlight=False, soft_wrap=True)
     return 0

@@ -9,18 +9,23 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.study_actions.output_folder import add_output_dir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastdaa.study.kept_runs import SweepResult
 
 HELP = "train over losses, betas, seeds and sizes in the small world"
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument(
-        "--output_dir", default="study_output",
-        help="folder of the results; default: study_output",
-    )  # fmt: skip
+    add_output_dir(parser)
     parser.add_argument(
         "--presets", nargs="+", default=["H"], help="worlds: H (harsh), M (mild); default: H"
     )
@@ -78,13 +83,17 @@ def run(options: argparse.Namespace) -> int:
         result = sweep(runs, options.output_dir, workers=options.workers, console=console)
     except KeyboardInterrupt:
         say_how_to_continue(options.output_dir)
-        return _INTERRUPTED
-    kept = f", {result.kept} done before" if result.kept else ""
-    console.print(
-        f"{result.finished} runs in {result.seconds:.0f} s{kept}: {options.output_dir}/{POINTS}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        return INTERRUPTED
+    said = f"{result.finished} runs in {result.seconds:.0f} s"
+    say_what_was_done(console, said, result, Path(options.output_dir) / POINTS)
     return report_failures(result.failed)
+
+
+def say_what_was_done(console: Console, said: str, result: SweepResult, points: Path) -> None:
+    """One line, with the table where there is one."""
+    kept = f", {result.kept} done before" if result.kept else ""
+    where = f": {points}" if points.is_file() else ""
+    console.print(f"{said}{kept}{where}", highlight=False, soft_wrap=True)
 
 
 def failures(record: dict[str, Any]) -> dict[str, str]:

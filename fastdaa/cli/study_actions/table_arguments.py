@@ -17,7 +17,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tables", nargs="+", metavar="TABLE",
         help="a .jsonl or .csv file with run, checkpoint, kl (nats a sequence) and score, "
-        "or a study's folder",
+        "a study's folder, or the output folder of a tracked run or of `fastdaa online`",
     )  # fmt: skip
     parser.add_argument(
         "--score", default="score", metavar="COLUMN",
@@ -64,7 +64,7 @@ def read(options: argparse.Namespace) -> Table:
         # The table need not have a column `score` beside the one that is asked for.
         columns.setdefault("score", options.score)
     table = read_table(
-        [_file(Path(name)) for name in options.tables],
+        options.tables,
         columns=columns,
         duplicates=options.duplicates,
     )
@@ -77,11 +77,8 @@ def beside(options: argparse.Namespace, name: str) -> Path:
     """Where the result goes: ``--output``, else a file of this name beside the first table."""
     if options.output is not None:
         return Path(options.output)
-    return _file(Path(options.tables[0])).parent / name
-
-
-def _file(path: Path) -> Path:
-    return path / "points.jsonl" if path.is_dir() else path
+    first = Path(options.tables[0])
+    return (first if first.is_dir() else first.parent) / name
 
 
 def _filtered(table: Table, condition: str) -> Table:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastdaa.cli.runs import INTERRUPTED
+
 HELP = "measure quality and KL of finished checkpoints"
-_INTERRUPTED = 130
 _NUMBERS: tuple[tuple[str, int | float, str, str], ...] = (
     ("judge_timeout", 600.0, "S", "seconds that the judge may take for a checkpoint"),
     ("temperature", 1.0, "T", "temperature of the samples"),
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             _measure(options, record, checkpoints, missing, more)
         except KeyboardInterrupt:
             print("\ninterrupted; what is measured is kept, the same command continues")
-            return _INTERRUPTED
+            return INTERRUPTED
     if record.best is not None:
         print(f"best score: step {record.best}")
     print(f"quality against KL: {options.table}")

@@ -86,11 +86,13 @@ def _null_space_table(content: dict[str, Any]) -> Any:
 def _tree_table(pair: str, content: dict[str, Any]) -> Any:
     from rich.table import Table
 
+    from fastdaa.study.wording import count
+
     leaves = content["pairs"][pair]
     cells = [cell for cell in content["table"] if cell["pair"] == pair]
     table = Table(
         title=f"tree, pair {pair} ({leaves['chosen']} over {leaves['rejected']}), "
-        f"mean of {cells[0]['seeds']} seeds"
+        f"mean of {count(cells[0]['seeds'], 'seed')}"
     )
     table.add_column("loss")
     for name in ("beta", "outside", "chosen", "rejected", "KL", "margin"):

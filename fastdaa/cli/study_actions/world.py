@@ -12,6 +12,9 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.study_actions.output_folder import add_output_dir
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -20,15 +23,11 @@ if TYPE_CHECKING:
     from fastdaa.study.world import World
 
 HELP = "show the small world; exact tilting and best-of-n of a reward model (tilt.jsonl)"
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
-    parser.add_argument(
-        "--output_dir", default="study_output",
-        help="folder of the results; default: study_output",
-    )  # fmt: skip
+    add_output_dir(parser)
     parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world; default: 0")
     parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         command = shlex.join(["fastdaa", *sys.argv[1:]])
         print(f"\nInterrupted. Finished curves are kept. To continue:\n  {command}")
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from fastdaa.study.curves import Row, distinct, finals, series_name, split, sweeps
 from fastdaa.study.figures.needs import Needs
@@ -13,6 +13,7 @@ from fastdaa.study.figures.style import (
     Layout,
     Picture,
     label_axes,
+    label_log_scale,
     legend_below,
     look_of,
     panels,
@@ -77,8 +78,9 @@ def sentence(groups: dict[Any, list[Row]]) -> str:
         ]
         where = "" if preset is None else f"Preset {preset}: "
         parts.append(f"{where}from beta {high:g} down to {low:g}, {join(told)}.")
-    text = " ".join(parts) or "No beta was run with every loss."
-    return capitalised(text)
+    text = capitalised(" ".join(parts) or "No beta was run with every loss.")
+    several = any(len(distinct(rows, "seed")) > 1 for rows in groups.values())
+    return f"{text} Lines: means; shaded: all seeds." if several else text
 
 
 def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:
@@ -100,7 +102,4 @@ def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:
     betas = distinct(rows, "beta")
     ax.set_xticks(betas, [f"{beta:g}" for beta in betas], fontsize=8.5)
     ax.xaxis.set_minor_formatter(NullFormatter())
-    # 1, 2 and 5 of every power of ten: a range of one power has more than a single number.
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    label_log_scale(ax.yaxis)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from fastdaa.study.bootstrap import correlation, interval, resample_counts
 from fastdaa.study.curves import (
     Row,
     column_pairs,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 TITLE = "Do training metrics predict quality?"
 NEEDS = Needs("fastdaa study sweep", "accuracy and loss_value of held-out pairs")
+FEWEST = 6
+"""Runs below which a correlation says nothing."""
 METRICS = {
     "accuracy": "implicit-reward accuracy (share of held-out pairs)",
     "loss_value": "loss on held-out pairs (unit of the loss)",
@@ -42,6 +47,15 @@ class Cloud(NamedTuple):
     def r(self) -> float | None:
         """Pearson's correlation."""
         return pearson(self.metric_values, self.scores)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of r, 95 %, by a bootstrap over the runs; None for fewer than ``FEWEST`` of them."""
+        if self.r is None or len(self.scores) < FEWEST:
+            return None
+        counts = resample_counts(len(self.scores), 1000, seed=0)
+        values = np.array(self.metric_values), np.array(self.scores)
+        return interval(correlation(*values, counts), 0.95)
 
 
 def clouds(rows: Sequence[Row]) -> list[Cloud]:
@@ -83,17 +97,27 @@ def pictures(results: Results) -> list[Picture]:
 
 
 def sentence(seen: Sequence[Cloud]) -> str:
-    """All correlations with their numbers of runs."""
+    """All correlations with their intervals and numbers of runs."""
     parts = []
     for metric, word in (("accuracy", "accuracy"), ("loss_value", "loss")):
         told = [
-            f"{cloud.loss} {number(cloud.r, sign=True)} (n = {len(cloud.scores)})"
+            f"{cloud.loss} {number(cloud.r, sign=True)}{_ends(cloud)} (n = {len(cloud.scores)})"
             for cloud in seen
             if cloud.metric == metric
         ]
         if told:
             parts.append(f"with {word}: {', '.join(told)}")
-    return f"Correlation of quality {'; '.join(parts)}."
+    text = f"Correlation of quality {'; '.join(parts)}."
+    if any(cloud.interval for cloud in seen):
+        text += " Brackets: 95% bootstrap intervals over runs."
+    return text
+
+
+def _ends(cloud: Cloud) -> str:
+    ends = cloud.interval
+    if ends is None:
+        return ""
+    return f" [{number(ends[0], sign=True)}, {number(ends[1], sign=True)}]"
 
 
 def _drawing(results: Results, seen: Sequence[Cloud]) -> Callable[[Layout], Figure]:

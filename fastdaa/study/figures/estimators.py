@@ -90,6 +90,7 @@ def sentence(policies: Sequence[Policy], samples: int) -> str:
     text = f"{join(told)}."
     if ratios:
         text += f" The variance of k1 is {span(ratios, 1)} times that of rb."
+    text += f" Bars: nine of ten means of {samples} samples lie within."
     spreads = [
         f"{number(each['estimators']['k3']['p05'] / each['exact'])} at {number(each['exact'])} nats"
         for each in policies

@@ -159,6 +159,7 @@ def _drawing(found: Sequence[Fit]) -> Callable[[Layout], Figure]:
             ax.set_xlim(-0.6, len(laws) - 0.4)
             ax.grid(axis="x", visible=False)
             ax.set_title("with an intercept" if kind else "through the origin")
+            ax.margins(y=0.1)
             ax.set_ylim(bottom=0)
         label_axes(axes, "", "RMS error of the fit\n(unit of the score)")
         legend_below(figure, axes, columns=4)

@@ -104,7 +104,9 @@ def sentence(groups: Mapping[str, Sequence[Row]]) -> str:
         f"{name} {number(peaks[name].score, sign=True)} at √KL {number(peaks[name].distance)}"
         for name in ranked
     ]
-    return f"Best mean quality: {join(told)}."
+    bars = any(point.stderr is not None for rows in groups.values() for point in curve(rows))
+    text = f"Best mean quality: {join(told)}."
+    return f"{text} Bars: one standard error over seeds." if bars else text
 
 
 def _picture(

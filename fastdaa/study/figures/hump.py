@@ -80,6 +80,8 @@ def sentence(rows: Sequence[Row]) -> str:
         parts.append(f"No fall beyond noise inside the range for {join(rising)}.")
     if unknown:
         parts.append(f"Too few runs to tell for {join(unknown)}.")
+    if any(score_error(row) for row in rows):
+        parts.append("Bars: one standard error of a measurement.")
     return " ".join(parts)
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from matplotlib.ticker import MaxNLocator
+
 from fastdaa.study.curves import Row, distance, split
 from fastdaa.study.figures.end_labels import EndLabel, label_ends
 from fastdaa.study.figures.style import (
@@ -18,6 +20,7 @@ from fastdaa.study.figures.style import (
     SKY,
     Layout,
     Picture,
+    label_log_scale,
     legend_below,
     panels,
 )
@@ -120,6 +123,8 @@ def _draw_growth(ax: Axes, found: dict[str, list[Setting]]) -> list[EndLabel]:
             last = columns[-1][0]["iteration"]
             ends.append(EndLabel(f"{setting.strength:g}", last, setting.mean("kl"), colour))
     ax.set_yscale("log")
+    label_log_scale(ax.yaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("iteration")
     ax.set_ylabel("KL to the reference (nats)")
     ax.set_title("KL by setting (λ, or PPO's coefficient)")

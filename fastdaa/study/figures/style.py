@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastdaa.study.whole_file import whole_file
 from fastdaa.study.wording import preset_suffix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Layout = Literal["wide", "narrow"]
 WIDTHS: dict[Layout, float] = {"wide": 10.4, "narrow": 3.9}
@@ -218,6 +220,13 @@ def label_axes(axes: Sequence[Axes], x: str, y: str) -> None:
         place = ax.get_subplotspec()
         if place is None or place.is_first_col():
             ax.set_ylabel(y)
+
+
+def label_log_scale(axis: Axis) -> None:
+    """Plain numbers at 1, 2 and 5 of every power of ten: one power has more than a single label."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def render(picture: Picture, layout: Layout) -> Figure:

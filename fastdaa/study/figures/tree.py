@@ -81,6 +81,8 @@ def sentence(results: Results) -> str:
             f"({loss_name(least)}, beta {least['beta']:g}) at least and "
             f"{number(most['end']['outside'])} ({loss_name(most)}, beta {most['beta']:g}) at most."
         )
+    if any(cell["seeds"] > 1 for cells in cells_of(results).values() for cell in cells):
+        parts.append("Points: means; bars: all seeds.")
     return " ".join(parts)
 
 

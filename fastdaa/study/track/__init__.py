@@ -3,8 +3,9 @@ checkpoint."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastdaa.train.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from fastdaa.study.track.callback import TrackQuality
@@ -12,21 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrackQuality", "TrackSettings"]
 
-_HOME = {"TrackQuality": "callback", "TrackSettings": "settings"}
-
-
-def __getattr__(name: str) -> Any:
-    # The settings alone should not cost the import of the Trainer.
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """Public names, modules that are loaded, and what Python puts into every module."""
-    loaded = (
-        name
-        for name, value in globals().items()
-        if name.startswith("__") or getattr(value, "__name__", "").startswith(f"{__name__}.")
-    )
-    return sorted({*__all__, *loaded})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"TrackQuality": "callback", "TrackSettings": "settings"}
+)
