@@ -23,7 +23,7 @@ from fastdaa.losses.margin import (
     slic,
     truncated_quadratic,
 )
-from fastdaa.losses.objective import Objective, Term, implicit_rewards
+from fastdaa.losses.objective import Objective, Term, implicit_rewards, token_means
 from fastdaa.losses.reference_free import cpo, orpo, sft, simpo, slic_hf
 from fastdaa.losses.registry import ALIASES, LOSSES, Loss, get_loss
 from fastdaa.losses.token_level import apa, apa_pairs, awr, awr_pairs
@@ -66,5 +66,6 @@ __all__ = [
     "slic",
     "slic_hf",
     "sppo_hard",
+    "token_means",
     "truncated_quadratic",
 ]

@@ -176,6 +176,13 @@ class Objective:
         )
 
     @property
+    def compares_means(self) -> bool:
+        """Whether all terms that compare completions compare log-probs per token, of the policy
+        alone."""
+        comparing = [term.loss.compares_means for term in self.terms if term.loss.name != "sft"]
+        return bool(comparing) and all(comparing)
+
+    @property
     def has_token_level(self) -> bool:
         """Whether ``token_losses`` is needed beside the call."""
         return bool(self.token_terms)
@@ -279,13 +286,20 @@ class Objective:
         return ", ".join([*parts, "use_weighting"] if self.use_weighting else parts)
 
 
+def token_means(sums: PairLogps) -> PairLogps:
+    """Per-token means in place of the sums; 0 for an empty completion."""
+    return sums._replace(
+        chosen=sums.chosen / sums.chosen_lengths.clamp(min=1),
+        rejected=sums.rejected / sums.rejected_lengths.clamp(min=1),
+    )
+
+
 def implicit_rewards(
     policy: PairLogps, ref: PairLogps | None, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Implicit rewards ``[B]`` of chosen and rejected, detached: ``beta * (policy - ref)``.
 
-    Sums over tokens whatever the loss normalises by, as TRL logs them. Without a reference,
-    ``beta * policy``.
+    Without a reference, ``beta * policy``.
     """
     chosen, rejected = policy.chosen.detach(), policy.rejected.detach()
     if ref is not None:

@@ -34,6 +34,8 @@ class Loss:
     """Entry i of the losses belongs to rank i of the batch, and to no pair."""
     sparse: bool = False
     """Gives many tokens a derivative of exactly 0: those of satisfied pairs, or of one side."""
+    compares_means: bool = False
+    """Compares log-probs per token, of the policy alone."""
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ _TABLE = (
         "Meng et al., SimPO, arXiv 2405.14734",
         "length-normalised and reference-free, with a target margin",
         needs_ref=False,
+        compares_means=True,
     ),
     Loss(
         "orpo",
@@ -121,6 +124,7 @@ _TABLE = (
         "Hong et al., ORPO, arXiv 2403.07691",
         "likelihood plus an odds ratio, no reference",
         needs_ref=False,
+        compares_means=True,
     ),
     Loss(
         "cpo",

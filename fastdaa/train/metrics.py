@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.logps import pair_logps, sequence_logps
-from fastdaa.losses import Objective, implicit_rewards
+from fastdaa.losses import Objective, implicit_rewards, token_means
 from fastdaa.losses.weights import desensitized, tail_tokens
 from fastdaa.outputs import PairLogps, PairLossOutput, TokenStats
 
@@ -42,13 +42,13 @@ def pair_metrics(
     output: PairLossOutput,
     ref: PairLogps | None,
     objective: Objective,
-    compared: tuple[PairLogps, PairLogps] | None = None,
+    compared: tuple[PairLogps, PairLogps | None] | None = None,
 ) -> Sums:
     """Rewards, log-probs, lengths, log-ratios, displacement and weights of the pairs of a pack.
 
     Args:
-        compared: sums of policy and reference that the loss has compared, if not ``output.policy``
-            and ``ref``; rewards and log-probs are those, as TRL logs them.
+        compared: what the loss has compared of policy and reference, if not ``output.policy`` and
+            ``ref``; rewards and log-probs are those, as TRL logs them.
     """
     policy = output.policy
     summed, summed_ref = (policy, ref) if compared is None else compared
@@ -129,8 +129,11 @@ def _compared(
     output: PairLossOutput,
     ref: ReferenceScores | None,
     objective: Objective,
-) -> tuple[PairLogps, PairLogps] | None:
-    """The sums of LD-DPO under policy and reference; None where all tokens count the same."""
+) -> tuple[PairLogps, PairLogps | None] | None:
+    """Means per token where the loss compares those; the sums of LD-DPO under policy and reference;
+    None where it compares the sums of all tokens."""
+    if objective.compares_means:
+        return token_means(output.policy), None
     alpha, lengths = objective.ld_alpha, pack["lengths"]
     if alpha is None or ref is None or ref.token_logps is None:
         return None

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastdaa import Objective, PairLossOutput
+from fastdaa.logps import pair_logps
 from fastdaa.reference import kl_divergence
-from fastdaa.train.metrics import MetricStore, Sums, Throughput
+from fastdaa.train.metrics import MetricStore, Sums, Throughput, pack_metrics
+from fastdaa.train.policy import PackResult
+from fastdaa.train.references import ReferenceScores
 
 BETA = 0.3
 FIELDS = ("chosen_ids", "rejected_ids")
@@ -313,3 +317,29 @@ def test_time_that_training_did_not_take(make_trainer):
     began = throughput.since
     trainer.leave_out(2.0)
     assert throughput.since == began + 2.0
+
+
+@pytest.mark.parametrize(
+    ("names", "per_token"),
+    [("simpo", True), ("orpo", True), (["simpo", "sft"], True), ("cpo", False), ("dpo", False),
+     (["simpo", "dpo"], False)],
+    ids=str,
+)  # fmt: skip
+def test_rewards_are_of_what_the_loss_compares(names, per_token):
+    """The longer completion has the larger sum and the smaller mean."""
+    counts = (2, 8)
+    sums, lengths = torch.tensor([-4.0, -8.0]), torch.tensor(counts)
+    policy = pair_logps(sums, lengths)
+    output = PairLossOutput(torch.zeros(()), torch.zeros(1), policy, torch.zeros(10), None)
+    objective = Objective.parse(names)
+    ref = ReferenceScores(torch.tensor([-3.0, -7.5]), None) if objective.needs_ref else None
+    pack = {"counts": counts, "lengths": lengths, "completion_lengths": lengths}
+    (metrics,) = pack_metrics(pack, PackResult(output.loss, output, None, None), ref, objective)
+    found = dict(zip(metrics.names, metrics.totals.tolist(), strict=True))
+    chosen, rejected = (-2.0, -1.0) if per_token else (-4.0, -8.0)
+    assert (found["logps/chosen"], found["logps/rejected"]) == (chosen, rejected)
+    if ref is not None:
+        chosen, rejected = chosen + 3.0, rejected + 7.5
+    margin = objective.beta * (chosen - rejected)
+    assert found["rewards/margins"] == pytest.approx(margin)
+    assert found["rewards/accuracies"] == float(chosen > rejected)

@@ -10,10 +10,9 @@ from fastdaa.drop_in.liger.shifted_pairs import (
     check_hidden_states,
     mean_logit,
     select_shifted_pairs,
-    token_means,
 )
 from fastdaa.head import LmHead
-from fastdaa.losses import Objective, implicit_rewards, sft
+from fastdaa.losses import Objective, implicit_rewards, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
 
 Result = tuple[Tensor, tuple[Tensor, ...]]

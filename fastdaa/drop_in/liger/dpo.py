@@ -12,11 +12,10 @@ from fastdaa.drop_in.liger.shifted_pairs import (
     check_hidden_states,
     detached,
     selected_sums,
-    token_means,
 )
 from fastdaa.head import LmHead
 from fastdaa.logps import pair_logps
-from fastdaa.losses import Objective, sft
+from fastdaa.losses import Objective, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.pair_loss import pair_loss
 from fastdaa.validation import check_choice

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdaa.drop_in.liger.base import LinearPreferenceLoss, Result
-from fastdaa.drop_in.liger.shifted_pairs import detached, selected_sums, token_means
+from fastdaa.drop_in.liger.shifted_pairs import detached, selected_sums
 from fastdaa.head import LmHead
-from fastdaa.losses import Objective, sft
+from fastdaa.losses import Objective, sft, token_means
 from fastdaa.losses.reference_free import LARGEST_MEAN_LOGP
 from fastdaa.outputs import PairLogps
 from fastdaa.pair_loss import pair_loss

@@ -68,14 +68,6 @@ def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection
     return pair_logps(sequence_logps(logps, selection.lengths), selection.lengths)
 
 
-def token_means(sums: PairLogps) -> PairLogps:
-    """Per-token means in place of the sums; 0 for an empty completion."""
-    return sums._replace(
-        chosen=sums.chosen / sums.chosen_lengths.clamp(min=1),
-        rejected=sums.rejected / sums.rejected_lengths.clamp(min=1),
-    )
-
-
 def detached(sums: PairLogps) -> PairLogps:
     """The same without gradient."""
     return sums._replace(chosen=sums.chosen.detach(), rejected=sums.rejected.detach())
