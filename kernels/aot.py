@@ -31,7 +31,7 @@ specifications per compute capability)."""
 _WGMMA = re.compile(r"\b(?:HGMMA|QGMMA|IGMMA|UTC\w*MMA)\b")
 _TMA = re.compile(r"\bUTMA(?:LDG|STG|REDG)\b")
 # In PTX: products that round fp32 factors to 10 bits (mma, wgmma and tcgen05 name them alike).
-_FUSED = re.compile(r"\b(?:mul|add|sub)\.(?:ftz\.)?f32")
+_FUSED = re.compile(r"\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64)\b")
 _TF32 = re.compile(r"mma\S*tf32")
 _SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", re.MULTILINE)

@@ -154,7 +154,7 @@ def _pairs(name: str, per_token: bool = False) -> Entry:
          **dict.fromkeys(scalars, "fp32")},
         {"OBJECTIVE": objective.fn, "NEEDS_REF": objective.needs_ref, "REF_PER_TOKEN": per_token,
          "LENGTH_NORM": objective.takes_length_norm, "BLOCK": 512},
-        4,
+        4, fuses=False,
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def _tokens(name: str) -> Entry:
         **dict.fromkeys(("p0", "p1", "weight", "reward_scale"), "fp32"),
     )  # fmt: skip
     constants = {**absent, "OBJECTIVE": fn, "BLOCK": 512}
-    return Entry(f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4)
+    return Entry(f"objective/{name}", _evaluate_tokens_kernel, arguments, constants, 4, fuses=False)
 
 
 TILE_ENTRIES: list[Entry] = [

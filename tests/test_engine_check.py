@@ -114,6 +114,16 @@ def test_what_the_caller_is_in_the_middle_of_does_not_matter(gpu, around):
     assert recorder.seen == []
 
 
+def test_the_check_may_wait_where_the_caller_may_not(gpu):
+    mode = ["error"]
+    gpu.setattr(torch.cuda, "is_initialized", lambda: True)
+    gpu.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    gpu.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.insert(0, new))
+    gpu.setattr(engine_check, "wrong_results", lambda device: [] if mode[0] == "default" else ["x"])
+    assert triton_obstacle(torch.device("cuda")) == ""
+    assert mode == ["error", "default", "error"]
+
+
 @pytest.mark.interpreter
 def test_a_nan_is_wrong(monkeypatch):
     objective = engine_check._objective_differences

@@ -737,7 +737,9 @@ def test_all_variants_give_a_row_the_same_bits(v):
         assert all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True))
 
 
-@pytest.mark.parametrize("below", [20.0, 31.0, 33.0, 100.0])
+# Ratios to the least likely targets overflow, and their rows are written once more.
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("below", [20.0, 31.0, 33.0, 100.0, 1000.0])
 @pytest.mark.parametrize("head", ["plain", "everything"])
 def test_slopes_of_targets_however_unlikely(poisoned, below, head):
     z, targets, options = rows_of(6, 203, head)
@@ -754,6 +756,18 @@ def test_slopes_of_targets_however_unlikely(poisoned, below, head):
     assert finite.sum() >= truth.numel() - 203
     error = (got - truth)[finite].abs()
     assert (error <= 1.01 * 2.0**-7 * truth[finite].abs() + 1e-30).all()
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 130])
+def test_slopes_of_the_first_columns_alone(poisoned, columns):
+    z, targets, options = rows_of(5, 203, "everything")
+    z[1, targets[1]] = z[1].amin() - 100.0  # its row is written once more
+    store = torch.full((5, 256), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    got = take_row_slopes(z, targets, store[:, :columns], config=SMALL, **options)
+    whole = torch.empty_like(z, dtype=torch.bfloat16)
+    want = take_row_slopes(z, targets, whole, config=SMALL, **options)
+    assert torch.equal(got[0].logps, want[0].logps) and torch.equal(got[1], want[1])
+    assert torch.equal(store[:, :columns], whole[:, :columns]) and store[:, columns:].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning")
@@ -780,7 +794,9 @@ def test_slopes_of_broken_rows_say_so_and_leave_the_others_alone():
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": torch.float16}, {"size": (4, 39)}], ids=["fp16", "shape"]
+    "change",
+    [{"dtype": torch.float16}, {"size": (4, 41)}, {"size": (3, 40)}],
+    ids=["fp16", "columns", "rows"],
 )
 def test_slopes_that_cannot_be_written_are_refused(change):
     z, targets, _ = rows_of(4, 40)
@@ -856,6 +872,7 @@ def test_engines_agree_on_a_gpu_in_bf16(path, v):
         for engine in ("torch", "triton", "triton")
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
-    assert (results[0][0] - results[1][0]).abs().max() < 1e-5
+    # Their products have other widths, and may come from other kernels of the library.
+    assert (results[0][0] - results[1][0]).abs().max() < 3e-5
     for a, b in zip(results[0][1:], results[1][1:], strict=True):
         assert (a.float() - b.float()).norm() <= 4e-3 * a.float().norm()
