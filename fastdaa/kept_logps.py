@@ -87,7 +87,8 @@ def plan_kept(
         engine=engine, max_bytes=max_bytes, sparse=sparse, selected=selected, wanted=wanted,
         operand=operand,
     )  # fmt: skip
-    fits = plan.kept_whole or (not plan.kept_tokens and tokens <= plan.tile_rows)
+    in_a_chunk = not plan.kept_tokens and tokens <= plan.tile_rows
+    fits = plan.kept_whole or in_a_chunk or tokens == 0
     if plan.path == "single_pass" and fits and head.shard is None and operand != torch.float16:
         return plan
     if impl == "single_pass":

@@ -79,6 +79,16 @@ def test_bf16_factors_round_no_more_than_materialised_logits(half_factors):
         assert (got.double() - want).norm() < 2 * torch.finfo(leaf.dtype).eps * want.norm()
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["asked-for", "preferred"])
+def test_no_tokens_have_a_gradient_of_0(half_factors, keep):
+    half_factors(torch.bfloat16)
+    hidden, weight, _ = leaves(torch.bfloat16)
+    call = {"keep": True} if keep else {"impl": "single_pass"}
+    logps, _ = head_logps_and_stats(hidden[:0], LmHead(weight), TARGETS[:0], **call)
+    logps.sum().backward()
+    assert logps.shape == (0,) and not weight.grad.any() and not hidden.grad.any()
+
+
 @pytest.mark.parametrize("scored", [0, 1, 5, 15], ids=lambda n: f"{n}-of-{N}")
 def test_tokens_without_a_coefficient_are_left_out(scored):
     tensors = leaves(bias=True)

@@ -181,5 +181,7 @@ def test_a_launcher_compiles_one_variant_whatever_the_batch(
     assert done.returncode == 0, done.stderr
     found, fused = json.loads(done.stdout)
     assert found == expected
-    # What is fused depends on the variant, and a row has the same bits in all of them.
-    assert not {"_take_row_states_kernel", "_merge_splits_kernel"} & set(fused)
+    # What is fused depends on the variant, and a row has the same bits in all of them. Equal terms
+    # of an objective cancel.
+    exact = ("_take_row_states_kernel", "_merge_splits_kernel", "_evaluate_")
+    assert not [name for name in fused if name.startswith(exact)]
