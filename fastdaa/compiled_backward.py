@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import HeadSettings, present, present_fake, wide_dtype
+from fastdaa.compiled_logps import HeadSettings
+from fastdaa.compiled_operators import present, present_fake, wide_dtype
 from fastdaa.compiled_sizes import HOST_READS
 from fastdaa.kept import Waiting, waiting_gradients
 from fastdaa.kept_products import KeptGradients

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import (
+from fastdaa.compiled_operators import (
+    backward_by,
     only_first_differentiable,
     present,
     present_fake,
@@ -24,7 +25,6 @@ from fastdaa.divergence_tiles import (
     fused_divergences,
     plan_divergence,
 )
-from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.tiles import Logits, operand_dtype
 
@@ -115,23 +115,8 @@ def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     only_first_differentiable(ctx, output)
     ctx.frozen, ctx.dtype, ctx.options = _is_frozen(*inputs[-2:]), inputs[0].dtype, inputs[6:-2]
+    ctx.count = len(inputs)
     ctx.save_for_backward(*(output[1:] if ctx.frozen else inputs[:6]))
-
-
-@first_order
-def _backward(ctx: Any, coefficients: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 16
-    if coefficients is None:
-        return None, None, None, *nothing
-    if ctx.frozen:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
-
-
-_divergence.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("fastdaa::token_divergence_gradients", mutates_args=())
@@ -175,3 +160,6 @@ def _(
     coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return present_fake((hidden_states, weight, bias), rest[-1])
+
+
+_divergence.register_autograd(backward_by(_gradients), setup_context=_setup)

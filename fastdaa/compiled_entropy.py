@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import only_first_differentiable, present, present_fake, wide_dtype
+from fastdaa.compiled_operators import (
+    backward_by,
+    only_first_differentiable,
+    present,
+    present_fake,
+    wide_dtype,
+)
 from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
-from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.tiles import Logits, operand_dtype
 
@@ -86,22 +91,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.save_for_backward(hidden_states, weight, bias, values, m, log_s)
 
 
-@first_order
-def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (ctx.count - 3)
-    if coefficients is None:
-        return None, None, None, *nothing
-    if ctx.frozen:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
-
-
-_entropy.register_autograd(_backward, setup_context=_setup)
-
-
 @torch.library.custom_op("fastdaa::token_entropy_gradients", mutates_args=())
 def _gradients(
     coefficients: Tensor,
@@ -138,3 +127,6 @@ def _(
     coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return present_fake((hidden_states, weight, bias), rest[-1])
+
+
+_entropy.register_autograd(backward_by(_gradients), setup_context=_setup)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.compiled_logps import (
-    HeadSettings,
+from fastdaa.compiled_logps import HeadSettings
+from fastdaa.compiled_operators import (
+    backward_by,
     only_first_differentiable,
     present,
     present_fake,
     wide_dtype,
 )
 from fastdaa.compiled_sizes import size_from_data
-from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.kept import Waiting, keep_logps, waiting_gradients
 from fastdaa.kept_logps import plan_kept
@@ -91,21 +91,8 @@ def _(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     only_first_differentiable(ctx, output)
-    ctx.options, ctx.count = inputs[4:], len(inputs)
+    ctx.options, ctx.count, ctx.frozen = inputs[4:], len(inputs), False
     ctx.save_for_backward(*inputs[:4], *output)
-
-
-@first_order
-def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (ctx.count - 3)
-    if coefficients is None:
-        return None, None, None, *nothing
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
-
-
-_kept_logps.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("fastdaa::kept_logps_gradients", mutates_args=())
@@ -153,3 +140,6 @@ def _(
     coefficients: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return present_fake((hidden_states, weight, bias), rest[-1])
+
+
+_kept_logps.register_autograd(backward_by(_gradients), setup_context=_setup)

@@ -13,9 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdaa.first_order import first_order
+from fastdaa.compiled_operators import (
+    backward_by,
+    only_first_differentiable,
+    present,
+    present_fake,
+    wide_dtype,
+)
 from fastdaa.frozen import logps_and_slopes
-from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
@@ -170,31 +175,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s)
 
 
-def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
-    """For the backward pass of an operator whose other outputs have no gradient.
-
-    Without it PyTorch makes zeros in their place, as large as what is kept.
-    """
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_order
-def _backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (ctx.count - 3)
-    if coefficients is None:
-        return None, None, None, *nothing
-    if ctx.frozen:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
-
-
-_logps.register_autograd(_backward, setup_context=_setup)
-
-
 @torch.library.custom_op("fastdaa::head_gradients", mutates_args=())
 def _gradients(
     coefficients: Tensor,
@@ -237,6 +217,9 @@ def _(
     return present_fake((hidden_states, weight, bias), rest[-1])
 
 
+_logps.register_autograd(backward_by(_gradients), setup_context=_setup)
+
+
 @torch.library.custom_op("fastdaa::token_stats", mutates_args=())
 def _stats(
     hidden_states: Tensor,
@@ -271,24 +254,3 @@ def _(
     *_, operand, _, _ = options
     logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
     return logps, torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps)
-
-
-def present(grads: Gradients, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients as outputs of an operator: empty where not wanted."""
-    return tuple(hidden_states.new_empty(_ABSENT) if t is None else t for t in grads)  # type: ignore[return-value]
-
-
-def present_fake(
-    tensors: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`present` gives for the gradients of ``tensors``, without their values."""
-    grads = [
-        torch.empty_like(t) if want and t is not None else None
-        for t, want in zip(tensors, wanted, strict=True)
-    ]
-    return present((grads[0], grads[1], grads[2]), tensors[0])
-
-
-def wide_dtype(operand: torch.dtype) -> torch.dtype:
-    """The dtype of results of products with factors in ``operand``."""
-    return torch.float64 if operand == torch.float64 else torch.float32

@@ -18,12 +18,8 @@ from torch import Tensor
 
 from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_backward import Saved, pair_loss_gradients
-from fastdaa.compiled_logps import (
-    HeadSettings,
-    check_compilable,
-    only_first_differentiable,
-    wide_dtype,
-)
+from fastdaa.compiled_logps import HeadSettings, check_compilable
+from fastdaa.compiled_operators import only_first_differentiable, wide_dtype
 from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes

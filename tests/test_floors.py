@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"tiles", "engine_check"},
     {"planner"},
     {"score", "plan_call", "gradient_sums", "kept_products"},
-    {"frozen", "recompute", "unscaled"},
+    {"frozen", "recompute", "unscaled", "compiled_operators"},
     {"kept", "kept_chunks", "divergence_tiles", "entropy_tiles", "compiled_logps"},
     {"single_pass", "kept_logps", "compiled_divergence", "compiled_entropy", "compiled_backward"},
     {"compiled_kept"},

@@ -1,0 +1,65 @@
+"""What custom operators share: their contexts, and how gradients pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdaa.first_order import first_order
+from fastdaa.gradient_sums import Gradients
+
+
+def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """For the backward pass of an operator whose other outputs have no gradient.
+
+    Without it PyTorch makes zeros in their place, as large as what is kept.
+    """
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
+    """The backward pass of an operator whose first inputs are hidden states, weight and bias.
+
+    ``gradients`` is the operator that makes theirs from the coefficients, what the context has
+    saved, its ``options``, and which are wanted. Where the context is ``frozen`` it has saved the
+    slopes ``[N, D]`` of the results.
+    """
+
+    @first_order
+    def backward(ctx: Any, coefficients: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (ctx.count - 3)
+        if coefficients is None:
+            return None, None, None, *nothing
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
+        return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
+
+    return backward
+
+
+def present(grads: Gradients, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients as outputs of an operator: empty where not wanted."""
+    return tuple(hidden_states.new_empty(0) if t is None else t for t in grads)  # type: ignore[return-value]
+
+
+def present_fake(
+    tensors: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`present` gives for the gradients of ``tensors``, without their values."""
+    grads = [
+        torch.empty_like(t) if want and t is not None else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+    return present((grads[0], grads[1], grads[2]), tensors[0])
+
+
+def wide_dtype(operand: torch.dtype) -> torch.dtype:
+    """The dtype of results of products with factors in ``operand``."""
+    return torch.float64 if operand == torch.float64 else torch.float32
