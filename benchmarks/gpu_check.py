@@ -55,7 +55,7 @@ def parts(device: str, selection: str, results: Path, tests: Path | None) -> lis
     if marked:
         flags = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q", "--tb=short")
         words = (*python, "pytest", *map(str, marked), *flags, "--continue-on-collection-errors")
-        found.append(Part("tests", words, 90.0))
+        found.append(Part("tests", words, 120.0))
     bench = (*python, "fastdaa.cli", "bench")
     small = ("--cases", "tiny-logps-n1024-fp32-flat", "--repeats", "1")
     cases = small if selection == "tiny" else ("--selection", "gpu")

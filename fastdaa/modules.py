@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdaa.compiled_selection import compiled_select_pairs
 from fastdaa.head import LmHead, check_settings
 from fastdaa.logps import head_logps
 from fastdaa.losses import Objective
@@ -130,10 +129,10 @@ class FusedLinearPairLoss(nn.Module):
         )
 
     def _selection(self, labels: Tensor, device: torch.device) -> TokenSelection:
-        if torch.compiler.is_compiling():
-            return compiled_select_pairs(labels, self.order, self.ignore_index, device)
         selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
-        return selection.to(device)
+        # Not its method: Dynamo of torch 2.8 takes none of a NamedTuple.
+        rows, targets, lengths, counts = selection
+        return TokenSelection(rows.to(device), targets.to(device), lengths.to(device), counts)
 
     @torch.no_grad()
     def _score(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.outputs import TokenSelection
 from fastdaa.validation import check_choice, check_indices
 
@@ -53,7 +54,8 @@ def select_pairs(
 
     Returns:
         A pair-major selection: sequence ``2i`` is the chosen, ``2i + 1`` the rejected completion
-        of pair ``i``, whatever ``order`` was. Its rows index ``[2B * T, D]``.
+        of pair ``i``, whatever ``order`` was. Its rows index ``[2B * T, D]``. In a graph of
+        ``torch.compile`` it is one node, and its counts, which the host does not know, are empty.
 
     Raises:
         TypeError, ValueError: as :func:`select_tokens`, an odd number of rows, an unknown order.
@@ -63,10 +65,10 @@ def select_pairs(
     sequences = labels.shape[0]
     if sequences % 2:
         raise ValueError(f"labels: expected 2B rows (chosen and rejected), got {sequences}")
-    permutation = torch.arange(sequences, device=labels.device)
-    if order == "chosen_first":
-        permutation = permutation.view(2, -1).T.reshape(-1)
-    return _select_in_order(labels, permutation, ignore_index)
+    if torch.compiler.is_compiling():
+        rows, targets, lengths = _select_pairs(labels, order, ignore_index)
+        return TokenSelection(rows, targets, lengths, ())
+    return _pairs_in_order(labels, order, ignore_index)
 
 
 def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
@@ -108,6 +110,27 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(
             f"ignore_index: expected a negative number, got {ignore_index}, which is a token id"
         )
+
+
+@torch.library.custom_op("fastdaa::select_pairs", mutates_args=(), tags=HOST_READS)
+def _select_pairs(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[N]``, targets ``[N]`` and lengths ``[2B]`` of :func:`select_pairs`."""
+    return _pairs_in_order(labels, order, ignore_index)[:3]
+
+
+@_select_pairs.register_fake
+def _(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = size_from_data()
+    return (
+        labels.new_empty(tokens), labels.new_empty(tokens), labels.new_empty(labels.shape[0]),
+    )  # fmt: skip
+
+
+def _pairs_in_order(labels: Tensor, order: str, ignore_index: int) -> TokenSelection:
+    permutation = torch.arange(labels.shape[0], device=labels.device)
+    if order == "chosen_first":
+        permutation = permutation.view(2, -1).T.reshape(-1)
+    return _select_in_order(labels, permutation, ignore_index)
 
 
 def _select_in_order(labels: Tensor, permutation: Tensor, ignore_index: int) -> TokenSelection:

@@ -21,6 +21,7 @@ from fastdaa import (
     TokenSelection,
     compiled_sizes,
     pair_loss,
+    select_pairs,
 )
 
 D, V = 8, 33
@@ -229,3 +230,22 @@ def test_a_llama_with_its_loss_is_one_graph(same_compiled, counting):
             list(llama.parameters()),
         )  # fmt: skip
     assert [len(graphs[0]), len(graphs[1])] == [2, 2]
+
+
+def test_labels_may_be_selected_in_the_graph(counting):
+    """By ``select_pairs`` itself, whose result ``pair_loss`` takes in the same graph."""
+    backend, (forward, backward) = counting
+    weight = torch.randn(V, D, requires_grad=True)
+
+    def loss(x, labels, ref):
+        selection = select_pairs(labels)
+        out = pair_loss(x, LmHead(weight), selection, Objective.parse("dpo"), ref_logps=ref)
+        return out.loss
+
+    compiled = torch.compile(loss, backend=backend)
+    for width in (7, 5, 6):
+        x, *rest = batch(width)
+        x.requires_grad_()
+        want, got = (torch.autograd.grad(call(x, *rest), (x, weight)) for call in (loss, compiled))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert len(forward) == len(backward) == 2

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"slices"},
     {"target_rows"},
     # The head and its engine, from the plan to the differentiable primitive.
-    {"losses", "head", "memory", "compiled_selection"},
+    {"losses", "head", "memory"},
     {"row_passes", "single_pass_memory"},
     {"engines", "objective_kernel"},
     {"tiles", "engine_check"},
