@@ -14,7 +14,7 @@ from fastdaa.outputs import PairLossOutput, TokenSelection
 from fastdaa.pair_loss import pair_loss
 from fastdaa.paths import PATHS
 from fastdaa.planner import ENGINES
-from fastdaa.selection import ORDERS, check_ignore_index, select_pairs
+from fastdaa.selection import ORDERS, check_ignore_index, moved, select_pairs
 from fastdaa.validation import (
     check_choice,
     check_floating,
@@ -130,9 +130,7 @@ class FusedLinearPairLoss(nn.Module):
 
     def _selection(self, labels: Tensor, device: torch.device) -> TokenSelection:
         selection = select_pairs(labels, order=self.order, ignore_index=self.ignore_index)
-        # Not its method: Dynamo of torch 2.8 takes none of a NamedTuple.
-        rows, targets, lengths, counts = selection
-        return TokenSelection(rows.to(device), targets.to(device), lengths.to(device), counts)
+        return moved(selection, device)
 
     @torch.no_grad()
     def _score(

@@ -65,10 +65,23 @@ def select_pairs(
     sequences = labels.shape[0]
     if sequences % 2:
         raise ValueError(f"labels: expected 2B rows (chosen and rejected), got {sequences}")
+    return pairs_in_order(labels, order, ignore_index, shift=1)
+
+
+def moved(selection: TokenSelection, device: torch.device) -> TokenSelection:
+    """``selection.to(device)``, which Dynamo of torch 2.8, taking no method of a NamedTuple, can
+    trace."""
+    rows, targets, lengths, counts = selection
+    return TokenSelection(rows.to(device), targets.to(device), lengths.to(device), counts)
+
+
+def pairs_in_order(labels: Tensor, order: str, ignore_index: int, shift: int) -> TokenSelection:
+    """:func:`select_pairs` of checked labels, whose tokens are predicted ``shift`` positions before
+    them."""
     if torch.compiler.is_compiling():
-        rows, targets, lengths = _select_pairs(labels, order, ignore_index)
+        rows, targets, lengths = _select_pairs(labels, order, ignore_index, shift)
         return TokenSelection(rows, targets, lengths, ())
-    return _pairs_in_order(labels, order, ignore_index)
+    return _pairs_in_order(labels, order, ignore_index, shift)
 
 
 def select_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
@@ -113,28 +126,32 @@ def check_ignore_index(ignore_index: int) -> None:
 
 
 @torch.library.custom_op("fastdaa::select_pairs", mutates_args=(), tags=HOST_READS)
-def _select_pairs(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ``[N]``, targets ``[N]`` and lengths ``[2B]`` of :func:`select_pairs`."""
-    return _pairs_in_order(labels, order, ignore_index)[:3]
+def _select_pairs(
+    labels: Tensor, order: str, ignore_index: int, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[N]``, targets ``[N]`` and lengths ``[2B]`` of :func:`pairs_in_order`."""
+    return _pairs_in_order(labels, order, ignore_index, shift)[:3]
 
 
 @_select_pairs.register_fake
-def _(labels: Tensor, order: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(labels: Tensor, order: str, ignore_index: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens = size_from_data()
     return (
         labels.new_empty(tokens), labels.new_empty(tokens), labels.new_empty(labels.shape[0]),
     )  # fmt: skip
 
 
-def _pairs_in_order(labels: Tensor, order: str, ignore_index: int) -> TokenSelection:
+def _pairs_in_order(labels: Tensor, order: str, ignore_index: int, shift: int) -> TokenSelection:
     permutation = torch.arange(labels.shape[0], device=labels.device)
     if order == "chosen_first":
         permutation = permutation.view(2, -1).T.reshape(-1)
-    return _select_in_order(labels, permutation, ignore_index)
+    return _select_in_order(labels, permutation, ignore_index, shift)
 
 
-def _select_in_order(labels: Tensor, permutation: Tensor, ignore_index: int) -> TokenSelection:
-    shifted = labels.index_select(0, permutation)[:, 1:]
+def _select_in_order(
+    labels: Tensor, permutation: Tensor, ignore_index: int, shift: int = 1
+) -> TokenSelection:
+    shifted = labels.index_select(0, permutation)[:, shift:]
     scored = shifted != ignore_index
     sequence, position = scored.nonzero(as_tuple=True)
     rows = permutation[sequence] * labels.shape[1] + position

@@ -155,5 +155,7 @@ def test_operators_pass_the_library_check():
     )  # fmt: skip
     labels = torch.tensor([[1, 2, -100], [3, 4, 5]])
     torch.library.opcheck(
-        torch.ops.fastdaa.select_pairs.default, (labels, "interleaved", -100), test_utils=checks[:2]
+        torch.ops.fastdaa.select_pairs.default,
+        (labels, "interleaved", -100, 1),
+        test_utils=checks[:2],
     )

@@ -285,3 +285,27 @@ def test_neither_liger_nor_trl_is_imported():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["LigerFusedLinearDPOLoss", "LigerFusedLinearCPOLoss", "LigerFusedLinearORPOLoss"]
+)
+def test_a_compiled_loss_is_one_graph(name):
+    """As it comes, without ``fullgraph``; the numbers are those without a compiler."""
+    module, graphs = getattr(ours, name)(), []
+    weight = torch.randn(33, 8, requires_grad=True)
+
+    def loss(x, target, ref_weight):
+        ref = {"ref_input": x.detach(), "ref_weight": ref_weight} if "DPO" in name else {}
+        return module(weight, torch.tanh(x), target, **ref)[0]
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(loss, backend=count)
+    x, target = torch.randn(4, 6, 8, requires_grad=True), torch.randint(0, 33, (4, 6))
+    target[:, :2] = -100
+    call = (x, target, torch.randn(33, 8))
+    want, got = (torch.autograd.grad(f(*call), (x, weight)) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) and len(graphs) == 1

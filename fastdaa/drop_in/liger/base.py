@@ -14,6 +14,7 @@ from fastdaa.drop_in.liger.shifted_pairs import (
 from fastdaa.head import LmHead
 from fastdaa.losses import Objective, implicit_rewards, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
+from fastdaa.selection import moved
 
 Result = tuple[Tensor, tuple[Tensor, ...]]
 """The loss, and the tuple of other results."""
@@ -53,7 +54,7 @@ class LinearPreferenceLoss(nn.Module):
     def _select(self, hidden_states: Tensor, target: Tensor) -> TokenSelection:
         selection = select_shifted_pairs(target, self.ignore_index)
         check_hidden_states("_input", hidden_states, target)
-        return selection.to(hidden_states.device)
+        return moved(selection, hidden_states.device)
 
     def _results(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, head_logps_and_stats, pair_logps, sequence_logps
 from fastdaa.outputs import PairLogps, TokenSelection
+from fastdaa.selection import pairs_in_order
 from fastdaa.validation import (
     check_floating,
     check_head_inputs,
@@ -35,14 +36,7 @@ def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
             f"target: expected shape [2B, T], all chosen and then all rejected, got "
             f"{list(target.shape)}"
         )
-    sequences, width = target.shape
-    order = torch.arange(sequences, device=target.device).view(2, -1).T.reshape(-1)
-    ordered = target.index_select(0, order)
-    scored = ordered != ignore_index
-    sequence, position = scored.nonzero(as_tuple=True)
-    lengths = scored.sum(dim=1)
-    rows = order[sequence] * width + position
-    return TokenSelection(rows, ordered[scored], lengths, tuple(lengths.tolist()))
+    return pairs_in_order(target, "chosen_first", ignore_index, shift=0)
 
 
 def check_hidden_states(name: str, hidden_states: Tensor, target: Tensor) -> None:
