@@ -107,9 +107,9 @@ def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None
         "recompute": statistics + recomputed + gradient,
     }[path] + statistics * _online(case)
     again = plan.gemms - 3 if plan.keeps_part else 0.0
-    logit += again * (recomputed + gradient)
     products = plan.gemms - (path in ("single_pass", "recompute") and not case.head_grad)
-    total = logit * case.tokens * case.vocab + _gradient_sums(case, path, plan, w)
+    total = (logit + again * (recomputed + gradient)) * case.tokens * case.vocab
+    total += _gradient_sums(case, path, plan, w)
     return Cost((products + _online(case)) * case.unit, total, dtype)
 
 
