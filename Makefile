@@ -87,9 +87,10 @@ format: $(DEV_READY) ## let ruff fix and format what it can
 
 # Every benchmark runs, whatever the others did; Ctrl-C keeps finished rows and ends all.
 bench: $(BENCH_READY) ## head, loss, step, memory, accuracy beside their peers, and a page (under ten minutes)
-	@failed=; for kind in head loss memory accuracy step; do echo "[bench] $$kind"; \
-	  what="--selection cpu"; code=0; \
-	  [ $$kind != step ] || what="--selection quick --budget $(STEP_BUDGET)"; \
+	@cases=$$($(BIN)/python -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')"); \
+	failed=; for kind in head loss memory accuracy step; do echo "[bench] $$kind"; \
+	  what="--selection $$cases"; code=0; \
+	  [ $$kind != step ] || what="--budget $(STEP_BUDGET)"; \
 	  OMP_WAIT_POLICY=passive $(BIN)/python -m fastdaa.cli bench $$kind $$what \
 	    --output $(BENCH_OUTPUT)/$$kind.jsonl $(BENCH_FLAGS) || code=$$?; \
 	  [ $$code -ne 130 ] || exit 130; [ $$code -eq 0 ] || failed="$$failed $$kind"; \

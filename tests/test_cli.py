@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -531,3 +532,11 @@ def test_every_line_of_the_log_says_who_speaks(capsys: pytest.CaptureFixture[str
     with log_lines(main_process=True):
         logging.getLogger("fastdaa.data").info("first\nsecond")
     assert capsys.readouterr().err == "[fastdaa] first\n[fastdaa] second\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    command = [sys.executable, "-m", "fastdaa.cli", "bench", "head", "--list"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)

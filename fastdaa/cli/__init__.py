@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ _COMMANDS = {
     "study": "measure over-optimisation: quality against KL, scaling laws, a page",
 }
 _USAGE_ERROR = 2
+_READER_GONE = 141  # what a shell says of a process that SIGPIPE has ended
 # What a user can cause: wrong values, missing files, an unreachable hub, a missing extra, weights
 # that a learning rate has blown up.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
@@ -53,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_packages(command)
-        return int(importlib.import_module(f"{__name__}.{command}").run(rest))
+        code = int(importlib.import_module(f"{__name__}.{command}").run(rest))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
     except KeyboardInterrupt:
         return _fail(f"fastdaa {command}", "interrupted", INTERRUPTED)
     except _USER_ERRORS as error:
