@@ -20,9 +20,10 @@ from fastdaa.engines import TorchTile, TritonTile
 from fastdaa.head import LmHead
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
+from fastdaa.slices import least_columns
 
-# Two splits of the vocabulary, the second of them narrow and odd.
-_COLUMNS = 12288 + 53
+# Of the second of two splits of the vocabulary, narrow and odd.
+_MORE_COLUMNS = 53
 _ROWS = 8
 LEAST_CAPABILITY = (8, 0)
 
@@ -101,10 +102,10 @@ def wrong_results(device: torch.device) -> list[str]:
     gradients over the logits as beside them; the objective kernel's DPO against its formula.
     """
     generator = torch.Generator(device).manual_seed(0)
-    shape = (_ROWS, _COLUMNS)
+    columns = least_columns() + _MORE_COLUMNS
     # The caller's default dtype may be another one.
-    z = 4.0 * torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-    targets = torch.randint(_COLUMNS, (_ROWS,), generator=generator, device=device)
+    z = 4.0 * torch.randn((_ROWS, columns), generator=generator, device=device, dtype=torch.float32)
+    targets = torch.randint(columns, (_ROWS,), generator=generator, device=device)
     found = _objective_differences(z[0, :16])
     z[:2].scatter_(1, targets[:2, None], z.new_tensor([[45.0], [-45.0]]))
     found |= _tile_differences(z, targets)
@@ -123,8 +124,8 @@ _LIMITS = {
 
 
 def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    head = LmHead(z.new_empty((_COLUMNS, 1), dtype=torch.bfloat16))
-    everything, coefficients = slice(0, _COLUMNS), torch.ones_like(z[:, 0])
+    head = LmHead(z.new_empty((z.shape[1], 1), dtype=torch.bfloat16))
+    everything, coefficients = slice(0, z.shape[1]), torch.ones_like(z[:, 0])
     plain = TorchTile(head, z.double(), everything, torch.float64)
     ours = TritonTile(head, z, everything, torch.bfloat16)
     state, stats = ours.statistics(targets, stats=True)

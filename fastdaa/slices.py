@@ -22,11 +22,11 @@ PRODUCT_BYTES = 32 << 20
 # A product with so many results fills a GPU four times over, so none of their sums is split: parts
 # would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
 UNSPLIT_ENTRIES = 1 << 24
-# Rows and bytes of logits whose statistics the Triton engine takes at a time. 1024 rows of 12288
-# columns are 384 tiles of 128 x 256 of their product, just under three for each multiprocessor of
-# an H200; with fewer rows columns are more: no library has a reason to split the sums.
+# Rows and bytes of logits whose statistics the Triton engine takes at a time. 1024 rows of 12544
+# columns are 392 tiles of 128 x 256 of their product, and three for each multiprocessor of an H200
+# are 396; with fewer rows columns are more: no library has a reason to split the sums.
 STATISTICS_ROWS = 1024
-STATISTICS_BYTES = 48 << 20
+STATISTICS_BYTES = 49 << 20
 # CPU products give a row the same bits in any block whose height is a multiple of this.
 CPU_ROW_MULTIPLE = 16
 

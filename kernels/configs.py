@@ -15,7 +15,7 @@ ARCHITECTURES = (80, 90, 100)
 """Compute capabilities (times ten) that have a table; others use the next lower one."""
 
 
-SPLIT_V = 12288
+SPLIT_V = 12544
 """Vocabulary entries of a program that takes statistics."""
 
 
