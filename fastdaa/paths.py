@@ -7,8 +7,9 @@ The unit of cost is ``U = 2 N V D`` FLOP, one matrix product of the head.
 | score | 1U | no gradient is wanted |
 | frozen | 2U | the head is not trained: the unscaled gradient of the hidden states is made in the
 forward pass, and the backward pass is a row scale |
-| single pass | 3U | the loss is known inside a chunk of whole pairs (:func:`fastdaa.pair_loss`), or
-the whole batch's bf16 gradients of logits fit, see :mod:`fastdaa.kept` |
+| single pass | 3U to 4U | the loss is known inside a chunk of whole pairs
+(:func:`fastdaa.pair_loss`), or bf16 gradients of logits, all or a part of them, fit: see
+:mod:`fastdaa.single_pass_memory` |
 | recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major |
 """
 

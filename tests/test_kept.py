@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept_calls import (
+    COUNTS,
+    EVERYTHING,
+    D,
+    Linear,
+    V,
+    check_wanted_alone,
+    relative,
+    run,
+    tensors,
+    truth,
+)
 
 from fastdaa import (
     LmHead,
     Objective,
-    PairLogps,
     TokenSelection,
     kept_products,
     memory,
@@ -32,39 +43,6 @@ pytestmark = [
     pytest.mark.interpreter,
 ]
 
-COUNTS = (6, 4, 1, 3, 8, 2, 0, 5)
-V, D = 131, 24
-EVERYTHING = {"softcap": 3.0, "logit_scale": 1.4, "temperature": 0.7}
-
-
-class Linear:
-    """Sends any gradient through a pair loss: the reference is the coefficients."""
-
-    needs_ref, coupled, sparse, has_token_level = True, False, False, False
-
-    def __call__(self, policy: PairLogps, ref: PairLogps, totals, token_losses):
-        return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
-
-
-def tensors(dtype, counts=COUNTS, v=V, d=D, bias=False):
-    """Leaves ``[hidden states, weight, bias]``, with logits of a few nats, and a selection."""
-    n = sum(counts)
-    targets = torch.randint(v, (n,))
-    made = [torch.randn(n, d), torch.randn(v, d) * 0.6, torch.randn(v) if bias else None]
-    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in made]
-    return leaves, TokenSelection(torch.arange(n), targets, torch.tensor(counts), tuple(counts))
-
-
-def run(leaves, selection, objective, *, options=None, scale=1.0, **kwargs):
-    """Output and gradients of ``scale * loss``."""
-    copies = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
-    kwargs.setdefault("ref_logps", torch.linspace(-30, -5, len(selection.counts)))
-    out = pair_loss(
-        copies[0], LmHead(*copies[1:], **(options or {})), selection, objective, **kwargs
-    )
-    wanted = [t for t in copies if t is not None]
-    return out, torch.autograd.grad(out.loss, wanted, torch.tensor(scale, dtype=out.loss.dtype))
-
 
 def planned(leaves, engine="auto", coupled=False):
     return plan_loss(leaves[0], LmHead(*leaves[1:]), coupled=coupled, impl="auto", engine=engine)
@@ -81,15 +59,6 @@ def in_chunks(monkeypatch):
         monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
 
     return start
-
-
-def truth(leaves, selection, objective, **kwargs):
-    wide = [None if t is None else t.detach().double() for t in leaves]
-    return run(wide, selection, objective, impl="reference", **kwargs)
-
-
-def relative(got, want) -> float:
-    return ((got.double() - want).norm() / want.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -259,16 +228,7 @@ def test_tiles_and_slices_of_any_size_give_the_same(half_factors, monkeypatch):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
 def test_only_the_wanted_gradients_are_made(half_factors, wanted):
     half_factors(torch.bfloat16)
-    leaves, selection = tensors(torch.bfloat16, bias=True)
-    objective, ref = Objective.parse("dpo"), torch.zeros(len(COUNTS))
-    _, expected = run(leaves, selection, objective, ref_logps=ref)
-    for i, leaf in enumerate(leaves):
-        leaf.requires_grad_(i in wanted)
-    pair_loss(
-        leaves[0], LmHead(*leaves[1:]), selection, objective, ref_logps=ref, impl="single_pass"
-    ).loss.backward()
-    for i, leaf in enumerate(leaves):
-        assert torch.equal(leaf.grad, expected[i]) if i in wanted else leaf.grad is None
+    check_wanted_alone(*tensors(torch.bfloat16, bias=True), wanted)
 
 
 def test_gradients_have_the_dtypes_of_their_tensors(half_factors):

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept_calls import (
+    COUNTS,
+    EVERYTHING,
+    Linear,
+    V,
+    check_wanted_alone,
+    relative,
+    run,
+    tensors,
+    truth,
+)
 
-from fastdaa import LmHead, Objective, PairLogps, TokenSelection, memory, pair_loss, token_logps
+from fastdaa import LmHead, Objective, memory, pair_loss, token_logps
 from fastdaa.kept_logps import plan_kept
 from fastdaa.single_pass import plan_loss
 from fastdaa.single_pass_memory import SinglePassRoom
@@ -16,22 +27,7 @@ pytestmark = [
     pytest.mark.interpreter,
 ]
 
-COUNTS = (6, 4, 1, 3, 8, 2, 0, 5)
-N, V, D = sum(COUNTS), 131, 24
-EVERYTHING = {"softcap": 3.0, "logit_scale": 1.4, "temperature": 0.7}
-EPS = torch.finfo(torch.bfloat16).eps
-
-
-class Linear:
-    """Sends any gradient through a pair loss: the reference is the coefficients."""
-
-    needs_ref, coupled, has_token_level = True, False, False
-
-    def __init__(self, sparse=False):
-        self.sparse = sparse
-
-    def __call__(self, policy: PairLogps, ref: PairLogps, totals, token_losses):
-        return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
+N, EPS = sum(COUNTS), torch.finfo(torch.bfloat16).eps
 
 
 @pytest.fixture
@@ -46,29 +42,11 @@ def in_part(monkeypatch, half_factors):
     return start
 
 
-def tensors(dtype=torch.bfloat16, bias=False):
-    """Leaves ``[hidden states, weight, bias]``, logits of a few nats; targets in both parts."""
-    made = [torch.randn(N, D), torch.randn(V, D) * 0.6, torch.randn(V) if bias else None]
-    targets = torch.randint(V, (N,))
-    targets[:6] = torch.tensor([0, 47, 48, 49, 130, 47])
-    selection = TokenSelection(torch.arange(N), targets, torch.tensor(COUNTS), COUNTS)
-    return [None if t is None else t.to(dtype).requires_grad_() for t in made], selection
-
-
-def run(leaves, selection, objective, *, options=None, **call):
-    copies = [None if t is None else t.detach().clone().requires_grad_() for t in leaves]
-    call.setdefault("ref_logps", torch.linspace(-30, -5, len(COUNTS)))
-    head = LmHead(*copies[1:], **(options or {}))
-    out = pair_loss(copies[0], head, selection, objective, **call)
-    return out, torch.autograd.grad(out.loss, [t for t in copies if t is not None])
-
-
-def truth(leaves, *args, **call):
-    return run([None if t is None else t.double() for t in leaves], *args, impl="reference", **call)
-
-
-def relative(got, want) -> float:
-    return ((got.double() - want).norm() / want.norm()).item()
+def batch(dtype=torch.bfloat16, bias=False):
+    """:func:`kept_calls.tensors`, with targets on both sides of the first 48 columns' end."""
+    leaves, selection = tensors(dtype, bias=bias)
+    selection.targets[:6] = torch.tensor([0, 47, 48, 49, 130, 47])
+    return leaves, selection
 
 
 @pytest.mark.parametrize("columns", [16, 48, 128])
@@ -81,7 +59,7 @@ def relative(got, want) -> float:
     ],
 )
 def test_losses_are_those_of_all_gradients_kept(half_factors, in_part, columns, engine, options):
-    leaves, selection = tensors(bias=bool(options))
+    leaves, selection = batch(bias=bool(options))
     call = (leaves, selection, Objective.parse("dpo", beta=0.1))
     _, wide = truth(*call, options=options)
     half_factors(torch.bfloat16)
@@ -124,7 +102,7 @@ def test_gradients_are_as_good_as_those_of_materialised_logits(in_part, peak):
 @pytest.mark.parametrize("engine", ["torch", "triton"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_rows_without_a_coefficient_have_no_gradient(in_part, engine, sparse):
-    leaves, selection = tensors(bias=True)
+    leaves, selection = batch(bias=True)
     ref = torch.tensor([1.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
     _, wide = truth(leaves, selection, Linear(), ref_logps=ref)
     in_part(48)
@@ -139,7 +117,7 @@ def test_rows_without_a_coefficient_have_no_gradient(in_part, engine, sparse):
 
 @pytest.mark.parametrize("name", ["kto", "aot"])
 def test_losses_that_couple_the_batch_take_it_too(in_part, name):
-    leaves, selection = tensors()
+    leaves, selection = batch()
     call = (leaves, selection, Objective.parse(name))
     _, wide = truth(*call)
     in_part(48)
@@ -151,21 +129,12 @@ def test_losses_that_couple_the_batch_take_it_too(in_part, name):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
 def test_only_the_wanted_gradients_are_made(in_part, wanted):
     in_part(48)
-    leaves, selection = tensors(bias=True)
-    objective, ref = Objective.parse("dpo"), torch.zeros(len(COUNTS))
-    _, expected = run(leaves, selection, objective, ref_logps=ref)
-    for i, leaf in enumerate(leaves):
-        leaf.requires_grad_(i in wanted)
-    pair_loss(
-        leaves[0], LmHead(*leaves[1:]), selection, objective, ref_logps=ref, impl="single_pass"
-    ).loss.backward()
-    for i, leaf in enumerate(leaves):
-        assert torch.equal(leaf.grad, expected[i]) if i in wanted else leaf.grad is None
+    check_wanted_alone(*batch(bias=True), wanted)
 
 
-def test_gradients_have_the_dtypes_of_their_tensors(in_part):
+def test_gradients_have_the_dtypes_of_their_batch(in_part):
     """As under autocast: fp32 tensors, products in half precision."""
-    leaves, selection = tensors(torch.float32, bias=True)
+    leaves, selection = batch(torch.float32, bias=True)
     call = (leaves, selection, Objective.parse("dpo"))
     _, wide = truth(*call)
     in_part(48)
@@ -176,7 +145,7 @@ def test_gradients_have_the_dtypes_of_their_tensors(in_part):
 
 def test_the_caller_may_change_what_is_returned(in_part):
     in_part(48)
-    leaves, selection = tensors()
+    leaves, selection = batch()
     call = {"ref_logps": torch.zeros(len(COUNTS)), "impl": "single_pass"}
     found = []
     for change in (False, True):
@@ -188,7 +157,7 @@ def test_the_caller_may_change_what_is_returned(in_part):
 
 
 def test_a_loss_outside_the_call_may_run_backward_twice(in_part):
-    leaves, selection = tensors(bias=True)
+    leaves, selection = batch(bias=True)
     hidden, weight, bias = leaves
     wide = [t.detach().double().requires_grad_() for t in leaves]
     logps = token_logps(wide[0], wide[1], selection.targets, bias=wide[2], impl="reference")
@@ -207,7 +176,7 @@ def test_a_loss_outside_the_call_may_run_backward_twice(in_part):
 @pytest.mark.parametrize("name", ["dpo", "slic"])
 def test_a_graph_of_a_compiler_makes_the_same(in_part, name):
     in_part(48)
-    leaves, selection = tensors(bias=True)
+    leaves, selection = batch(bias=True)
     objective = Objective.parse(name)
 
     def loss(*tensors):

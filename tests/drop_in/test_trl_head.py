@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from drop_in.trl_runs import compare
-from torch.utils._python_dispatch import TorchDispatchMode
+from head_products import HeadProducts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -31,21 +31,6 @@ def test_the_head_is_that_of_fastdaa_and_trl_keeps_its_own(make_dpo, trl, ours, 
     make_dpo(ours, model=saved(), settings={"max_steps": 2}).train()
     assert scored == [True, False, True, False]
     assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
-
-
-class HeadProducts(TorchDispatchMode):
-    """Counts the FLOP of products over the vocabulary."""
-
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.vocab_size, self.flop = vocab_size, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith(("aten::mm", "aten::addmm")):
-            a, b = args[-2:]
-            if self.vocab_size in (*a.shape, *b.shape):
-                self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 def head_units(trainer):
