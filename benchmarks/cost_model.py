@@ -106,11 +106,11 @@ def tiled(case: Case, path: str, engine: str, device: str, max_bytes: int | None
         "single_pass": gradient if one_read and plan.kept_tokens else statistics + gradient,
         "recompute": statistics + recomputed + gradient,
     }[path] + statistics * _online(case)
-    again = plan.gemms - 3 if plan.keeps_part else 0.0
-    products = plan.gemms - (path in ("single_pass", "recompute") and not case.head_grad)
+    again = 1 - plan.kept_columns / case.vocab if plan.keeps_part else 0.0
+    again += plan.hidden_rows > 0 and case.wants_head_grad  # both gradients, each on its own
     total = (logit + again * (recomputed + gradient)) * case.tokens * case.vocab
     total += _gradient_sums(case, path, plan, w)
-    return Cost((products + _online(case)) * case.unit, total, dtype)
+    return Cost((plan.gemms + _online(case)) * case.unit, total, dtype)
 
 
 def _logit_passes(engine: str, w: int, softcap: bool) -> tuple[int, int, int]:
@@ -147,7 +147,8 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
     add, rounded = 8.0, 4.0 + w
     if path == "recompute":
         rounded *= w != 4
-        parts, slices = math.ceil(n / plan.tile_rows), math.ceil(v / plan.tile_columns)
+        parts = math.ceil(n / plan.tile_rows)
+        slices = math.ceil(v / (plan.hidden_columns or plan.tile_columns))
         # The product of a slice and all tokens rounds its results itself.
         weight = add * (parts - 1) + rounded if parts > 1 else 0.0
         return n * d * (add * (slices - 1) + rounded) + v * d * weight * case.wants_head_grad

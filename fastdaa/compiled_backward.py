@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdaa.compiled_logps import HeadSettings
 from fastdaa.compiled_operators import present, present_fake, wide_dtype
 from fastdaa.compiled_sizes import HOST_READS
+from fastdaa.frozen import scaled_slopes
 from fastdaa.kept import Waiting, waiting_gradients
 from fastdaa.kept_products import KeptGradients
 from fastdaa.losses import Objective
@@ -41,7 +42,8 @@ class Saved(NamedTuple):
     log_s: Tensor
     """``[N]`` that goes with ``m``."""
     hidden: Tensor
-    """``[N, D]`` gradient of the hidden states, wide; for a frozen head without coefficients."""
+    """``[N, D]`` gradient of the hidden states, wide; of a frozen head without ``coefficients``,
+    which are there, too."""
     weight: Tensor
     """``[V, D]`` gradient of the weight, wide."""
     bias: Tensor
@@ -95,6 +97,9 @@ def pair_loss_gradients(
     """Gradients of hidden states, weight and bias from :class:`Saved`; empty where not wanted."""
     tensors, sums = (rows, weight, bias), (hidden_sum, weight_sum, bias_sum)
     wants = wanted[0], wanted[1], wanted[2]
+    if hidden_sum.numel() and coefficients.numel():
+        by_hidden = scaled_slopes(hidden_sum, coefficients * grad_loss, rows.dtype)
+        return present((by_hidden, None, None), rows)
     if any(total.numel() for total in sums):
         grads = tuple(
             torch.mul(total, grad_loss, out=torch.empty_like(t)) if want and t is not None else None

@@ -16,6 +16,7 @@ from fastdaa.compiled_operators import (
     only_first_differentiable,
     present,
     present_fake,
+    what_waits,
     wide_dtype,
 )
 from fastdaa.divergence_tiles import (
@@ -100,23 +101,23 @@ def _divergence(
     return values, values.new_empty(0) if slopes is None else slopes
 
 
-def _is_frozen(hidden_grad: bool, head_grad: bool) -> bool:
-    return hidden_grad and not head_grad
+def _waits(hidden_grad: bool, head_grad: bool) -> str:
+    return what_waits("auto", None, hidden_grad, head_grad)
 
 
 @_divergence.register_fake
 def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, operand, _, _, _, _, hidden_grad, head_grad = rest
     values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
-    shape = hidden_states.shape if _is_frozen(hidden_grad, head_grad) else (0,)
+    shape = hidden_states.shape if _waits(hidden_grad, head_grad) == "slopes" else (0,)
     return values, values.new_empty(shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     only_first_differentiable(ctx, output)
-    ctx.frozen, ctx.dtype, ctx.options = _is_frozen(*inputs[-2:]), inputs[0].dtype, inputs[6:-2]
+    ctx.waits, ctx.dtype, ctx.options = _waits(*inputs[-2:]), inputs[0].dtype, inputs[6:-2]
     ctx.count = len(inputs)
-    ctx.save_for_backward(*(output[1:] if ctx.frozen else inputs[:6]))
+    ctx.save_for_backward(*(output[1:] if ctx.waits == "slopes" else inputs[:6]))
 
 
 @torch.library.custom_op("fastdaa::token_divergence_gradients", mutates_args=())

@@ -16,9 +16,12 @@ from fastdaa.compiled_operators import (
     only_first_differentiable,
     present,
     present_fake,
+    waiting_fake,
+    what_waits,
     wide_dtype,
 )
 from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
+from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.tiles import Logits, operand_dtype
 
@@ -57,26 +60,20 @@ def _entropy(
         hidden_states, head, impl=impl, engine=engine, max_bytes=max_bytes,
         wanted=(hidden_grad, head_grad), operand=operand,
     )  # fmt: skip
-    absent = hidden_states.new_empty(0, dtype=wide_dtype(operand))
+    absent = hidden_states.new_empty((0, hidden_states.shape[1]), dtype=wide_dtype(operand))
     if plan.path == "frozen":
         values, slopes = entropies_and_slopes(hidden_states, head, plan, operand)
-        return values, absent, absent.clone(), slopes
+        return values, absent.new_empty(0), absent.new_empty(0), slopes
     state, values = entropies(hidden_states, head, plan, operand)
     return values, state.m, state.log_s, absent
 
 
-def _is_frozen(impl: str, hidden_grad: bool, head_grad: bool) -> bool:
-    return hidden_grad and not head_grad and impl != "recompute"
-
-
 @_entropy.register_fake
 def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, operand, impl, _, _, hidden_grad, head_grad = rest
-    rows, frozen = hidden_states.shape[0], _is_frozen(impl, hidden_grad, head_grad)
-    vector = 0 if frozen else rows
-    slopes = tuple(hidden_states.shape) if frozen else (0,)
-    shapes: list[Any] = [(rows,), (vector,), (vector,), slopes]
-    return tuple(hidden_states.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
+    *_, operand, impl, _, max_bytes, hidden_grad, head_grad = rest
+    waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
+    values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
+    return values, *waiting_fake(waits, hidden_states, operand)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,11 +81,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     values, m, log_s, slopes = output
     only_first_differentiable(ctx, output)
     ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
-    ctx.frozen = _is_frozen(options[-3], hidden_grad, head_grad)
-    if ctx.frozen:
+    impl, _, max_bytes = options[-3:]
+    ctx.waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
+    if ctx.waits == "slopes":
         ctx.save_for_backward(slopes)
     else:
-        ctx.save_for_backward(hidden_states, weight, bias, values, m, log_s)
+        ctx.save_for_backward(hidden_states, weight, bias, values, m, log_s, slopes)
 
 
 @torch.library.custom_op("fastdaa::token_entropy_gradients", mutates_args=())
@@ -100,6 +98,7 @@ def _gradients(
     values: Tensor,
     m: Tensor,
     log_s: Tensor,
+    slopes: Tensor,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -110,6 +109,9 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
+    if slopes.shape[0]:
+        by_hidden = scaled_slopes(slopes, coefficients, hidden_states.dtype)
+        return present((by_hidden, None, None), hidden_states)
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     plan = plan_entropy(
         hidden_states, head, impl=impl, engine=engine, max_bytes=max_bytes,

@@ -91,7 +91,7 @@ def _(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     only_first_differentiable(ctx, output)
-    ctx.options, ctx.count, ctx.frozen = inputs[4:], len(inputs), False
+    ctx.options, ctx.count, ctx.waits = inputs[4:], len(inputs), "gradients"
     ctx.save_for_backward(*inputs[:4], *output)
 
 

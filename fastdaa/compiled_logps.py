@@ -18,9 +18,11 @@ from fastdaa.compiled_operators import (
     only_first_differentiable,
     present,
     present_fake,
+    waiting_fake,
+    what_waits,
     wide_dtype,
 )
-from fastdaa.frozen import logps_and_slopes
+from fastdaa.frozen import logps_and_slopes, scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
@@ -30,9 +32,6 @@ from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_head_inputs
 from fastdaa.vocab_shard import VocabShard
-
-# Marks an output that this call does not have: an operator's outputs are all tensors.
-_ABSENT = 0
 
 
 class HeadSettings(NamedTuple):
@@ -139,28 +138,23 @@ def _logps(
         hidden_states, head, wanted=(hidden_grad, head_grad), operand=operand, impl=impl,
         engine=engine, max_bytes=max_bytes, selected=selected,
     )  # fmt: skip
-    absent = hidden_states.new_empty(_ABSENT, dtype=wide_dtype(operand))
+    # An operator's outputs are all tensors, those that this call does not have empty ones.
+    absent = hidden_states.new_empty((0, hidden_states.shape[1]), dtype=wide_dtype(operand))
     if plan.path == "frozen":
         logps, slopes, _ = logps_and_slopes(hidden_states, head, targets, plan, operand)
-        return logps, absent, absent.clone(), slopes
+        return logps, absent.new_empty(0), absent.new_empty(0), slopes
     state, _ = score(hidden_states, head, targets, plan, operand=operand)
     return state.logps, state.m, state.log_s, absent
-
-
-def _is_frozen(impl: str, hidden_grad: bool, head_grad: bool) -> bool:
-    return hidden_grad and not head_grad and impl != "recompute"
 
 
 @_logps.register_fake
 def _(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, operand, impl, _, _, _, hidden_grad, head_grad = options
-    rows, frozen = targets.shape[0], _is_frozen(impl, hidden_grad, head_grad)
-    vector = _ABSENT if frozen else rows
-    slopes = tuple(hidden_states.shape) if frozen else (_ABSENT,)
-    shapes: list[Any] = [(rows,), (vector,), (vector,), slopes]
-    return tuple(hidden_states.new_empty(shape, dtype=wide_dtype(operand)) for shape in shapes)  # type: ignore[return-value]
+    *_, operand, impl, _, max_bytes, _, hidden_grad, head_grad = options
+    waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
+    logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
+    return logps, *waiting_fake(waits, hidden_states, operand)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,11 +162,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logps, m, log_s, slopes = output
     only_first_differentiable(ctx, output)
     ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
-    ctx.frozen = _is_frozen(options[-4], hidden_grad, head_grad)
-    if ctx.frozen:
+    impl, _, max_bytes, _ = options[-4:]
+    ctx.waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
+    if ctx.waits == "slopes":
         ctx.save_for_backward(slopes)
     else:
-        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s, slopes)
 
 
 @torch.library.custom_op("fastdaa::head_gradients", mutates_args=())
@@ -185,6 +180,7 @@ def _gradients(
     logps: Tensor,
     m: Tensor,
     log_s: Tensor,
+    slopes: Tensor,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -198,6 +194,9 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
+    if slopes.shape[0]:
+        by_hidden = scaled_slopes(slopes, coefficients, hidden_states.dtype)
+        return present((by_hidden, None, None), hidden_states)
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     plan = plan_call(
         hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), operand=operand, impl=impl,

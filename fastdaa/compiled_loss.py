@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_backward import Saved, pair_loss_gradients
 from fastdaa.compiled_logps import HeadSettings, check_compilable
-from fastdaa.compiled_operators import only_first_differentiable, wide_dtype
+from fastdaa.compiled_operators import only_first_differentiable, what_waits, wide_dtype
 from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
@@ -208,26 +208,24 @@ def _autograd_inside() -> Iterator[None]:
         yield
 
 
-def _saves(impl: str, wanted: list[bool]) -> str:
+def _saves(impl: str, max_bytes: int | None, wanted: list[bool]) -> str:
     """What of :class:`Saved` is kept: ``"nothing"``, ``"slopes"`` of a frozen head, ``"state"`` to
     compute the logits again, or ``"any"``, as the sizes of the batch will have it."""
-    if not any(wanted):
-        return "nothing"
-    if impl == "recompute":
-        return "state"
-    frozen = impl == "frozen" or (impl == "auto" and not (wanted[1] or wanted[2]))
-    return "slopes" if frozen else "any"
+    waits = what_waits(impl, max_bytes, wanted[0], wanted[1] or wanted[2])
+    # A single pass keeps other things.
+    may_keep = impl == "single_pass" or (impl == "auto" and waits == "state")
+    return "any" if may_keep and any(wanted) else waits
 
 
 @_pair_loss.register_fake
 def _(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lengths: Tensor, *rest: Any
 ) -> _Outputs:
-    *_, operand, impl, _, _, stats, wanted = rest
+    *_, operand, impl, _, max_bytes, stats, wanted = rest
     tokens, wide = targets.shape[0], wide_dtype(operand)
     shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *[(tokens if stats else 0,)] * 3]
     results = [rows.new_empty(shape, dtype=wide) for shape in shapes]
-    saved, saves = Saved.nothing(rows, weight, operand), _saves(impl, wanted)
+    saved, saves = Saved.nothing(rows, weight, operand), _saves(impl, max_bytes, wanted)
     if saves == "slopes":
         saved = saved._replace(hidden=rows.new_empty(rows.shape, dtype=wide))
     if saves in ("slopes", "state"):
@@ -242,9 +240,9 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     rows, weight, bias, targets, *_ = inputs
-    *_, impl, _, _, _, wanted = inputs
+    *_, impl, _, max_bytes, _, wanted = inputs
     only_first_differentiable(ctx, output)
-    ctx.saves, ctx.wanted = _saves(impl, wanted), wanted
+    ctx.saves, ctx.wanted = _saves(impl, max_bytes, wanted), wanted
     ctx.dtype, ctx.count = rows.dtype, len(inputs)
     ctx.options = inputs[10], *inputs[13:]
     saved = Saved(*output[6:])

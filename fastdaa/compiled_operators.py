@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.compiled_sizes import size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 
@@ -25,8 +26,8 @@ def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
     """The backward pass of an operator whose first inputs are hidden states, weight and bias.
 
     ``gradients`` is the operator that makes theirs from the coefficients, what the context has
-    saved, its ``options``, and which are wanted. Where the context is ``frozen`` it has saved the
-    slopes ``[N, D]`` of the results.
+    saved, its ``options``, and which are wanted. Where what ``waits`` is ``"slopes"`` it has saved
+    the slopes ``[N, D]`` of the results alone.
     """
 
     @first_order
@@ -34,7 +35,7 @@ def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
         nothing = (None,) * (ctx.count - 3)
         if coefficients is None:
             return None, None, None, *nothing
-        if ctx.frozen:
+        if ctx.waits == "slopes":
             (slopes,) = ctx.saved_tensors
             return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
         wanted = list(ctx.needs_input_grad[:3])
@@ -42,6 +43,34 @@ def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
         return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
 
     return backward
+
+
+def what_waits(impl: str, max_bytes: int | None, hidden_grad: bool, head_grad: bool) -> str:
+    """What a path without the loss keeps for backward: ``"nothing"``, ``"slopes"`` of a frozen
+    head, ``"state"`` to compute the logits again, or one of these two, as the plan of the batch
+    will have it: ``"any"``."""
+    if not (hidden_grad or head_grad):
+        return "nothing"
+    if head_grad or impl == "recompute":
+        return "state"
+    return "slopes" if impl == "frozen" or max_bytes is None else "any"
+
+
+def waiting_fake(
+    waits: str, hidden_states: Tensor, operand: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of an operator that wait for backward: ``m``, ``log_s [N]``, slopes ``[N, D]``."""
+    rows, columns = hidden_states.shape
+    sizes: list[Any] = [0, 0, 0]
+    if waits == "any":
+        sizes = [size_from_data() for _ in range(3)]
+    elif waits != "slopes":
+        sizes = [rows, rows, 0]
+    else:
+        sizes = [0, 0, rows]
+    shapes: list[Any] = [(sizes[0],), (sizes[1],), (sizes[2], columns)]
+    wide = wide_dtype(operand)
+    return tuple(hidden_states.new_empty(shape, dtype=wide) for shape in shapes)  # type: ignore[return-value]
 
 
 def present(grads: Gradients, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

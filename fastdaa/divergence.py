@@ -21,6 +21,7 @@ from fastdaa.divergence_tiles import (
     plan_divergence,
 )
 from fastdaa.first_order import first_order
+from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
 from fastdaa.tiles import Logits
@@ -136,10 +137,7 @@ class _Divergence(torch.autograd.Function):
         nothing = (None,) * 7
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
-            # Into the dtype of the result at once: a product of its own would be a second [N, D].
-            grad = torch.empty_like(slopes, dtype=ctx.dtype)
-            torch.mul(slopes, coefficients[:, None], out=grad)
-            return grad, None, None, *nothing
+            return scaled_slopes(slopes, coefficients, ctx.dtype), None, None, *nothing
         saved = ctx.saved_tensors
         policy, ref = (
             Logits(hidden, replace(options, weight=weight, bias=bias), operand)

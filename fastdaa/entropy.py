@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdaa.compiled_entropy import compiled_token_entropy
 from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
 from fastdaa.first_order import first_order
+from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.planner import HeadPlan
 from fastdaa.tiles import Logits, operand_dtype
@@ -98,9 +99,7 @@ class _Entropy(torch.autograd.Function):
         nothing = (None, None, None)
         if ctx.plan.path == "frozen":
             (slopes,) = ctx.saved_tensors
-            # Into the dtype of the result at once: a product of its own would be a second [N, D].
-            grad = torch.empty_like(slopes, dtype=ctx.dtype)
-            return torch.mul(slopes, coefficients[:, None], out=grad), None, None, *nothing
+            return scaled_slopes(slopes, coefficients, ctx.dtype), None, None, *nothing
         hidden_states, weight, bias, values, m, log_s = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
         logits = Logits(hidden_states, head, ctx.operand, ctx.plan.engine)

@@ -42,9 +42,14 @@ class Frozen(torch.autograd.Function):
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
         (slopes,) = ctx.saved_tensors
-        # Into the dtype of the result at once: a product of its own would be a second [N, D].
-        grad = torch.empty_like(slopes, dtype=ctx.dtype)
-        return torch.mul(slopes, coefficients[:, None], out=grad), None, None, None, None
+        return scaled_slopes(slopes, coefficients, ctx.dtype), None, None, None, None
+
+
+def scaled_slopes(slopes: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the hidden states, ``[N, D]``, rounded once."""
+    # Into the dtype of the result at once: a product of its own would be a second [N, D].
+    grad = torch.empty_like(slopes, dtype=dtype)
+    return torch.mul(slopes, coefficients[:, None], out=grad)
 
 
 def logps_and_slopes(

@@ -11,16 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-from fastdaa.call_size import CallSize, gradient_row, statistics_entry
+from fastdaa.call_size import CallSize, gradient_entry, gradient_row, statistics_entry
 from fastdaa.slices import (
     CPU_ROW_MULTIPLE,
     PRODUCT_BYTES,
     STATISTICS_BYTES,
     STATISTICS_ROWS,
+    Slices,
     least_columns,
     logit_columns,
     plan_slices,
     state_bytes,
+    whole_columns,
 )
 
 # Bytes of logits held at a time: (statistics and gradient tiles, chunks of the single pass). A CPU
@@ -32,6 +34,8 @@ _DEVICE_BYTES = (512 << 20, 1 << 30)
 _KEPT_BYTES = 2 << 30
 # A CPU gains nothing from more rows in one product, and its cache does not hold them.
 _CPU_BLOCK_ROWS = 256
+# Rows with which a product of the whole vocabulary is no longer bound by reading the weight.
+_DEVICE_ROWS = 2048
 # Rows that fill the tiles of a GPU's products.
 _DEVICE_ROW_MULTIPLE = 256
 # Columns of the tiles of recompute's backward pass: wide enough for an efficient product, narrow
@@ -59,6 +63,11 @@ class Tiles(NamedTuple):
     """Vocabulary entries of these gradients."""
     kept_whole: bool = False
     """These are all tokens of the batch, and they are kept until the backward pass."""
+    hidden_rows: int = 0
+    """Tokens whose gradient of the hidden states is made at once, apart from the weight's; 0 where
+    both are made of the same tiles."""
+    hidden_columns: int = 0
+    """Vocabulary entries of the tiles that it is made of."""
 
     @property
     def chunk_tokens(self) -> int:
@@ -107,12 +116,16 @@ class Room:
         """The same where products add to sums: fp16 scales them, picked rows have no place."""
         return self.result if self.size.operand == torch.float16 or self.size.sparse else 0
 
+    def leaves_room(self, sums: int) -> bool:
+        """Beside ``sums`` there is enough for tiles, a sixteenth of the budget."""
+        return self.max_bytes is None or 16 * (self.max_bytes - sums) >= self.max_bytes
+
     def beside(self, sums: int, default: int) -> int:
         """Bytes for tiles beside ``sums``."""
         if self.max_bytes is None:
             return default
-        rest = self.max_bytes - sums
-        return min(default, rest if 16 * rest >= self.max_bytes else self.max_bytes // 4)
+        fits = self.leaves_room(sums)
+        return min(default, self.max_bytes - sums if fits else self.max_bytes // 4)
 
     def rows(self, budget: int, row: int) -> int:
         """Whole rows of ``row`` bytes within a budget, as many as fill the device's products."""
@@ -174,10 +187,14 @@ class Room:
         tile = min(STATISTICS_BYTES, held * entry * size.width)
         return Tiles(rows, rows, columns, sums + tile + held * copy)
 
+    @property
+    def frozen_sums(self) -> int:
+        """What a frozen head holds beside tiles: slopes, and copies."""
+        return self.size.selection + self.size.slopes + self.size.weight_copy
+
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
-        size = self.size
-        sums = size.selection + size.slopes + size.weight_copy
+        size, sums = self.size, self.frozen_sums
         row = gradient_row(size, self.engine) + size.wide * size.hidden_size + self.fill
         if self.engine != "torch" and size.operand == torch.bfloat16:
             row += size.narrow * size.width  # slopes beside the logits, from one read of them
@@ -207,11 +224,47 @@ class Room:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
         total, last = self.hidden_sums()
-        sums = size.selection + size.picked_row * size.tokens + total
-        budget = self.beside(sums + self.product, self.tile)
-        slices = plan_slices(size, self.engine, budget, self.most_columns, self.rows)
+        copies = size.selection + size.picked_row * size.tokens
+        sums = copies + total
+        if size.hidden_grad and size.tokens:
+            narrowed = size.own_hidden.itemsize != size.wide
+            if not size.head_grad:
+                return self.by_rows(first, copies)
+            if narrowed and not self.leaves_room(sums + self.product):
+                return self.two_sweeps(first, copies)
+        slices = self.slices(sums)
         held = max(sums + max(slices.held + self.product, last), first.extra_bytes)
         return Tiles(first.block_rows, slices.rows, slices.columns, held)
+
+    def slices(self, sums: int) -> Slices:
+        """Tiles of the backward pass beside ``sums``."""
+        budget = self.beside(sums + self.product, self.tile)
+        return plan_slices(self.size, self.engine, budget, self.most_columns, self.rows)
+
+    def two_sweeps(self, first: Tiles, copies: int) -> Tiles:
+        """The weight's gradient, then that of the hidden states: no wide sum of all rows."""
+        rows, slices = self.by_rows(first, copies), self.slices(copies)
+        held = max(copies + slices.held + self.product, rows.extra_bytes)
+        return rows._replace(tile_rows=slices.rows, tile_columns=slices.columns, extra_bytes=held)
+
+    def by_rows(self, first: Tiles, copies: int) -> Tiles:
+        """The gradient of the hidden states alone, a block of rows at a time."""
+        size = self.size
+        if size.sparse or size.selected:  # of other rows than are returned
+            copies += size.own_hidden.itemsize * size.tokens * size.hidden_size
+        budget = self.beside(copies + self.product, self.tile)
+        # A block's wide sum takes a quarter at most; more rows than fill a product gain nothing.
+        row = size.wide * size.hidden_size + size.row_copy
+        rows = min(self.rows(budget // 4, row), _CPU_BLOCK_ROWS if self.on_cpu else _DEVICE_ROWS)
+        entry, copy = gradient_entry(size, self.engine), size.slice_copy * size.hidden_size
+        columns = (budget - self.held(rows, row)) // (self.held(rows, entry) + copy)
+        columns = min(max(columns, 1), size.width)
+        columns = columns if columns == size.width else whole_columns(columns)
+        tile = self.held(rows, row + entry * columns) + copy * columns
+        held = max(copies + self.product + tile, first.extra_bytes)
+        return Tiles(
+            first.block_rows, rows, columns, held, hidden_rows=rows, hidden_columns=columns
+        )
 
     def hidden_sums(self) -> tuple[int, int]:
         """Bytes of the wide gradient of the hidden states, unless it is what is returned, and of

@@ -49,6 +49,11 @@ class HeadPlan:
     kept_whole: bool = False
     """Those are all tokens of the batch, and they are kept until the backward pass. If not, they
     are a chunk of whole pairs, kept until its loss is known."""
+    hidden_rows: int = 0
+    """Tokens whose gradient of the hidden states ``recompute`` makes at once, apart from the
+    head's; 0 where both are made of the same tiles."""
+    hidden_columns: int = 0
+    """Vocabulary entries of the tiles that it is made of."""
     engine: str = "torch"
     """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
     ``"fused"`` where products and statistics are one kernel and no tile exists."""
@@ -61,14 +66,20 @@ class HeadPlan:
     """Logits of two heads are compared."""
     vocab_size: int = 0
     """``V``, or the slice of it that a process has."""
+    head_grad: bool = True
+    """A gradient of the weight or the bias is wanted."""
 
     @property
     def gemms(self) -> float:
         """Cost in ``U`` of forward and backward together, a whole number unless a part of the
-        logits is computed again."""
+        logits is computed again; with a gradient of the hidden states."""
         # The reference's logits, wherever the policy's are computed.
         more = (2 if self.path == "recompute" else 1) if self.divergence else 0
         again = 1 - self.kept_columns / self.vocab_size if self.keeps_part else 0
+        if self.path in ("single_pass", "recompute") and not self.head_grad:
+            more -= 1
+        elif self.hidden_rows:  # logits once for each of the two gradients
+            more += 1
         return GEMMS[self.path] + more + again
 
     @property
@@ -154,9 +165,10 @@ def plan_head(
             on CUDA devices on which its kernels agree with fp64 (tried once a process), else torch.
         max_bytes: memory beyond inputs and returned gradients; None for the default of the device.
             Sums that a path cannot do without count first, tiles get the rest. ``auto`` takes no
-            single pass that takes more; where the sums of another path leave next to nothing (less
-            than a sixteenth), its tiles take a quarter all the same: no batch is too long.
-            ``impl="single_pass"`` keeps what fits and computes the rest again.
+            single pass and no ``frozen`` that takes more, and ``recompute`` does without a sum of
+            all tokens, for 1U. Where copies (selected rows, a weight in another dtype) leave next
+            to nothing (less than a sixteenth), tiles take a quarter all the same: no batch is too
+            long. ``impl="single_pass"`` keeps what fits and computes the rest again.
         tokens: ``N`` scored tokens of the batch; 0 if not known.
         hidden_size: ``D``; 0 if not known, and sums are not counted.
         operand: dtype of the factors of the products. bf16 gradients of logits are kept until
@@ -174,7 +186,7 @@ def plan_head(
     Raises:
         TypeError: a size or budget that is no integer.
         ValueError: an unknown ``impl`` or ``engine``, one that cannot serve this call, a budget
-            below one row of logits, or below what ``impl="single_pass"`` takes.
+            below one row of logits, or below what ``impl="single_pass"`` or ``"frozen"`` takes.
         ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
     """
     check_choice("impl", impl, PATHS)
@@ -206,13 +218,30 @@ def _plan(
     if engine in ("triton", "fused"):
         _check_triton(engine, path, device)
     room, tiles = Room(size, name, on_cpu, max_bytes), None
+    if path == "frozen" and not divergence and not room.leaves_room(room.frozen_sums):
+        path, reason = _instead_of_frozen(room, impl)
     if path == "single_pass":
         ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled)
         tiles, reason = ways.best() if impl == "auto" else (_asked_for(ways), "asked for")
         path = path if tiles else "recompute"
     tiles = tiles or room.tiles("divergence" if divergence else path)
     sparse = size.sparse or on_cpu
-    return HeadPlan(path, reason, *tiles, name, engine_reason, sparse, divergence, size.width)
+    return HeadPlan(
+        path, reason, *tiles, name, engine_reason, sparse, divergence, size.width, size.head_grad
+    )
+
+
+def _instead_of_frozen(room: Room, impl: str) -> tuple[str, str]:
+    """The path, and why, where the gradients that a frozen head keeps do not fit."""
+    if impl == "frozen":
+        raise ValueError(
+            f"max_bytes: expected {-(-16 * room.frozen_sums // 15)} or more for impl='frozen', got "
+            f"{room.max_bytes}; impl='recompute' takes less"
+        )
+    return "recompute", (
+        f"the head is not trained, and gradients of {room.frozen_sums >> 20} MiB would be kept, "
+        "more than max_bytes allows"
+    )
 
 
 def _asked_for(ways: SinglePassRoom) -> Tiles:

@@ -1,6 +1,8 @@
 """4U: any loss on a trained head. Backward computes the logits again, vocabulary-major.
 
-Every slice of the weight's gradient is summed over all tokens at once and written once.
+Every slice of the weight's gradient is summed over all tokens at once and written once. The
+gradient of the hidden states, which every slice adds to, is a wide ``[N, D]`` until the last one.
+Where memory does not hold that, or no slice is wanted, it is made a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -116,17 +118,21 @@ def head_gradients(
         first = None if kept is None else FirstColumns(kept, targets, coefficients, head.width)
         if first is not None:
             first.write_head(hidden_states, weight, bias)
-        by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if wanted[0] else None
+        call = _Backward(logits, targets, coefficients, rows, plan, entropy)
+        summed = wanted[0] and not plan.hidden_rows
+        by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if summed else None
         if first is not None and by_hidden is not None:
             first.write_hidden(head.weight, by_hidden)
-        call = _Backward(logits, targets, coefficients, rows, plan, entropy)
         start = 0 if first is None else first.width
-        for part in blocks(head.width - start, plan.tile_columns):
-            columns = slice(start + part.start, start + part.stop)
-            call.add_slice(columns, by_hidden, weight, bias)
-    if by_hidden is not None:
-        sum_over_shards(by_hidden, head)
-        by_hidden = by_hidden.to(hidden_states.dtype)
+        if by_hidden is not None or weight is not None or bias is not None:
+            for part in blocks(head.width - start, plan.tile_columns):
+                columns = slice(start + part.start, start + part.stop)
+                call.add_slice(columns, by_hidden, weight, bias)
+        if by_hidden is not None:
+            sum_over_shards(by_hidden, head)
+            by_hidden = by_hidden.to(hidden_states.dtype)
+        elif wanted[0]:
+            by_hidden = call.hidden_by_rows(plan.hidden_rows, plan.hidden_columns)
     return by_hidden, weight, bias
 
 
@@ -168,6 +174,23 @@ class _Backward:
             by_weight.copy_(total)
         if bias is not None and by_bias is not None:
             bias[columns] = by_bias
+
+    def hidden_by_rows(self, block_rows: int, width: int) -> Tensor:
+        """The gradient of the hidden states: the wide sum of a block of rows at a time, each
+        rounded once."""
+        grad = torch.empty_like(self.logits.hidden_states)
+        for rows in blocks(grad.shape[0], block_rows):
+            hidden = self.logits.rows(rows)
+            total = torch.empty_like(grad[rows], dtype=self.logits.wide)
+            for columns in blocks(self.logits.head.width, width):
+                operand = self.logits.columns(columns)
+                dz = self._gradient(self.logits.tile_again(hidden, operand, columns), rows)
+                dz = dz.to(self.factor.operand)
+                self._put(total, dz, operand, first=columns.start == 0)
+                del dz, operand  # before the next ones are made
+            sum_over_shards(total, self.logits.head)
+            grad[rows] = total
+        return grad
 
     def _gradient(self, tile: RowTile, rows: slice) -> Tensor:
         state, scaled = self.rows.pick(rows), self.scaled[rows]

@@ -96,13 +96,13 @@ def _at_once(size: CallSize, engine: str, budget: int, columns: int) -> Iterator
     # Results wait for their rounding, a slice of the product at a time, or the product rounds them.
     rounded = size.head_grad and size.own_weight.itemsize != size.wide
     result = size.wide * size.hidden_size * rounded
-    own = _whole_columns(min(columns, budget // entry))
+    own = whole_columns(min(columns, budget // entry))
     if size.own_weight == size.operand and own * size.hidden_size >= UNSPLIT_ENTRIES:
         result = 0
     most = max(budget // (entry + result), (budget - PRODUCT_BYTES) // entry)
     if most < 1:
         return
-    columns = _whole_columns(min(columns, most))
+    columns = whole_columns(min(columns, most))
     held = entry * columns + min(result * columns, PRODUCT_BYTES)
     yield Slices(size.tokens, columns, held + size.tokens * size.row_copy, 1 / columns)
 
@@ -122,9 +122,9 @@ def _summed(
             yield Slices(rows, columns, entry * columns + row * rows, 1 / columns + 1 / rows)
         if columns == 1:
             return
-        columns = _whole_columns(columns // 2)
+        columns = whole_columns(columns // 2)
 
 
-def _whole_columns(columns: int) -> int:
+def whole_columns(columns: int) -> int:
     """As many columns, or a few less, as products like."""
     return columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE or max(columns, 1)

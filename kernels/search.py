@@ -20,6 +20,7 @@ from fastdaa.kernels.row_gradient import write_row_gradient
 from fastdaa.kernels.row_statistics import take_row_statistics
 from fastdaa.kernels.score import score_tokens
 from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig, tile_config
+from fastdaa.kernels.search_tiles import ProductConfig, product_candidates, score_through_tiles
 
 Timer = Callable[[Callable[[], object]], float]
 """Milliseconds that a call takes on the device."""
@@ -33,7 +34,7 @@ _LOGITS_BYTES = 512 << 20
 class Trial(NamedTuple):
     """One configuration and what became of it."""
 
-    config: TileConfig | RowConfig
+    config: TileConfig | RowConfig | ProductConfig
     milliseconds: float | None
     """None if it does not run or is wrong."""
     problem: str = ""
@@ -92,6 +93,7 @@ def searches(
 ) -> Iterator[tuple[str, Iterator[Trial]]]:
     """Every search that there is for a problem ``[N, D]``, ``[V, D]``, ``[N]``, with its name."""
     problem = (hidden_states, weight, targets)
+    yield "score through tiles", search_products(*problem, timer=timer)
     yield "score", search_score(*problem, timer=timer)
     yield "score with statistics", search_score(*problem, stats=True, timer=timer)
     rows = max(min(len(targets), _LOGITS_BYTES // (4 * len(weight))), 1)
@@ -128,6 +130,18 @@ def search_score(
         return score_tokens(hidden_states, weight, targets, stats=stats, config=config).logps
 
     return _trials(run, entry, candidates, timer)
+
+
+def search_products(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, *, timer: Timer | None = None
+) -> Iterator[Trial]:
+    """Time the other way to scores, products of tiles and statistics of each."""
+
+    def run(config: ProductConfig) -> Tensor:
+        return score_through_tiles(hidden_states, weight, targets, config)
+
+    first, *others = product_candidates()
+    return _trials(run, first, [first, *others], timer)
 
 
 def search_row_statistics(

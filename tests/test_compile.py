@@ -23,6 +23,10 @@ LOGPS_CASES = [
     pytest.param({"trained": False}, {"impl": "recompute"}, id="frozen-recompute"),
     pytest.param({"bias": True}, {"softcap": 3.0, "temperature": 0.7}, id="options"),
     pytest.param({"dtype": torch.bfloat16}, {}, id="bf16"),
+    # What a frozen head keeps takes 384 bytes.
+    pytest.param({"trained": False}, {"max_bytes": 500}, id="frozen-fits"),
+    pytest.param({"trained": False}, {"max_bytes": 300}, id="frozen-does-not-fit"),
+    pytest.param({"dtype": torch.bfloat16}, {"max_bytes": 300}, id="two-sweeps"),
 ]
 
 
@@ -144,7 +148,7 @@ def test_operators_pass_the_library_check():
         state = torch.ops.fastdaa.head_logps(hidden, weight, bias, targets, *options, True, True)
         torch.library.opcheck(
             torch.ops.fastdaa.head_gradients.default,
-            (torch.randn(N), hidden, weight, bias, targets, *state[:3], *options,
+            (torch.randn(N), hidden, weight, bias, targets, *state, *options,
              [True, False, True]),
             test_utils=checks[:2],
         )  # fmt: skip

@@ -26,6 +26,8 @@ CASES = [
     pytest.param({"dtype": torch.bfloat16}, {}, id="bf16"),
     pytest.param({"dtype": torch.bfloat16, "trained": False}, {}, id="bf16-frozen"),
     pytest.param({}, {"max_bytes": 4 * V * 24}, id="small-tiles"),
+    pytest.param({"trained": False}, {"max_bytes": 8 * N * D}, id="frozen-fits"),
+    pytest.param({"trained": False}, {"max_bytes": 4 * N * D}, id="frozen-does-not-fit"),
     pytest.param({}, {"engine": "triton"}, id="triton", marks=pytest.mark.interpreter),
 ]
 
@@ -120,6 +122,6 @@ def test_operators_pass_the_library_check(trained):
         state = torch.ops.fastdaa.token_entropy(*leaves, *options, True, True)
         torch.library.opcheck(
             torch.ops.fastdaa.token_entropy_gradients.default,
-            (torch.randn(N), *leaves, *state[:3], *options, [True, trained, trained]),
+            (torch.randn(N), *leaves, *state, *options, [True, trained, trained]),
             test_utils=checks[:2],
         )  # fmt: skip

@@ -93,6 +93,8 @@ CASES = [
         marks=pytest.mark.interpreter,
     ),
     pytest.param("aot", {"trained": False}, {}, id="coupled-frozen"),
+    pytest.param("dpo", {"trained": False}, {"max_bytes": 16 * N * D}, id="frozen-fits"),
+    pytest.param("slic", {"trained": False}, {"max_bytes": 8 * N * D}, id="frozen-does-not-fit"),
     pytest.param(
         "dpo", {"dtype": HALF, "bias": True}, {"options": {"softcap": 3.0}}, id="widened-options"
     ),

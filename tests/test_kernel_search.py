@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdaa import plan_head
 from fastdaa.cli.kernel_search import choose, search_kernels
 from fastdaa.kernels.configs import ROW_CONFIGS
 from fastdaa.kernels.score_configs import SCORE_CONFIGS, TileConfig
@@ -13,10 +14,12 @@ from fastdaa.kernels.search import (
     random_problem,
     row_candidates,
     score_candidates,
+    search_products,
     search_score,
     search_sizes,
     searches,
 )
+from fastdaa.kernels.search_tiles import ProductConfig, product_candidates, score_through_tiles
 
 SMALL = TileConfig(16, 32, 16, 4, 2, split_v=64)
 
@@ -40,11 +43,40 @@ def test_candidates_begin_with_the_tables_entry_and_repeat_nothing(half):
 def test_every_kernel_with_a_table_is_searched(monkeypatch):
     from fastdaa.kernels import search
 
+    monkeypatch.setattr(search, "product_candidates", lambda: [ProductConfig(4, 32)])
     monkeypatch.setattr(search, "score_candidates", lambda entry, half: [SMALL])
     monkeypatch.setattr(search, "row_candidates", lambda entry: [entry._replace(block_v=32)])
     found = {name: list(trials) for name, trials in searches(*problem(), timer=lambda run: 2.0)}
-    assert list(found) == ["score", "score with statistics", "row_statistics", "row_gradient"]
+    assert list(found) == [
+        "score through tiles", "score", "score with statistics", "row_statistics", "row_gradient",
+    ]  # fmt: skip
     assert all([trial.milliseconds for trial in trials] == [2.0] for trials in found.values())
+
+
+def test_candidates_of_products_begin_with_what_the_planner_takes():
+    taken = plan_head(
+        128256, "cuda", hidden_grad=False, head_grad=False, engine="triton", tokens=8192,
+        hidden_size=4096, operand=torch.bfloat16,
+    )  # fmt: skip
+    candidates = list(product_candidates())
+    assert candidates[0] == (taken.tile_rows, taken.tile_columns, 1)
+    assert len(set(candidates)) == len(candidates) > 12
+    assert {c.lanes for c in candidates} == {1, 2}
+
+
+@pytest.mark.parametrize("config", [(2, 32), (16, 32), (2, 96)], ids=str)
+def test_scores_through_tiles_are_log_probs(config):
+    hidden, weight, targets = problem()
+    want = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    got = score_through_tiles(hidden, weight, targets, ProductConfig(*config))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_two_streams_are_for_gpus():
+    candidates = search_products(*problem(), timer=lambda run: 1.0)
+    trials = {trial.config.lanes: trial for trial in candidates}
+    assert trials[1].milliseconds == 1.0
+    assert trials[2].problem == "2 streams: expected a CUDA device, got cpu"
 
 
 def test_every_candidate_is_run_checked_and_timed():

@@ -347,6 +347,21 @@ def test_memory_grows_with_the_tokens_by_nothing_but_rows_and_gradients(path):
     assert abs(long.held - short.held - gradients) < 0.02 * short.held + 4 * MIB
 
 
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+@pytest.mark.parametrize("n", [512, 24576])
+@pytest.mark.parametrize(("path", "units"), [("score", 1), ("frozen", 2), ("recompute", 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_memory_is_flat_where_it_is_asked_for(engine, n, path, units, dtype):
+    """The wide gradient of the hidden states of many tokens would not fit: 1U more."""
+    case = {**LLAMA, "n": n, "dtype": dtype}
+    found = count(path, engine=engine, impl="auto", max_bytes=300 * MIB, **case)
+    assert found.plan.gemms == found.cost == units + (n > 512 and path != "score")
+    # Statistics of a token, and the same while those of all blocks are joined.
+    assert found.held <= found.plan.extra_bytes + 100 * n, found.held / MIB
+    assert 0.6 * found.plan.extra_bytes <= found.held, found.plan.extra_bytes / MIB
+    assert found.plan.extra_bytes <= 300 * MIB
+
+
 def test_the_count_sees_materialised_logits():
     found = count("recompute", impl="reference", engine="torch", **LLAMA)
     assert found.held > 4 * LLAMA["n"] * LLAMA["v"]

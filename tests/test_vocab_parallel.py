@@ -45,6 +45,9 @@ CASES = {
         "dtype": torch.float32,
     },
     "small budget": {"wanted": (True, True), "loss": "dpo", "tile_rows": 3},
+    # Less than the wide gradient of the hidden states takes.
+    "frozen, few bytes": {"wanted": (True, False), "max_bytes": 1500},
+    "few bytes": {"wanted": (True, True), "dtype": torch.bfloat16, "max_bytes": 1500},
 }
 # Where Triton's interpreter is off, beside a GPU, its kernels do not take CPU tensors.
 NAMES = [
@@ -76,7 +79,9 @@ def run(case, rank=None, group=None, compiled=False):
 
     def call():
         if "loss" not in case:
-            logps = head_logps(hidden, head(), targets, engine=engine)
+            logps = head_logps(
+                hidden, head(), targets, engine=engine, max_bytes=case.get("max_bytes")
+            )
             return [logps], logps.sin().sum()
         selection = TokenSelection(torch.arange(N), targets, torch.tensor(LENGTHS), LENGTHS)
         out = pair_loss(
@@ -206,6 +211,11 @@ def test_a_slice_that_nobody_plans_for_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"shard: expected at most widest=5 rows, got 6"):
         LmHead(torch.zeros(6, 3), shard=VocabShard(3, 9, widest=5))
     assert LmHead(torch.zeros(3, 3), shard=VocabShard(0, 9, widest=6)).planned_width == 6
+    # The other process must not go on, and wait for the first one.
+    narrow = LmHead(torch.zeros(3, 3), shard=VocabShard(0, 9))
+    with pytest.raises(ValueError, match=r"expected at least 4 rows, as an even split of 9"):
+        head_logps(hidden, narrow, targets)
+    assert LmHead(torch.zeros(4, 3), shard=VocabShard(5, 9)).planned_width == 5
 
 
 @pytest.mark.interpreter

@@ -96,6 +96,12 @@ class Fastdaa(TokenScorer):
         if self.path == "single_pass" and self.max_bytes is not None and kept > self.max_bytes:
             products = 4  # nearly all logits are computed again
         spared = self.path in ("single_pass", "recompute") and not case.head_grad
+        if self.path == "recompute" and self.max_bytes is not None and not spared:
+            plan = plan_of(
+                case, self.path, "cuda", impl=self.path, engine=self.engine,
+                max_bytes=self.max_bytes,
+            )  # fmt: skip
+            products = int(plan.gemms)  # 4, or 5 where memory is short
         return products - spared + (case.reference == "online")
 
     def cost(self, case: Case, device: str) -> Cost | None:
