@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from fastdaa.benchmarks.cases import Case
-from fastdaa.planner import HeadPlan, plan_head
+from fastdaa.head_plan import HeadPlan
+from fastdaa.planner import plan_head
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRL_TOKENS, _TRL_COLUMNS = 4096, 32768

@@ -1,5 +1,14 @@
 """Fused preference training: log-probabilities and losses from hidden states, without logits.
 
+- Losses as ``torch.nn`` modules: :class:`FusedLinearDPOLoss`, :class:`FusedLinearIPOLoss`,
+  :class:`FusedLinearSLiCLoss`, :class:`FusedLinearAPALoss`, and :class:`FusedLinearPairLoss` for
+  every other objective in :data:`LOSSES`.
+- Functions below them: :func:`token_logps`, :func:`pair_loss`, :func:`token_divergence`,
+  :func:`token_entropy`; :class:`LmHead` and :func:`select_pairs` make their inputs,
+  :func:`plan_head` says what a call costs.
+- Trainers, data and other parts are imported by name: ``fastdaa.train``, ``fastdaa.data``,
+  ``fastdaa.drop_in``, ``fastdaa.online``, ``fastdaa.study``.
+
 Public names are imported when they are first used, so that ``import fastdaa`` and the help of the
 command line do not wait for torch.
 """
@@ -15,6 +24,7 @@ if TYPE_CHECKING:
     from fastdaa.divergence import token_divergence, token_kl
     from fastdaa.entropy import token_entropy
     from fastdaa.head import LmHead
+    from fastdaa.head_plan import HeadPlan
     from fastdaa.logps import sequence_logps, token_logps, token_stats
     from fastdaa.losses import LOSSES, Objective, custom_loss, implicit_rewards
     from fastdaa.modules import (
@@ -26,7 +36,7 @@ if TYPE_CHECKING:
     )
     from fastdaa.outputs import BatchTotals, PairLogps, PairLossOutput, TokenSelection, TokenStats
     from fastdaa.pair_loss import pair_loss
-    from fastdaa.planner import HeadPlan, plan_head
+    from fastdaa.planner import plan_head
     from fastdaa.selection import select_pairs, select_tokens
     from fastdaa.vocab_shard import VocabShard
 
@@ -67,6 +77,7 @@ _NAMES_OF_MODULES = {
     "divergence": ("token_divergence", "token_kl"),
     "entropy": ("token_entropy",),
     "head": ("LmHead",),
+    "head_plan": ("HeadPlan",),
     "logps": ("sequence_logps", "token_logps", "token_stats"),
     "losses": ("LOSSES", "Objective", "custom_loss", "implicit_rewards"),
     "modules": (
@@ -75,7 +86,7 @@ _NAMES_OF_MODULES = {
     ),
     "outputs": ("BatchTotals", "PairLogps", "PairLossOutput", "TokenSelection", "TokenStats"),
     "pair_loss": ("pair_loss",),
-    "planner": ("HeadPlan", "plan_head"),
+    "planner": ("plan_head",),
     "selection": ("select_pairs", "select_tokens"),
     "vocab_shard": ("VocabShard",),
 }  # fmt: skip

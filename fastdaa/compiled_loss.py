@@ -24,13 +24,13 @@ from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import keep_gradients
 from fastdaa.logps import pair_logps, sequence_logps, sharper_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch, pair_weights, weighting_of
 from fastdaa.plan_call import plan_call
-from fastdaa.planner import HeadPlan
 from fastdaa.score import score
 from fastdaa.single_pass import run_single_pass
 from fastdaa.tiles import Logits, operand_dtype

@@ -23,7 +23,7 @@ from fastdaa.divergence_tiles import (
 from fastdaa.first_order import first_order
 from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
-from fastdaa.planner import HeadPlan
+from fastdaa.head_plan import HeadPlan
 from fastdaa.tiles import Logits
 from fastdaa.validation import check_choice, check_kind
 

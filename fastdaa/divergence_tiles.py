@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastdaa.gradient_sums import Gradients, GradientSums, rounded
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.plan_call import plan_call
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import logit_slope, scale_tile
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
 from fastdaa.validation import check_product

@@ -17,7 +17,7 @@ from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradi
 from fastdaa.first_order import first_order
 from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
-from fastdaa.planner import HeadPlan
+from fastdaa.head_plan import HeadPlan
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_choice, check_product, check_vector
 

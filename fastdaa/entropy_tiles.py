@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.plan_call import plan_call
-from fastdaa.planner import HeadPlan
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
 from fastdaa.score import score

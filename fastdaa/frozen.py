@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import in_tile
 from fastdaa.score import join
 from fastdaa.tiles import Logits, blocks, product, sum_over_shards, without_autocast

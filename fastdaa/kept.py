@@ -1,10 +1,10 @@
-"""3U with bf16 factors: gradients of logits are kept, without the loss's numbers, until backward.
+"""3U with bf16 factors: gradients of logits wait, without the loss's coefficients, for backward.
 
-Then the loss's own gradient is known, too: no fp32 sum of the weight's gradient, and each entry of
-both is rounded once to the dtype of its tensor (:mod:`fastdaa.kept_products`). Where memory holds
-those of some columns alone, backward computes the logits of the others again, 3U to 4U. In fp16,
-rounding ``c * H`` costs more than rounding ``c * dz`` where logits are small, so fp16 is left to
-chunks of logits.
+The gradient of the loss itself is known by then, so the weight's gradient needs no fp32 sum, and
+each entry of the results is rounded once to the dtype of its tensor
+(:mod:`fastdaa.kept_products`). Where memory holds only the gradients of some columns, backward
+computes the logits of the others again, 3U to 4U. In fp16, rounding ``c * H`` costs more than
+rounding ``c * dz`` where logits are small, so fp16 is left to chunks of logits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients, leave_out
-from fastdaa.planner import HeadPlan
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, without_autocast

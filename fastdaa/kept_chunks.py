@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.gradient_sums import GradientSums
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import leave_out, scaled_rows, write_hidden_gradient
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
 from fastdaa.tiles import Logits, blocks
 from fastdaa.unscaled import Unscaled

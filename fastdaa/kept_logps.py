@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import Waiting, keep_logps, waiting_gradients
 from fastdaa.kept_products import KeptGradients
 from fastdaa.plan_call import plan_call
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdaa.head import LmHead
-from fastdaa.planner import HeadPlan, plan_head
+from fastdaa.head_plan import HeadPlan
+from fastdaa.planner import plan_head
 from fastdaa.tiles import operand_dtype
 
 

@@ -17,8 +17,8 @@ from fastdaa.engines import RowTile
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import score
 from fastdaa.tiles import (

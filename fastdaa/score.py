@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, blocks, without_autocast
 

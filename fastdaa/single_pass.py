@@ -20,11 +20,11 @@ from fastdaa.engines import RowTile, logits_memory
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients, GradientSums
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import Kept
 from fastdaa.kept_chunks import KeptChunks
 from fastdaa.outputs import TokenStats
 from fastdaa.plan_call import plan_call
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import join
 from fastdaa.tiles import (
@@ -141,12 +141,15 @@ class _HeldChunks:
         parts = [
             (start + b.start, start + b.stop) for b in blocks(stop - start, self.plan.tile_rows)
         ]
-        # A pair beyond the budget is computed twice, a part at a time.
-        held = list(self._forward(*parts[0])) if len(parts) == 1 else []
-        self._record(held)
-        logps = [block.state.logps for block in held]
-        for part in parts if len(parts) > 1 else []:
-            logps += self._logps(part)
+        again = len(parts) > 1  # a pair beyond the budget is computed twice, a part at a time
+        held: list[_Block] = []
+        logps: list[Tensor] = []
+        for part in parts:
+            held = list(self._forward(*part))
+            self._record(held)
+            logps += [block.state.logps for block in held]
+            if again:
+                held = []  # before the next part is made
         empty = self.weight.new_zeros(0, dtype=self.logits.wide)
         token_logps = torch.cat(logps or [empty])
         self.logps.append(token_logps)
@@ -154,14 +157,10 @@ class _HeldChunks:
         factor = GradientFactor(self.logits, coefficients)
         for part in parts:
             part_coefficients = coefficients[part[0] - start : part[1] - start]
-            self._backward(held or list(self._forward(*part)), part_coefficients, factor)
+            made = list(self._forward(*part)) if again else held
+            self._backward(made, part_coefficients, factor)
+            del made  # before the next part is made
         return losses
-
-    def _logps(self, part: tuple[int, int]) -> list[Tensor]:
-        """Log-probs of a part whose logits are not held."""
-        passing = list(self._forward(*part))
-        self._record(passing)
-        return [block.state.logps for block in passing]
 
     def _forward(self, start: int, stop: int) -> Iterator[_Block]:
         """Logits of the rows into the buffer, block by block, and their statistics."""

@@ -1,4 +1,4 @@
-"""Gradients of logits without the numbers that the loss brings, made while a tile is at hand."""
+"""Gradients of logits without the loss's coefficients, made while a tile of logits is at hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdaa.engines import logits_memory
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import KeptGradients
 from fastdaa.outputs import TokenStats
-from fastdaa.planner import HeadPlan
 from fastdaa.row_passes import RowState
 from fastdaa.score import join
 from fastdaa.tiles import Logits, blocks, filled_rows
@@ -38,20 +38,24 @@ class Unscaled:
 
     @property
     def kept(self) -> KeptGradients:
-        """Those of the rows made last, at the front of the buffer."""
+        """Gradients of the rows made last, which lie at the front of the buffer."""
         return KeptGradients(self.dz, self.factors, self.own)
 
     def joined(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Three states ``[N]``, if there are any, and three statistics ``[N]``."""
+        """The three fields of the states and the three token statistics: ``[N]``, or empty where
+        none were recorded."""
         empty = self.factors.new_empty(0)
         return join(self.states, 3, empty), join(self.values, 3, empty)
 
     def make(self, rows: slice, record: bool = True) -> Tensor:
-        """Log-probs ``[r]`` of some rows, whose gradients become the first of the buffer."""
+        """Log-probs ``[r]`` of some rows; their gradients go to the front of the buffer.
+
+        ``record`` keeps token statistics, if they are wanted at all.
+        """
         return self._tiles(rows, record, gradient=True)
 
     def score(self, rows: slice) -> Tensor:
-        """Log-probs ``[r]`` alone."""
+        """Log-probs ``[r]`` of some rows without their gradients."""
         return self._tiles(rows, True, gradient=False)
 
     def _tiles(self, rows: slice, record: bool, *, gradient: bool) -> Tensor:

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"outputs", "compiled_sizes"},
     {"validation", "first_order"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
-    {"slices"},
+    {"slices", "head_plan"},
     {"target_rows"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "memory"},

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdaa.planner import PATHS
+from fastdaa.paths import PATHS
 from fastdaa.train.segment_backends import BACKENDS
 from fastdaa.validation import check_choice, shown
 
