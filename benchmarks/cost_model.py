@@ -9,13 +9,15 @@ model is meant for GPUs; on CPUs tiles are kept in the last-level cache.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastdaa.benchmarks.cases import Case
-from fastdaa.head_plan import HeadPlan
 from fastdaa.planner import plan_head
+
+if TYPE_CHECKING:  # versions that are compared with may have it elsewhere
+    from fastdaa.head_plan import HeadPlan
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRL_TOKENS, _TRL_COLUMNS = 4096, 32768
@@ -134,11 +136,17 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
     factor = 2 * w  # the hidden states are made one, times coefficients
-    targets = 8.0 + 3 * w  # their rows of the weight are copied and added
+    kernels = plan.engine == "triton"  # each of these in one read and one write
+    # Normalised, and the targets' rows of the weight are copied and added.
+    joined = w if kernels else 8 + 8 + 3 * w
     if path == "frozen":
-        return n * d * (16.0 + targets + 4 + w)  # written, normalised, and scaled in backward
-    # Rows of the weight's gradient: parts in order, their sums, and these added.
-    kept = 8.0 + targets + (40 + 6 * w) * case.wants_head_grad
+        beside = 8 if kernels else 0  # read and written; in plain torch by normalising
+        return n * d * (beside + joined + 4.0 + w)  # and scaled in backward
+    # Rows of the weight's gradient: in plain torch parts in order, their sums, and these added.
+    sorted_rows = 40.0 + 6 * w
+    if kernels:
+        sorted_rows = 3.0 * w if plan.kept_whole else 8.0 + w
+    kept = joined + sorted_rows * case.wants_head_grad
     if plan.kept_whole:
         # A product of the weight's size rounds its results itself. Slices of columns that were not
         # kept add to the gradient of the hidden states.

@@ -21,6 +21,7 @@ from fastdaa.head import LmHead
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
 from fastdaa.slices import least_columns
+from fastdaa.target_rows import TargetRows, add_target_rows
 
 # Of the second of two splits of the vocabulary, narrow and odd.
 _MORE_COLUMNS = 53
@@ -99,7 +100,8 @@ def wrong_results(device: torch.device) -> list[str]:
 
     Statistics and gradients of a tile of logits against fp64, with a nearly certain target and a
     nearly impossible one; the same log-probs to the last bit beside a gradient, and the same
-    gradients over the logits as beside them; the objective kernel's DPO against its formula.
+    gradients over the logits as beside them; rows that join those of their targets; the objective
+    kernel's DPO against its formula.
     """
     generator = torch.Generator(device).manual_seed(0)
     columns = least_columns() + _MORE_COLUMNS
@@ -108,7 +110,7 @@ def wrong_results(device: torch.device) -> list[str]:
     targets = torch.randint(columns, (_ROWS,), generator=generator, device=device)
     found = _objective_differences(z[0, :16])
     z[:2].scatter_(1, targets[:2, None], z.new_tensor([[45.0], [-45.0]]))
-    found |= _tile_differences(z, targets)
+    found |= _target_differences(z) | _tile_differences(z, targets)  # the last one spoils z
     largest = torch.stack([value.double() for value in found.values()]).tolist()
     limits = zip(found, largest, strict=True)
     return [name for name, difference in limits if not difference <= _LIMITS[name]]
@@ -119,7 +121,7 @@ def wrong_results(device: torch.device) -> list[str]:
 _LIMITS = {
     "log-probs": 1e-4, "log-probs beside gradients": 0.0, "entropies": 1e-4, "gradients": 1e-2,
     "gradients in place": 2.0**-7, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
-    "losses": 1e-5, "coefficients": 1e-5,
+    "rows of targets": 1e-2, "losses": 1e-5, "coefficients": 1e-5,
 }  # fmt: skip
 
 
@@ -148,6 +150,17 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "gradients of frozen heads": _relative(by_frozen, truth),
         "column sums": _relative(sums[None], true_sums[None]),
     }
+
+
+def _target_differences(z: Tensor) -> dict[str, Tensor]:
+    """Of the hidden states that join the weight's rows of three targets."""
+    hidden, own = z[:, 1000:1600].bfloat16(), z[:, 0]
+    targets = torch.arange(z.shape[0], device=z.device) % 3
+    got = torch.ones_like(hidden[:3])
+    add_target_rows(got, hidden, TargetRows(targets, own, own), engine="triton")
+    truth = torch.ones_like(got, dtype=torch.float64)
+    truth.index_add_(0, targets, own.double()[:, None] * hidden.double())
+    return {"rows of targets": _relative(got, truth)}
 
 
 def _relative(got: Tensor, truth: Tensor) -> Tensor:

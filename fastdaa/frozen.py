@@ -17,6 +17,7 @@ from fastdaa.head_plan import HeadPlan
 from fastdaa.outputs import TokenStats
 from fastdaa.row_passes import in_tile
 from fastdaa.score import join
+from fastdaa.target_rows import TargetRows, finish_hidden
 from fastdaa.tiles import Logits, blocks, product, sum_over_shards, without_autocast
 
 
@@ -68,20 +69,22 @@ def logps_and_slopes(
         values: list[TokenStats] = []
         weight = logits.columns(slice(0, head.width))
         for rows in blocks(hidden_states.shape[0], plan.block_rows):
-            logps[rows], slopes[rows], more = _rows(logits, weight, targets[rows], rows, stats)
+            logps[rows], more = _rows(logits, weight, targets[rows], rows, stats, slopes[rows])
             values += [more] if more is not None else []
         sum_over_shards(slopes, head)
     return logps, slopes, join(values, 3, logps.new_empty(0))
 
 
 def _rows(
-    logits: Logits, weight: Tensor, targets: Tensor, rows: slice, stats: bool
-) -> tuple[Tensor, Tensor, TokenStats | None]:
-    """``(1 - p_t) w_t - sum over the others of p_v w_v``, with the slope of the logits."""
+    logits: Logits, weight: Tensor, targets: Tensor, rows: slice, stats: bool, out: Tensor
+) -> tuple[Tensor, TokenStats | None]:
+    """Log-probs, statistics, and into ``out`` ``(1 - p_t) w_t - sum over the others of p_v w_v``,
+    times the slope of the logits."""
     tile = logits.row_tile(logits.rows(rows), weight, slice(0, logits.head.width))
     state, values, slopes, factors, own = tile.slopes(targets, stats)
-    by_hidden = product(slopes.to(logits.operand), weight).mul_(factors[:, None])
+    product(slopes.to(logits.operand), weight, out)
     del tile, slopes  # before the targets' rows of the weight come
     inside, local = in_tile(targets, logits.head.first_token, weight.shape[0])
-    by_hidden.addcmul_(torch.where(inside, own, 0.0)[:, None], weight[local])
-    return state.logps, by_hidden, values
+    rows_of = TargetRows(local, factors, torch.where(inside, own, 0.0))
+    finish_hidden(out, rows_of, weight, engine=logits.engine_name)
+    return state.logps, values

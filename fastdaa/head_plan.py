@@ -9,51 +9,57 @@ from fastdaa.paths import GEMMS
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """A path, its tiles, and the reason for it."""
+    """A path, its tiles, and the reason for it.
+
+    Attributes:
+        path: One of ``PATHS`` but ``"auto"``.
+        reason: One clause, for people.
+        block_rows: Tokens whose statistics are taken at once, as many on all paths: so every one
+            gives the same log-probs to the last bit.
+        tile_rows: Tokens of the largest tile of logits: a tile of the backward pass where it
+            computes logits again; the token budget of a chunk of whole pairs in a ``single_pass``
+            that keeps no gradients; else ``block_rows``.
+        tile_columns: Vocabulary entries of that tile.
+        extra_bytes: The most that the call holds beyond its inputs, the gradients that it returns
+            and a few numbers a token, as far as its sizes were given; not counted (0) for
+            ``reference``.
+        kept_tokens: Tokens the gradients of whose logits ``single_pass`` keeps in bf16 at a time;
+            0 for none.
+        kept_columns: Vocabulary entries of these gradients. Where they are not all, backward
+            computes the logits of the others again.
+        kept_whole: Those are all tokens of the batch, and they are kept until the backward pass.
+            If not, they are a chunk of whole pairs, kept until its loss is known.
+        hidden_rows: Tokens whose gradient of the hidden states ``recompute`` makes at once, apart
+            from the head's; 0 where both are made of the same tiles.
+        hidden_columns: Vocabulary entries of the tiles that it is made of.
+        engine: What works on tiles between the products: ``"torch"``, ``"triton"`` for its
+            kernels, or ``"fused"`` where products and statistics are one kernel and no tile
+            exists.
+        engine_reason: One clause, where there was a choice.
+        sparse: Tokens with a coefficient of 0 are left out of the products that make gradients; a
+            GPU's host waits to learn their number.
+        divergence: Logits of two heads are compared.
+        vocab_size: ``V``, or the slice of it that a process has.
+        head_grad: A gradient of the weight or the bias is wanted.
+    """
 
     path: str
-    """One of ``PATHS`` but ``"auto"``."""
     reason: str
-    """One clause, for people."""
     block_rows: int
-    """Tokens whose statistics are taken at once, as many on all paths: so every one gives the same
-    log-probs to the last bit."""
     tile_rows: int
-    """Tokens of the largest tile of logits: a tile of the backward pass where it computes logits
-    again; the token budget of a chunk of whole pairs in a ``single_pass`` that keeps no gradients;
-    else ``block_rows``."""
     tile_columns: int
-    """Vocabulary entries of that tile."""
     extra_bytes: int = 0
-    """The most that the call holds beyond its inputs, the gradients that it returns and a few
-    numbers a token, as far as its sizes were given; not counted (0) for ``reference``."""
     kept_tokens: int = 0
-    """Tokens the gradients of whose logits ``single_pass`` keeps in bf16 at a time; 0 for none."""
     kept_columns: int = 0
-    """Vocabulary entries of these gradients. Where they are not all, backward computes the logits
-    of the others again."""
     kept_whole: bool = False
-    """Those are all tokens of the batch, and they are kept until the backward pass. If not, they
-    are a chunk of whole pairs, kept until its loss is known."""
     hidden_rows: int = 0
-    """Tokens whose gradient of the hidden states ``recompute`` makes at once, apart from the
-    head's; 0 where both are made of the same tiles."""
     hidden_columns: int = 0
-    """Vocabulary entries of the tiles that it is made of."""
     engine: str = "torch"
-    """What works on tiles between the products: ``"torch"``, ``"triton"`` for its kernels, or
-    ``"fused"`` where products and statistics are one kernel and no tile exists."""
     engine_reason: str = ""
-    """One clause, where there was a choice."""
     sparse: bool = False
-    """Tokens with a coefficient of 0 are left out of the products that make gradients; a GPU's host
-    waits to learn their number."""
     divergence: bool = False
-    """Logits of two heads are compared."""
     vocab_size: int = 0
-    """``V``, or the slice of it that a process has."""
     head_grad: bool = True
-    """A gradient of the weight or the bias is wanted."""
 
     @property
     def gemms(self) -> float:

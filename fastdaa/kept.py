@@ -111,7 +111,7 @@ def waiting_gradients(
     if kept.dz.shape[1] < head.width:
         return head_gradients(logits, targets, coefficients, state, plan, wanted, kept=kept)
     with without_autocast(hidden.device):
-        columns = FirstColumns(kept, targets, coefficients, head.width)
+        columns = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         # The weight first: its factor is gone before the gradient of the hidden states comes.
         weight, bias = (
             torch.empty_like(t) if t is not None and want else None

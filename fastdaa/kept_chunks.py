@@ -70,8 +70,8 @@ class KeptChunks:
         of = of if active is None else of.pick(active)
         if grads.weight is not None:
             grads.add_to_weight(dz, scaled_rows(hidden, of.coefficients, dz.dtype, active))
-            add_target_rows(grads.weight, hidden, of, active)
+            add_target_rows(grads.weight, hidden, of, active, self.plan.engine)
         if grads.hidden is not None:
-            write_hidden_gradient(dz, of, kept.weight, grads.hidden[rows], active)
+            write_hidden_gradient(dz, of, kept.weight, grads.hidden[rows], active, self.plan.engine)
         if grads.bias is not None:
             add_column_sums(grads.bias, dz, of)

@@ -1,14 +1,14 @@
 """Gradients of a head from gradients of logits that were kept without the loss's coefficients.
 
-For every sequence-level objective ``dL/dz_i = c_i (onehot_i - p_i)``, one number ``c_i`` a row. The
-rest of the row needs no loss and waits in the dtype of the next product. The numbers join on the
-rows of the hidden states' gradient, and on the hidden states as a factor of the weight's gradient.
-The entry of the target, ``o_i = 1 - p_i``, is the largest of its row. It stays out of the products,
-which round their factors:
+Every loss of token log-probs has ``dL/dz_i = c_i (onehot_i - p_i)``, with one coefficient ``c_i`` a
+row. The rest of the row does not depend on the loss, and waits in the dtype of the next product.
+The coefficients then scale the rows of the hidden states' gradient, and the hidden states where
+they are a factor of the weight's gradient. The entry of the target, ``o_i = 1 - p_i``, is the
+largest of its row. It stays out of the products, which round their factors:
 
     dH = c * (f * (dz W) + o * W[targets]),    dW = dz^T (c * f * H),  dW[targets] += c * o * H
 
-with the factors ``f`` of the rows of ``dz``.
+where ``dz`` holds the kept rows and ``f`` a factor a row.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from fastdaa.row_passes import move_to_front
-from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
-from fastdaa.tiles import blocks, product, product_slices, write_product
+from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
+from fastdaa.tiles import product, product_slices, write_product
 
-# The largest share of rows that remain for which it pays to move them: 4 bytes a logit against 4 D
-# FLOP a logit that is left out.
+# Moving rows costs 4 bytes a logit and saves 4 D FLOP a logit that is left out, so it pays up to
+# this share of rows that remain.
 _WORTH_MOVING = 15 / 16
-
-# Rows of the weight that join a product's result are copied, so many bytes of fp32 at a time.
-_FEW_BYTES = 16 << 20
 
 
 class KeptGradients(NamedTuple):
@@ -44,7 +41,7 @@ class KeptGradients(NamedTuple):
     """``[a]`` which tokens ``dz`` has, None for all."""
 
     def of_active(self) -> KeptGradients:
-        """The same, of these tokens alone."""
+        """The same for the tokens in ``active`` alone."""
         return KeptGradients(self.dz, self.factors[self.active], self.own[self.active])
 
     def rows(self, targets: Tensor, coefficients: Tensor, vocab_size: int) -> TargetRows:
@@ -64,13 +61,14 @@ class KeptGradients(NamedTuple):
 
 
 class FirstColumns:
-    """What kept gradients contribute: to the first rows of the weight's and the bias's gradient,
-    and, before that of other columns, to the gradient of the hidden states."""
+    """What kept gradients contribute: the first rows of the weight's and the bias's gradient, and
+    their part of the gradient of the hidden states, to which other columns are added later."""
 
     def __init__(
-        self, kept: KeptGradients, targets: Tensor, coefficients: Tensor, vocab_size: int
-    ) -> None:
-        self.kept, self.width = kept, kept.dz.shape[1]
+        self, kept: KeptGradients, targets: Tensor, coefficients: Tensor, vocab_size: int,
+        engine: str,
+    ) -> None:  # fmt: skip
+        self.kept, self.width, self.engine = kept, kept.dz.shape[1], engine
         self.rows = kept.rows(targets, coefficients, vocab_size)
 
     def write_head(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -80,7 +78,7 @@ class FirstColumns:
             factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
             write_product(weight[: self.width], dz.T, factor)
             del factor
-            add_target_rows(weight[: self.width], hidden, rows, active)
+            add_target_rows(weight[: self.width], hidden, rows, active, self.engine)
         if bias is not None:
             total = torch.zeros_like(bias[: self.width], dtype=rows.own.dtype)
             add_column_sums(total, dz, rows)
@@ -89,14 +87,14 @@ class FirstColumns:
     def write_hidden(self, weight: Tensor, out: Tensor) -> None:
         """Into ``out [N, D]``, each rounded once to its dtype."""
         factor = weight[: self.width].to(self.kept.dz.dtype)
-        write_hidden_gradient(self.kept.dz, self.rows, factor, out, self.kept.active)
+        write_hidden_gradient(self.kept.dz, self.rows, factor, out, self.kept.active, self.engine)
 
 
 def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
     """``dz`` with its rows of coefficient 0 left out, in place, and which rows remain.
 
-    None for all, as where moving rows would cost more than their products. The number of rows has
-    to be known to the host, which waits for it.
+    None stands for all of them, also where moving rows would cost more than their products. The
+    host waits for the device here, because it has to know the number of rows.
     """
     active = coefficients.nonzero()[:, 0]
     if active.shape[0] > _WORTH_MOVING * coefficients.shape[0]:
@@ -116,20 +114,15 @@ def scaled_rows(
 
 
 def write_hidden_gradient(
-    dz: Tensor, rows: TargetRows, weight: Tensor, out: Tensor, active: Tensor | None = None
-) -> None:
-    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]``, into all rows of ``out``
-    or those ``active``, rounded once; ``weight`` is a factor."""
-    few = max(_FEW_BYTES // (4 * out.shape[1]), 1)
+    dz: Tensor, rows: TargetRows, weight: Tensor, out: Tensor, active: Tensor | None = None,
+    engine: str = "torch",
+) -> None:  # fmt: skip
+    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]``, into the rows ``active``
+    of ``out`` (None for all), rounded once; ``weight`` is a factor."""
     for part in product_slices(out[: dz.shape[0]]):
         result, of = product(dz[part], weight), rows.pick(part)
-        places = None if active is None else active[part]
-        for some in blocks(result.shape[0], few):
-            these = of.pick(some)
-            ours = result[some].mul_(these.coefficients[:, None])
-            ours.addcmul_(these.own[:, None], weight[these.targets])
-            if places is None:
-                out[part][some] = ours
-            else:
-                out.index_copy_(0, places[some], ours.to(out.dtype))
-        del result, ours  # before the next ones are made
+        if active is None:
+            finish_hidden(result, of, weight, out[part], engine=engine)
+        else:
+            finish_hidden(result, of, weight, out, active[part], engine)
+        del result  # before the next one is made

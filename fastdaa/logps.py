@@ -166,8 +166,17 @@ def token_stats(
     """Log-probabilities ``[N]`` and statistics of the predicted distributions, no gradient (1U).
 
     Args:
-        hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
-            :func:`token_logps`.
+        hidden_states: ``[N, D]`` floating.
+        head: weight, bias and options.
+        targets: ``[N]`` int64 token ids in ``[0, V)``.
+        engine, max_bytes: as in :func:`token_logps`.
+
+    Returns:
+        ``[N]`` log-probs in nats and the statistics, ``[N]`` each: entropy in nats, whether the
+        target is the most likely token, mean logit; fp32 (fp64 if an input is fp64).
+
+    Raises:
+        TypeError, ValueError, ImportError: as in :func:`token_logps`.
     """
     check_head_inputs(hidden_states, head.weight, targets, head.bias, head.vocab_size)
     if torch.compiler.is_compiling():

@@ -36,7 +36,8 @@ _KEPT_BYTES = 2 << 30
 _CPU_BLOCK_ROWS = 256
 # Rows with which a product of the whole vocabulary is no longer bound by reading the weight.
 _DEVICE_ROWS = 2048
-# Rows that fill the tiles of a GPU's products.
+# Rows of the tiles of a GPU's products, and of two of them.
+_TILE_ROWS = 128
 _DEVICE_ROW_MULTIPLE = 256
 # Columns of the tiles of recompute's backward pass: wide enough for an efficient product, narrow
 # enough for thousands of rows.
@@ -131,6 +132,8 @@ class Room:
         """Whole rows of ``row`` bytes within a budget, as many as fill the device's products."""
         rows = max(budget // max(row, 1), 1)
         multiple = CPU_ROW_MULTIPLE if self.on_cpu else _DEVICE_ROW_MULTIPLE
+        if not self.on_cpu and _TILE_ROWS <= rows < _TILE_ROWS * 3 // 2:
+            return _TILE_ROWS  # the rest of a second tile would be empty
         return rows // multiple * multiple or rows
 
     def block(self, budget: int, row: int) -> int:
@@ -195,7 +198,7 @@ class Room:
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
         size, sums = self.size, self.frozen_sums
-        row = gradient_row(size, self.engine) + size.wide * size.hidden_size + self.fill
+        row = gradient_row(size, self.engine) + self.fill
         if self.engine != "torch" and size.operand == torch.bfloat16:
             row += size.narrow * size.width  # slopes beside the logits, from one read of them
         return self.whole_rows(sums, row)

@@ -115,7 +115,9 @@ def head_gradients(
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
     )
     with without_autocast(hidden_states.device):
-        first = None if kept is None else FirstColumns(kept, targets, coefficients, head.width)
+        first = None
+        if kept is not None:
+            first = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         if first is not None:
             first.write_head(hidden_states, weight, bias)
         call = _Backward(logits, targets, coefficients, rows, plan, entropy)

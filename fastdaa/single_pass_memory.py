@@ -229,4 +229,5 @@ def _first_product(room: Room) -> int:
     """Bytes of the product of what is kept with the hidden states, and of what joins it."""
     size = room.size
     factor = size.narrow * size.tokens * size.hidden_size
-    return max(factor + room.result, held_by_target_rows(size.tokens, size.hidden_size, size.wide))
+    joining = held_by_target_rows(size.tokens, size.hidden_size, size.wide, room.engine)
+    return max(factor + room.result, joining)

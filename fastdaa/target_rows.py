@@ -13,34 +13,45 @@ from torch import Tensor
 
 from fastdaa.slices import PRODUCT_BYTES
 
-# Bytes of parts of rows that are added at a time: of five tensors of that size.
+# Rows are added in parts of this many bytes; five tensors of that size are alive at a time.
 _PART_BYTES = 16 << 20
 
 
 class TargetRows(NamedTuple):
-    """Numbers ``[a]`` of rows of gradients, wide, and their targets."""
+    """Targets of rows of gradients and what scales the rows, all ``[a]``."""
 
     targets: Tensor
-    """int64."""
+    """int64 token ids."""
     coefficients: Tensor
-    """Of the entries beside the target."""
+    """Wide: the factor of all entries except the target's."""
     own: Tensor
-    """The entry of the target."""
+    """Wide: the entry of the target."""
 
     def pick(self, rows: slice | Tensor) -> TargetRows:
-        """Those of some rows."""
+        """The same for some rows."""
         return TargetRows(self.targets[rows], self.coefficients[rows], self.own[rows])
 
 
 def add_target_rows(
-    out: Tensor, hidden: Tensor, rows: TargetRows, active: Tensor | None = None
-) -> None:
-    """``out[targets] += own * hidden``: rows with the same target are summed in their order, in the
-    wide dtype, and added to ``out [V, D]`` at once, rounded once.
+    out: Tensor, hidden: Tensor, rows: TargetRows, active: Tensor | None = None,
+    engine: str = "torch",
+) -> None:  # fmt: skip
+    """``out[targets] += own * hidden``, rounded once.
+
+    Rows with the same target are first summed in their order, in the wide dtype.
 
     Args:
-        hidden: ``[N, D]``. rows: ``[a]``. active: ``[a]`` which of the hidden states, None for all.
+        out: ``[V, D]``. hidden: ``[N, D]``. rows: ``[a]``.
+        active: ``[a]``: which hidden states the rows belong to, None for all.
+        engine: ``"torch"``, or ``"triton"`` for its kernel.
     """
+    if engine == "triton":
+        from fastdaa.kernels.target_rows import add_sorted_rows
+
+        targets, order = rows.targets.sort(stable=True)
+        source = order if active is None else active[order]
+        add_sorted_rows(out, hidden.contiguous(), targets, source, rows.own[order])
+        return
     groups = _Groups(rows.targets)
     own, source = rows.own[groups.order, None], groups.order
     source = source if active is None else active[source]
@@ -50,14 +61,48 @@ def add_target_rows(
         groups.add(out[:, columns], hidden[:, columns][source] * own)
 
 
-def held_by_target_rows(rows: int, hidden_size: int, wide: int) -> int:
-    """Bytes that :func:`add_target_rows` takes, for entries of ``wide`` bytes."""
-    return 5 * min(_PART_BYTES, wide * rows * hidden_size)
+def finish_hidden(
+    result: Tensor, rows: TargetRows, weight: Tensor, out: Tensor | None = None,
+    places: Tensor | None = None, engine: str = "torch",
+) -> None:  # fmt: skip
+    """``coefficients * result + own * weight[targets]``, rounded once.
+
+    Args:
+        result: ``[a, D]``, wide: a product with gradients that are 0 at the targets. Not to be used
+            afterwards, unless there is no ``out``.
+        weight: ``[V, D]``. rows: ``[a]``; those with ``own`` 0 may have any target.
+        out: ``[N, D]``; None for ``result`` itself.
+        places: ``[a]`` rows of ``out``, None for its first ones.
+        engine: ``"torch"``, or ``"triton"`` for its kernel.
+    """
+    if engine == "triton":
+        from fastdaa.kernels.hidden_rows import finish_hidden_rows
+
+        place = result if out is None else out
+        finish_hidden_rows(result, rows.coefficients, rows.own, weight, rows.targets, place, places)
+        return
+    few = max(_PART_BYTES // (result.element_size() * max(result.shape[1], 1)), 1)
+    for start in range(0, result.shape[0], few):
+        some = slice(start, start + few)
+        these, ours = rows.pick(some), result[some]
+        ours.mul_(these.coefficients[:, None])
+        ours.addcmul_(these.own[:, None], weight[these.targets])
+        if out is not None and places is None:
+            out[some] = ours
+        elif out is not None and places is not None:
+            out.index_copy_(0, places[some], ours.to(out.dtype))
+
+
+def held_by_target_rows(rows: int, hidden_size: int, wide: int, engine: str) -> int:
+    """Bytes that :func:`add_target_rows` takes, for entries of ``wide`` bytes, beside vectors."""
+    return 0 if engine == "triton" else 5 * min(_PART_BYTES, wide * rows * hidden_size)
 
 
 def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
-    """``out += coefficients dz``, and ``own`` at the targets: ``[V]``, wide, a slice of the
-    vocabulary at a time."""
+    """``out += coefficients @ dz``, and ``own`` at the targets, for the gradient ``[V]`` of a bias.
+
+    Wide, a slice of the vocabulary at a time.
+    """
     step = max(PRODUCT_BYTES // (4 * max(dz.shape[0], 1)), 1)
     for start in range(0, dz.shape[1], step):
         columns = slice(start, start + step)
@@ -67,7 +112,7 @@ def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
 
 
 class _Groups:
-    """Rows ``[a]`` with the same target. Nothing waits to learn how many there are."""
+    """Rows ``[a]`` grouped by their target, without a wait for the number of groups."""
 
     def __init__(self, targets: Tensor):
         self.targets, self.order = targets.sort(stable=True)

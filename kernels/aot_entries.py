@@ -11,9 +11,11 @@ from typing import Any
 from fastdaa.kernels.aot import TARGETS, Entry
 from fastdaa.kernels.column_sums import _sum_columns_kernel
 from fastdaa.kernels.configs import ROW_CONFIGS
+from fastdaa.kernels.hidden_rows import _finish_hidden_rows_kernel
 from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
 from fastdaa.kernels.row_slopes import _finish_row_slopes_kernel
 from fastdaa.kernels.row_statistics import _take_row_states_kernel
+from fastdaa.kernels.target_rows import _add_target_rows_kernel
 from fastdaa.kernels.tile_entries import TILE_ENTRIES
 
 
@@ -118,6 +120,33 @@ def _columns(name: str, dtype: str, m: str = ":16") -> list[Entry]:
     )  # fmt: skip
 
 
+def _targets(name: str, out: str, hidden: str, m: str = ":16") -> list[Entry]:
+    arguments = {
+        "out_ptr": f"*{out}:16", "hidden_ptr": f"*{hidden}:16", "targets_ptr": "*i64",
+        "ends_ptr": "*i64", "sources_ptr": "*i64", "factors_ptr": "*fp32", "V": "i32:16",
+        "column_blocks": "i32", **dict.fromkeys(("D", "stride_ov", "stride_hn"), f"i32{m}"),
+    }  # fmt: skip
+    return _each(
+        f"target_rows/{name}", _add_target_rows_kernel, arguments, {}, ROW_CONFIGS["target_rows"],
+        ("BLOCK_N", "BLOCK_V"),
+    )  # fmt: skip
+
+
+def _hidden(name: str, dtype: str, places: bool = False, m: str = ":16") -> list[Entry]:
+    strides = ("D", "stride_pn", "stride_wv", "stride_on")
+    arguments = {
+        "product_ptr": "*fp32:16", "factors_ptr": "*fp32", "own_ptr": "*fp32",
+        "weight_ptr": "*bf16:16", "targets_ptr": "*i64", "out_ptr": f"*{dtype}:16",
+        "V": "i32:16", "column_blocks": "i32", **dict.fromkeys(strides, f"i32{m}"),
+        **({"places_ptr": "*i64"} if places else {}),
+    }  # fmt: skip
+    constants = {"HAS_PLACES": places, **({} if places else {"places_ptr": None})}
+    return _each(
+        f"hidden_rows/{name}", _finish_hidden_rows_kernel, arguments, constants,
+        ROW_CONFIGS["hidden_rows"],
+    )  # fmt: skip
+
+
 ENTRIES: list[Entry] = [
     *_statistics("plain"),
     *_statistics("odd-vocabulary", m=""),
@@ -144,6 +173,14 @@ ENTRIES: list[Entry] = [
     *_columns("bf16", "bf16"),
     *_columns("fp32", "fp32"),
     *_columns("odd-vocabulary", "bf16", m=""),
+    *_hidden("bf16", "bf16"),
+    *_hidden("fp32", "fp32"),
+    *_hidden("places", "bf16", places=True),
+    *_hidden("odd-columns", "bf16", m=""),
+    *_targets("bf16", "bf16", "bf16"),
+    *_targets("fp32", "fp32", "fp32"),
+    *_targets("fp32-sum", "fp32", "bf16"),
+    *_targets("odd-columns", "bf16", "bf16", m=""),
     *TILE_ENTRIES,
 ]
 """All of them. A name holds the kernel, the variant and the block sizes."""

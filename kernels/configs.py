@@ -45,6 +45,17 @@ ROW_CONFIGS: dict[str, dict[int, RowConfig]] = {
         90: RowConfig(2048, 8),
         100: RowConfig(2048, 8),
     },
+    "hidden_rows": {
+        80: RowConfig(1024, 4),
+        90: RowConfig(1024, 4),
+        100: RowConfig(1024, 4),
+    },
+    # 8 rows of 512 entries for 4 warps are 32 a thread, 4 loads of 16 bytes in bf16.
+    "target_rows": {
+        80: RowConfig(512, 4, block_n=8),
+        90: RowConfig(512, 4, block_n=8),
+        100: RowConfig(512, 4, block_n=8),
+    },
     "column_sums": {
         80: RowConfig(128, 4, block_n=32),
         90: RowConfig(128, 4, block_n=32),

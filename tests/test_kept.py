@@ -279,7 +279,6 @@ def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
     counts, v, d, tile_rows = (64,) * 8, 2048, 256, 32
     monkeypatch.setattr(memory, "_CPU_BYTES", (4 * v * tile_rows, 0))
     monkeypatch.setattr(tiles, "PRODUCT_BYTES", 4 * d * 128)
-    monkeypatch.setattr(kept_products, "_FEW_BYTES", 4 * d * 16)
     monkeypatch.setattr(target_rows, "_PART_BYTES", 4 * d * 16)
     leaves, selection = tensors(torch.bfloat16, counts, v, d)
     plan = planned(leaves)

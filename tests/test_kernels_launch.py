@@ -75,6 +75,17 @@ SLOPES = """if True:
         z, targets = torch.zeros(rows, 4096), torch.zeros(rows, dtype=torch.int64)
         take_row_slopes(z, targets, torch.zeros(rows, 4096, dtype=torch.bfloat16))
 """
+TARGETS = """if True:
+    from fastdaa.kernels.hidden_rows import finish_hidden_rows
+    from fastdaa.kernels.target_rows import add_sorted_rows
+
+    weight = torch.zeros(300, 80, dtype=torch.bfloat16)
+    for rows in (64, 37, 2, 1):
+        numbers = torch.zeros(rows + 1, dtype=torch.int64)[1:]
+        factors, product = torch.zeros(rows + 1)[1:], torch.zeros(rows, 80)
+        add_sorted_rows(weight, weight[:rows], numbers, numbers, factors)
+        finish_hidden_rows(product, factors, factors, weight, numbers, weight[:rows])
+"""
 SCORE = """if True:
     from fastdaa.kernels.score import score_tokens
 
@@ -138,6 +149,9 @@ OBJECTIVE = """if True:
                 "_finish_row_slopes_kernel": 1,
             },
             id="slopes",
+        ),
+        pytest.param(
+            TARGETS, {"_add_target_rows_kernel": 1, "_finish_hidden_rows_kernel": 1}, id="targets"
         ),
         pytest.param(SCORE, {"_score_tiles_kernel": 1, "_merge_splits_kernel": 1}, id="score"),
         pytest.param(

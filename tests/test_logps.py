@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tile_budget import tiles_of
 from torch import Tensor
 
 from fastdaa import LmHead, TokenStats, reference, sequence_logps, token_logps, token_stats
@@ -98,16 +99,23 @@ def freeze(made: Problem, path: str) -> Problem:
     return made
 
 
-def compare(check, made: Problem, path: str, **kwargs) -> None:
+def compare(check, made: Problem, path: str, max_bytes: int | None = None) -> None:
     """One path and plain torch, both against fp64, for log-probs and all gradients."""
+    vocab_size = made.weight.shape[0]
+    if path == "frozen" and max_bytes is not None:
+        # What it keeps does not fit into so little: small tiles by default.
+        with tiles_of(max_bytes // (4 * vocab_size), vocab_size):
+            compare(check, made, path)
+        return
+    kwargs = {"impl": path, "max_bytes": max_bytes}
     truth = made.copies(torch.float64).run(reference.token_logps)
     eager = made.copies().run(reference.token_logps)
     ours = freeze(made.copies(), path)
     length = sum(made.hidden_states.shape) + made.weight.shape[0]  # of all sums on the way
     if path == "score":
-        check("logps", ours.call(token_logps, impl=path, **kwargs), eager[0], truth[0], length)
+        check("logps", ours.call(token_logps, **kwargs), eager[0], truth[0], length)
         return
-    logps, grads = ours.run(token_logps, impl=path, **kwargs)
+    logps, grads = ours.run(token_logps, **kwargs)
     check("logps", logps, eager[0], truth[0], length)
     assert set(grads) == (set(truth[1]) if path == "recompute" else {"hidden_states"})
     for name, grad in grads.items():

@@ -1,0 +1,151 @@
+"""What the targets' entries contribute to gradients, by kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from fastdaa.kernels.configs import ROW_CONFIGS  # noqa: E402
+from fastdaa.kernels.hidden_rows import finish_hidden_rows  # noqa: E402
+from fastdaa.kernels.target_rows import add_sorted_rows  # noqa: E402
+from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden  # noqa: E402
+
+pytestmark = pytest.mark.interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+V = 13
+SMALL = ROW_CONFIGS["target_rows"][90]._replace(block_v=16, block_n=4)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def problem(n, d, dtype, targets):
+    generator = torch.Generator().manual_seed(n + d)
+    out, hidden = (torch.randn(rows, d, generator=generator) for rows in (V, n + 3))
+    factors = torch.randn(n, generator=generator)
+    order = torch.randperm(n + 3, generator=generator)[:n]
+    made = out.to(dtype), hidden.to(dtype), targets[:n].sort().values, order, factors
+    return [t.to(DEVICE) for t in made]
+
+
+def exact(out, hidden, targets, sources, factors):
+    want = out.double()
+    inside = (targets >= 0) & (targets < V)
+    rows = factors.double()[:, None] * hidden.double()[sources]
+    return want.index_add(0, targets[inside], rows[inside])
+
+
+TARGETS = {
+    # Groups of 1, of all lengths around the rows that are read at a time, and one of all.
+    "distinct": torch.randperm(V, generator=torch.Generator().manual_seed(1)),
+    "groups": torch.tensor([0] + 3 * [1] + 4 * [4] + 5 * [7] + 8 * [8] + 9 * [12]),
+    "one": torch.full((70,), 5),
+    "outside": torch.tensor([-7, -1, -1, 0, 0, 3, V, V, V, V, V, 2**40]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 16, 45])
+@pytest.mark.parametrize("name", TARGETS)
+def test_rows_of_a_target_are_added_and_rounded_once(name, d, dtype):
+    targets = TARGETS[name]
+    out, *rows = made = problem(len(targets), d, DTYPES[dtype], targets)
+    want, repeated = exact(*made), out.clone()
+    add_sorted_rows(out, *rows, config=SMALL)
+    add_sorted_rows(repeated, *rows, config=SMALL)
+    assert torch.equal(out, repeated)
+    # The interpreter truncates bf16 where a GPU rounds.
+    unit = {"fp32": 2e-7, "bf16": 2.0**-7, "fp16": 2.0**-11}[dtype]
+    assert ((out.double() - want).abs() <= unit * want.abs() + 1e-5).all()
+
+
+def test_only_rows_of_targets_are_written():
+    out, hidden, targets, sources, factors = problem(4, 20, torch.float32, TARGETS["one"])
+    memory = torch.full((V, 64), float("nan"), device=DEVICE)
+    view = memory[:, 8:28]  # rows lie apart, and begin between two others
+    view[5] = out[5]
+    add_sorted_rows(view, hidden, targets, sources, factors, config=SMALL)
+    want = exact(out, hidden, targets, sources, factors)[5]
+    assert torch.allclose(memory[5, 8:28].double(), want, atol=1e-5)
+    memory[5, 8:28] = float("nan")
+    assert memory.isnan().all()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_rows(n):
+    out, *rows = made = problem(n, 5, torch.float32, TARGETS["one"])
+    want = exact(*made)
+    add_sorted_rows(out, *rows)
+    assert torch.allclose(out.double(), want, atol=1e-6)
+
+
+def test_columns_that_are_not_contiguous_are_refused():
+    out, hidden, *rest = problem(3, 6, torch.float32, TARGETS["one"])
+    with pytest.raises(ValueError, match=r"hidden: expected contiguous columns, got strides \[2,"):
+        add_sorted_rows(out[:, :3], hidden[:, ::2].as_strided((6, 3), (2, 2)), *rest)
+
+
+@pytest.mark.parametrize("picked", [False, True], ids=["all", "active"])
+def test_both_engines_add_the_same(picked):
+    generator = torch.Generator().manual_seed(4)
+    n, d = 60, 33
+    targets = torch.randint(V, (n,), generator=generator)
+    rows = TargetRows(targets, *torch.randn(2, n, generator=generator))
+    active = torch.arange(0, n, 3) if picked else None
+    rows = rows if active is None else rows.pick(active)
+    hidden, start = (torch.randn(d, m, generator=generator).T for m in (n, V))
+    outs = []
+    for engine in ("torch", "triton"):
+        out = start.contiguous().to(DEVICE)
+        some = None if active is None else active.to(DEVICE)
+        of = TargetRows(*(t.to(DEVICE) for t in rows))
+        add_target_rows(out, hidden.to(DEVICE), of, some, engine)
+        outs.append(out)
+    assert torch.allclose(*outs, atol=1e-5)
+
+
+# The gradient of the hidden states
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", [False, True], ids=["in-order", "placed"])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (7, 45), (12, 32)])
+def test_hidden_rows_are_finished_and_rounded_once(n, d, places, dtype):
+    generator = torch.Generator().manual_seed(n * d)
+    product, weight = (torch.randn(m, d, generator=generator).to(DEVICE) for m in (n, V))
+    factors, own = torch.randn(2, n, generator=generator).to(DEVICE)
+    targets = torch.randint(-3, V + 3, (n,), generator=generator).to(DEVICE)
+    weight, before = weight.to(DTYPES[dtype]), torch.randn(2 * n, d).to(DEVICE, DTYPES[dtype])
+    inside = (targets >= 0) & (targets < V)
+    want = factors.double()[:, None] * product.double()
+    want += (own * inside).double()[:, None] * weight.double()[targets.clamp(0, V - 1)]
+    rows = torch.randperm(2 * n, generator=generator)[:n].to(DEVICE) if places else None
+    out = before.clone()
+    config = ROW_CONFIGS["hidden_rows"][90]._replace(block_v=16)
+    call = (product, factors, own, weight, targets, out)
+    finish_hidden_rows(*call, rows, config=config)
+    rows = torch.arange(n, device=DEVICE) if rows is None else rows
+    unit = {"fp32": 2e-7, "bf16": 2.0**-7, "fp16": 2.0**-11}[dtype]
+    assert ((out[rows].double() - want).abs() <= unit * want.abs() + 1e-6).all()
+    others = torch.ones(2 * n, dtype=torch.bool, device=DEVICE).index_fill_(0, rows, False)
+    assert torch.equal(out[others], before[others])
+
+
+def test_hidden_rows_are_finished_in_place():
+    generator = torch.Generator().manual_seed(0)
+    product, weight = (torch.randn(m, 33, generator=generator).to(DEVICE) for m in (9, V))
+    factors, own = torch.randn(2, 9, generator=generator).to(DEVICE)
+    targets = torch.randint(V, (9,), generator=generator).to(DEVICE)
+    rows = TargetRows(targets, factors, own)
+    ours, theirs = product.clone(), product.clone()
+    finish_hidden(ours, rows, weight, engine="triton")
+    finish_hidden(theirs, rows, weight)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_columns_of_products_have_to_be_contiguous():
+    t = torch.zeros(4, 6)
+    vector = torch.zeros(4)
+    with pytest.raises(ValueError, match="weight: expected contiguous columns, got strides"):
+        finish_hidden_rows(t[:, :2], vector, vector, t[:, ::3], vector.long(), t[:, :2])
