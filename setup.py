@@ -13,17 +13,18 @@ setup(
         *find_packages(include=["fastdaa", "fastdaa.*"]),
         "fastdaa.kernels",
         "fastdaa.benchmarks",
-        # Folders below benchmarks/; committed results stay in the repository.
+        # Folders below benchmarks/, but for committed results.
         *(
             f"fastdaa.benchmarks.{name}"
             for name in find_namespace_packages("benchmarks", exclude=["results*", "*__pycache__"])
         ),
     ],
     package_dir={"fastdaa.kernels": "kernels", "fastdaa.benchmarks": "benchmarks"},
+    include_package_data=False,  # MANIFEST.in lists more, for the source distribution
     package_data={
-        # Data files lie beside the modules that read them.
-        "": ["*.csv", "*.json", "*.jsonl", "*.jsonl.gz", "*.yaml"],
         "fastdaa": ["py.typed"],
         "fastdaa.kernels": ["README.md"],
+        "fastdaa.benchmarks": ["README.md"],
+        "fastdaa.benchmarks.step": ["README.md"],
     },
 )

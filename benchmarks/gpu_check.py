@@ -1,4 +1,4 @@
-"""``make gpu-check``: what a CUDA machine is to show, in one run of less than nine minutes.
+"""``make gpu-check``: what a CUDA machine is to show, in one run of less than eight minutes.
 
     python -m fastdaa.benchmarks.gpu_check --results benchmarks/results
 
@@ -6,8 +6,9 @@ Every contender runs by itself first (``trials``); who fails there is left out o
 four paths of the head against their targets, from few tokens to many, other vocabularies, the GPU
 tests, accuracy, and the training step. Every part is a process with a time limit, so that one that
 hangs or fails takes nothing from the others, and rows are written as they are measured. The tables
-come last, that of the targets at the very end; they are kept in ``gpu_check.md``, and everything
-that was printed in ``gpu_check.log``.
+come last, that of the targets at the very end; they are kept in ``gpu_check.md``, which is written
+anew after every part, and everything that was printed in ``gpu_check.log``. ``--tables`` prints
+them from the rows that there are, on any machine.
 
 Exit codes: 0; 1 if a part failed; 2 without a device; 3 if all ran and a target is missed or not
 measured. ``--device cpu --selection tiny`` rehearses it where there is no GPU, in some minutes.
@@ -18,16 +19,20 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fastdaa.benchmarks.gpu.processes import Log, Outcome, Part, run_part, written_rows
 
 _PART_FAILED, _NO_DEVICE, _TARGET_MISSED, _INTERRUPTED = 1, 2, 3, 130
-ALL_SECONDS = 520.0
+# From the start of this process; a part that is stopped then has some seconds to end, and tables
+# are printed.
+ALL_SECONDS = 450.0
 _REHEARSAL = 4  # interpreted kernels on a CPU take longer
 _RESTARTS = 3
 _ACCURACY = ("pytorch-fp32-logits", "trl", "fastdaa-recompute", "fastdaa-recompute-triton")
@@ -47,15 +52,16 @@ def parts(device: str, selection: str, results: Path, tests: Path | None) -> lis
         for name in ("trials", "gpu_check", "accuracy", "step")
     }
     trials = (*python, "fastdaa.benchmarks.gpu.trials", *where, str(rows["trials"]))
-    found = [Part("trials", trials, 85.0, rows["trials"])]
-    for name, seconds in zip(PARTS, (100.0, 120.0, 90.0), strict=True):
+    found = [Part("trials", trials, 75.0, rows["trials"])]
+    for name, seconds in zip(PARTS, (85.0, 110.0, 70.0), strict=True):
         command = (*python, "fastdaa.benchmarks.gpu.measure", name, *where, str(rows["gpu_check"]))
         found.append(Part(name, command, seconds, rows["gpu_check"], everybody(), budget=True))
     marked = _gpu_tests(tests) if tests is not None else []
     if marked:
-        flags = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q", "--tb=short")
+        # Verbose: where a test hangs, its name is the last word.
+        flags = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-v", "--tb=short")
         words = (*python, "pytest", *map(str, marked), *flags, "--continue-on-collection-errors")
-        found.append(Part("tests", words, 120.0))
+        found.append(Part("tests", words, 105.0))
     bench = (*python, "fastdaa.cli", "bench")
     small = ("--cases", "tiny-logps-n1024-fp32-flat", "--repeats", "1")
     cases = small if selection == "tiny" else ("--selection", "gpu")
@@ -67,14 +73,24 @@ def parts(device: str, selection: str, results: Path, tests: Path | None) -> lis
 
 
 def _gpu_tests(folder: Path) -> list[Path]:
-    """Files with tests for a GPU, the one that is about nothing else first. Others are not even
-    collected: they may need packages that are not here."""
+    """Files with tests for a GPU, the one that is about nothing else first, then the kernels'.
+    Others are not even collected: they may need packages that are not here."""
     found = (p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
-    return sorted(found, key=lambda path: (path.name != "test_gpu.py", path))
+
+    def place(path: Path) -> tuple[bool, bool, Path]:
+        return path.name != "test_gpu.py", not path.name.startswith("test_kernels"), path
+
+    return sorted(found, key=place)
 
 
-def check(found: Sequence[Part], log: Log, all_seconds: float = ALL_SECONDS) -> list[Outcome]:
-    """Run all parts one after another; what became of each, up to Ctrl-C."""
+def check(
+    found: Sequence[Part],
+    log: Log,
+    all_seconds: float = ALL_SECONDS,
+    *,
+    after: Callable[[], object] = lambda: None,
+) -> list[Outcome]:
+    """Run all parts one after another; what became of each, up to Ctrl-C. ``after`` each."""
     from fastdaa.benchmarks.gpu.measure import LOST
     from fastdaa.benchmarks.gpu.trials import failed_names, read_trials
 
@@ -90,6 +106,7 @@ def check(found: Sequence[Part], log: Log, all_seconds: float = ALL_SECONDS) -> 
             asked = replace(part, contenders=chosen)
             outcome = run_part(asked, min(part.seconds, left), log)
             outcomes.append(outcome)
+            after()
             if part.name == "trials" and part.rows is not None:
                 left_out |= set(failed_names(read_trials(part.rows)))
             lost = outcome.lost - left_out
@@ -133,38 +150,82 @@ def summarise(outcomes: Sequence[Outcome], seconds: float, log: Log) -> None:
         log.line(f"failed: {', '.join(dict.fromkeys(o.part.name for o in failed))}")
 
 
-def write_report(results: Path, selection: str, device: str, log: Log) -> tuple[list[str], bool]:
-    """Keep all tables of the rows that there are, and print them but for the targets.
+class Report(NamedTuple):
+    """All tables of the rows that there are, and how the targets fared."""
 
-    Returns:
-        Lines of the targets' table, for the end, and whether all are met.
-    """
+    targets: list[str]
+    others: list[str]
+    met: bool
+
+
+def make_report(results: Path, selection: str, device: str) -> Report | None:
+    """Tables of the rows in a folder, kept in ``gpu_check.md``; None where there are no rows."""
     from fastdaa.benchmarks.gpu.report import Answers, as_lines, sections
 
     files = [results / f"{name}_{device}.jsonl" for name in ("gpu_check", "accuracy")]
     answers = Answers((row for file in files for row in written_rows(file)), selection, device)
     if not answers.results:
-        return [], False
+        return None
     (title, targets), *others = sections(answers).items()
     first, rest = as_lines({title: targets}), as_lines(dict(others))
     (results / "gpu_check.md").write_text("\n".join(first + rest) + "\n", encoding="utf-8")
-    log.lines(["", *rest])
     judged = answers.judged()
     met = [j.target.path for j in judged if j.met]
     said = f"targets met: {len(met)} of {len(judged)}{': ' * bool(met)}{', '.join(met)}"
-    return [*first, said], len(met) == len(judged)
+    return Report([*first, said], ["", *rest], len(met) == len(judged))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the machine, then run everything."""
+def show_report(results: Path, selection: str, device: str) -> int:
+    """Print the tables of rows from before, which may be another machine's."""
+    report = make_report(results, selection, device)
+    if report is None:
+        print(f"expected rows of this check in {results}, found none", file=sys.stderr)
+        return _PART_FAILED
+    print("\n".join([*report.others, *report.targets]))
+    return 0 if report.met else _TARGET_MISSED
+
+
+def state_of_the_device() -> str:
+    """Clocks, power, temperature and memory of the GPUs, for the log: what a strange number may
+    come from."""
+    asked = "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu,memory.used"
+    command = ["nvidia-smi", f"--query-gpu={asked},compute_mode", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {type(error).__name__}"
+    found = "; ".join(done.stdout.split("\n")[:-1]) or done.stderr.strip()
+    return f"GPU (clock now, most; power, its limit; temperature; memory in use; mode): {found}"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--selection", choices=("gpu", "tiny"), default="gpu")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
+    parser.add_argument("--tables", action="store_true", help="print the tables of earlier runs")
+    return parser
+
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Part]:
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    folder = tests if tests.is_dir() else None
+    found = parts(options.device, options.selection, options.results, folder)
+    unknown = set(options.only or ()) - {part.name for part in found}
+    if unknown:
+        known = ", ".join(part.name for part in found)
+        parser.error(f"--only: expected names out of {known}, got {', '.join(sorted(unknown))}")
+    return [part for part in found if not options.only or part.name in options.only]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the machine, then run everything."""
+    began, parser = time.monotonic(), _parser()
     options = parser.parse_args(argv)
-    # `timeout` and schedulers say it this way: parts must not outlive this process.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = (options.results, options.selection, options.device)
+    if options.tables:
+        return show_report(*given)
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -173,32 +234,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # of the parts, which import Triton
     options.results.mkdir(parents=True, exist_ok=True)
-    tests = Path(__file__).resolve().parents[1] / "tests"
-    given = (options.device, options.selection, options.results)
-    found = parts(*given, tests if tests.is_dir() else None)
-    unknown = set(options.only or ()) - {part.name for part in found}
-    if unknown:
-        known = ", ".join(part.name for part in found)
-        parser.error(f"--only: expected names out of {known}, got {', '.join(sorted(unknown))}")
-    chosen = [part for part in found if not options.only or part.name in options.only]
+    slower = _REHEARSAL if options.selection == "tiny" else 1
+    chosen = [replace(part, seconds=part.seconds * slower) for part in _chosen(parser, options)]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     with Log(options.results / "gpu_check.log") as log:
+
+        def note() -> None:
+            make_report(*given)
+            if options.device == "cuda":
+                log.line(state_of_the_device())
+
         log.line(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-        began = time.monotonic()
-        slower = _REHEARSAL if options.selection == "tiny" else 1
-        chosen = [replace(part, seconds=part.seconds * slower) for part in chosen]
-        outcomes = check(chosen, log, ALL_SECONDS * slower)
-        table, met = write_report(options.results, options.selection, options.device, log)
+        note()
+        left = ALL_SECONDS * slower - (time.monotonic() - began)
+        outcomes = check(chosen, log, left, after=note)
+        report = make_report(*given)
+        log.lines(report.others if report else [])
         summarise(outcomes, time.monotonic() - began, log)
-        log.lines(["", *table])
+        log.lines(["", *report.targets] if report else [])
         if any(outcome.interrupted for outcome in outcomes):
             log.line("interrupted: the same command continues with what is left")
             return _INTERRUPTED
     if any(outcome.problem for outcome in outcomes):
         return _PART_FAILED
     judging = options.selection == "gpu" and any(part.name == "paths" for part in chosen)
-    return _TARGET_MISSED if judging and not met else 0
+    return _TARGET_MISSED if judging and not (report and report.met) else 0
 
 
 if __name__ == "__main__":
+    # `timeout` and schedulers say it this way: parts must not outlive this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

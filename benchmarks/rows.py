@@ -1,12 +1,12 @@
 """One row: one contender on one case, as a line of JSON. Files only grow, so runs can be continued.
 
 Fields: ``seconds`` (``median``, ``p10``, ``p90``, ``min`` of ``n`` calls), ``floor_seconds`` (the
-bare products that ``floor`` counts, in the same rounds) and ``expected_seconds`` (cost_model.py) in
-seconds; ``peak_bytes`` above inputs and returned gradients, for a step above both models;
-``error`` as gate.py and step/gate.py define it, with its ``limit``; ``speedup_over_reference``: how
-many times as fast as the reference; ``machine``: device, driver, versions, commit; ``time``: when
-the row was made, ``run``: when its process began, both UTC. A step's further fields are in
-step/rows.py.
+bare products that ``floor`` counts, in the same rounds) and ``expected_seconds`` (cost_model.py, at
+the ``roof`` of roof.py) in seconds; ``peak_bytes`` above inputs and returned gradients, for a step
+above both models; ``error`` as gate.py and step/gate.py define it, with its ``limit``;
+``speedup_over_reference``: how many times as fast as the reference; ``machine``: device, driver,
+versions, commit; ``time``: when the row was made, ``run``: when its process began, both UTC. A
+step's further fields are in step/rows.py.
 
 A row's identity (:func:`row_key`) is everything that decides its numbers but chance: kind, case and
 its parameters, contender and its version, seed, threads, settings, code, device and the libraries
@@ -93,6 +93,13 @@ def make_row(
 def circumstances(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Device, code and libraries: rows that differ here are not of the same thing."""
     return tuple(map((row.get("machine") or {}).get, _DECISIVE))
+
+
+def alike(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the circumstances of two rows are the same, as far as is known: nvidia-smi may have
+    been too late to tell the driver of one."""
+    pairs = zip(_DECISIVE, circumstances(row), circumstances(other), strict=True)
+    return all(a == b or (name == "driver" and None in (a, b)) for name, a, b in pairs)
 
 
 def row_key(row: Row) -> str:

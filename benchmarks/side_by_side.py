@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.contenders import Absent, Contender, Outputs
 from fastdaa.benchmarks.contenders.products import floor_sizes, floor_times, products
 from fastdaa.benchmarks.device_loss import device_is_lost
-from fastdaa.benchmarks.gate import Gate, Verdict
+from fastdaa.benchmarks.gate import Gate
 from fastdaa.benchmarks.inputs import HeadInputs, make_inputs
 from fastdaa.benchmarks.measure import interleave, measure_peak, summary
 from fastdaa.benchmarks.roof import Roof
@@ -68,31 +70,40 @@ def compare(
     Args:
         progress: told what is being done, in a few words.
     """
-    entries = [_invite(c, case, settings) for c in contenders if c.applies(case)]
-    entropy = None
-    times: dict[str, list[float]] = {}
+    entries = [invite(c, case, settings) for c in contenders if c.applies(case)]
+    if not any(entry.status == "ok" for entry in entries):
+        return _rows(case, entries, {}, None, settings)
+    _forget_compiled()
     with _quiet():
-        try:
-            progress("oracle")
-            inputs = make_inputs(case, settings.seed, settings.device)
-            gate = Gate(inputs)
-            entropy = gate.entropy
-            if settings.device == "cuda":
-                torch.cuda.empty_cache()  # the oracle's tiles are larger than anybody's
-        except Exception as error:
-            _fail_all(entries, f"the oracle failed: {_said(error)}")
-        else:
-            for entry in entries:
-                if entry.status == "ok":
-                    progress(entry.contender.name)
-                    _examine(entry, inputs, gate, settings)
-                    _tidy(entry, entries, settings)
-            if settings.timed and any(entry.status == "ok" for entry in entries):
-                try:
-                    times = _time(entries, inputs, settings, progress)
-                except Exception as error:  # nobody's in particular: no memory for the floors
-                    _fail_all(entries, f"the bare products failed: {_said(error)}")
+        entropy, times = _measure(case, entries, settings, progress)
     return _rows(case, entries, times, entropy, settings)
+
+
+def _measure(
+    case: Case, entries: list[Entry], settings: Settings, progress: Callable[[str], None]
+) -> tuple[float | None, dict[str, list[float]]]:
+    """Mean entropy of the case's predictions, and seconds by name; the rest goes to the entries."""
+    try:
+        progress("oracle")
+        inputs = make_inputs(case, settings.seed, settings.device)
+        gate = Gate(inputs)
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()  # the oracle's tiles are larger than anybody's
+    except Exception as error:
+        _fail_all(entries, f"the oracle failed: {_said(error)}")
+        return None, {}
+    for entry in entries:
+        if entry.status == "ok":
+            progress(entry.contender.name)
+            _examine(entry, inputs, gate, settings)
+            _tidy(entry, entries, settings)
+    times: dict[str, list[float]] = {}
+    if settings.timed and any(entry.status == "ok" for entry in entries):
+        try:
+            times = _time(entries, inputs, settings, progress)
+        except Exception as error:  # nobody's in particular: no memory for the floors
+            _fail_all(entries, f"the bare products failed: {_said(error)}")
+    return gate.entropy, times
 
 
 def _fail_all(entries: list[Entry], reason: str) -> None:
@@ -101,9 +112,18 @@ def _fail_all(entries: list[Entry], reason: str) -> None:
             entry.status, entry.reason, entry.run = "failed", reason, None
 
 
+def _forget_compiled() -> None:
+    """What peers had compiled for the sizes of other cases would be made anew for any size, which
+    is slower code, and after some cases not at all."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def _tidy(entry: Entry, entries: list[Entry], settings: Settings) -> None:
     """The next one gets the memory. Where an error was the device's last, there is no next one, and
     nobody gets a row that would count as finished."""
+    if entry.status == "failed":
+        gc.collect()  # an error's frames and graphs hold on to each other, and to tensors
     if settings.device != "cuda":
         return
     if entry.status == "failed" and device_is_lost(settings.device):
@@ -113,7 +133,9 @@ def _tidy(entry: Entry, entries: list[Entry], settings: Settings) -> None:
     torch.cuda.empty_cache()
 
 
-def _invite(contender: Contender, case: Case, settings: Settings) -> Entry:
+def invite(contender: Contender, case: Case, settings: Settings) -> Entry:
+    """A contender on a case before it runs: ``"absent"`` or ``"skipped"`` with the reason, or
+    ``"ok"``."""
     try:
         version = contender.version()
         contender.check_device(settings.device)
@@ -133,7 +155,8 @@ def _examine(entry: Entry, inputs: HeadInputs, gate: Gate, settings: Settings) -
         second, peak = measure_peak(run, settings.device)
         deterministic = same_bits(first, second)
         if verdict.status == "ok" and not deterministic:
-            verdict = _worse(verdict, gate.check(second))
+            again = gate.check(second)
+            verdict = again if again.status == "wrong" else verdict
     except Exception as error:
         entry.status, entry.reason = "failed", _said(error)
     else:
@@ -143,10 +166,6 @@ def _examine(entry: Entry, inputs: HeadInputs, gate: Gate, settings: Settings) -
             "deterministic": deterministic, "detail": contender.detail(inputs),
         }  # fmt: skip
     first = second = None  # type: ignore[assignment]  # the next one gets their memory
-
-
-def _worse(first: Verdict, second: Verdict) -> Verdict:
-    return second if second.status == "wrong" else first
 
 
 def same_bits(first: Outputs, second: Outputs) -> bool:
@@ -254,6 +273,8 @@ def _row(
     settings: Settings,
     **values: Any,
 ) -> Row:
+    if settings.roof is not None:
+        values["roof"] = asdict(settings.roof)
     return make_row(
         settings.kind, case.id, name, status, case_params={**case.params, "entropy": entropy},
         version=version, machine=settings.machine, seed=settings.seed, threads=settings.threads,

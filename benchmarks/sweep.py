@@ -11,11 +11,12 @@ import torch
 from fastdaa.benchmarks import contenders as field
 from fastdaa.benchmarks.cases import SELECTIONS, Case, select_cases
 from fastdaa.benchmarks.contenders import Contender
+from fastdaa.benchmarks.contenders.products import floor_sizes
 from fastdaa.benchmarks.machine import machine
 from fastdaa.benchmarks.progress import progress
 from fastdaa.benchmarks.roof import measure_roof
 from fastdaa.benchmarks.rows import Row, RowFile, make_row
-from fastdaa.benchmarks.side_by_side import REFERENCE, Settings, compare
+from fastdaa.benchmarks.side_by_side import REFERENCE, Settings, compare, invite
 
 # Seconds of timed rounds, all cases together, where --budget says nothing.
 _BUDGETS = {"quick": 10.0, "cpu": 40.0, "gpu": 60.0, "full": 1800.0}
@@ -141,13 +142,14 @@ def measure_case(
     """
     old = {c.name: row for c in contenders if (row := _finished(c, case, settings, file))}
     todo = [c for c in contenders if c.applies(case) and c.name not in old]
-    if not todo:
-        return list(old.values())
+    # Who is absent or cannot do the case gets a row, but nobody runs for it.
+    able = any(invite(contender, case, settings).status == "ok" for contender in todo)
     beside = [c for c in field.ALL if c.name == REFERENCE and c.name in old and settings.timed]
-    made = compare(case, [*beside, *todo], settings, say)
+    made = compare(case, [*(beside if able else ()), *todo], settings, say) if todo else []
     made = [row for row in made if row["contender"] not in old]
     file.append(made)
-    return [*old.values(), *made]
+    floors = [] if able or not old else _finished_floors(case, settings, file)
+    return [*floors, *old.values(), *made]
 
 
 def _finished(contender: Contender, case: Case, settings: Settings, file: RowFile) -> Row | None:
@@ -156,8 +158,18 @@ def _finished(contender: Contender, case: Case, settings: Settings, file: RowFil
         version = contender.version()
     except field.Absent:
         return None
+    return _kept(contender.name, version, case, settings, file)
+
+
+def _finished_floors(case: Case, settings: Settings, file: RowFile) -> list[Row]:
+    names = [f"floor-{n}u" for n in floor_sizes(case)] if settings.timed else []
+    found = (_kept(name, torch.__version__, case, settings, file) for name in names)
+    return [row for row in found if row is not None]
+
+
+def _kept(name: str, version: str, case: Case, settings: Settings, file: RowFile) -> Row | None:
     like = make_row(
-        settings.kind, case.id, contender.name, "ok", case_params=case.params, version=version,
+        settings.kind, case.id, name, "ok", case_params=case.params, version=version,
         machine=settings.machine, seed=settings.seed, threads=settings.threads,
         command=settings.command, settings={"repeats": settings.repeats},
     )  # fmt: skip

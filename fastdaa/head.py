@@ -32,20 +32,25 @@ class LmHead:
     """``logits = cap(logit_scale * (hidden_states @ weight.T + bias)) / temperature``.
 
     ``cap(z) = softcap * tanh(z / softcap)``, or nothing where ``softcap`` is None.
+
+    Args:
+        weight: ``[V, D]``, any floating dtype.
+        bias: ``[V]``, or None.
+        softcap: final logit soft-capping (Gemma 2), or None.
+        logit_scale: factor on the logits before the cap (Cohere, Granite, ...).
+        temperature: divisor of the logits after the cap.
+        shard: which slice of the vocabulary weight and bias are; None where they are all of it.
+
+    Raises:
+        TypeError, ValueError: tensors of a wrong dtype or shape, or a setting out of range.
     """
 
     weight: Tensor
-    """``[V, D]``, any floating dtype."""
     bias: Tensor | None = None
-    """``[V]``, or None."""
     softcap: float | None = None
-    """Final logit soft-capping (Gemma 2), or None."""
     logit_scale: float = 1.0
-    """Factor on the logits before the cap (Cohere, Granite, ...)."""
     temperature: float = 1.0
-    """Divisor of the logits after the cap."""
     shard: VocabShard | None = None
-    """Weight and bias are a slice of the vocabulary, or None where they are all of it."""
 
     def __post_init__(self) -> None:
         check_floating("weight", self.weight)

@@ -105,6 +105,8 @@ class HeadPlan:
         )
         if self.engine == "fused":
             tiles = "no tiles of logits"
+        if self.hidden_rows and self.head_grad:  # one U more than the path is known for
+            tiles += f", gradient of the hidden states apart, {self.hidden_rows} tokens at a time"
         held = f"{tiles}, at most {_mib(self.extra_bytes)} in all"
         if self.path == "reference":
             held = "all logits at once"

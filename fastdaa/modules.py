@@ -1,7 +1,8 @@
-"""``torch.nn`` doors: hidden states, head weight, labels and a reference in; a loss out."""
+"""``torch.nn`` modules: hidden states, head weight, labels and a reference in; a loss out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdaa.head import LmHead, check_settings
 from fastdaa.logps import head_logps
-from fastdaa.losses import Objective
+from fastdaa.losses import Loss, Objective
 from fastdaa.outputs import PairLossOutput, TokenSelection
 from fastdaa.pair_loss import pair_loss
 from fastdaa.paths import PATHS
@@ -17,11 +18,14 @@ from fastdaa.planner import ENGINES
 from fastdaa.selection import ORDERS, check_ignore_index, moved, select_pairs
 from fastdaa.validation import (
     check_choice,
+    check_device,
     check_floating,
     check_head_inputs,
+    check_positions,
     check_positive,
     check_readable,
     check_shape,
+    check_whole,
 )
 
 
@@ -29,13 +33,15 @@ class FusedLinearPairLoss(nn.Module):
     """A preference loss on the last hidden states, without logits.
 
     Args:
-        loss: name of a loss or a list of names (a mixture), see ``fastdaa.LOSSES``.
+        loss: name of a loss (see ``fastdaa.LOSSES``), a loss of :func:`fastdaa.custom_loss`, or a
+            list of them (a mixture).
         weights: weights of a mixture.
         softcap, logit_scale, temperature: of the head, see :class:`fastdaa.LmHead`.
         order: order of the rows, ``"chosen_first"`` or ``"interleaved"``.
         ignore_index: label of positions that are not scored.
         impl, engine, max_bytes: see :func:`fastdaa.pair_loss`.
-        hyperparameters: of the loss, e.g. ``beta=0.1``.
+        hyperparameters: of the loss, e.g. ``beta=0.1``; also ``ld_alpha`` and ``use_weighting`` of
+            :class:`fastdaa.Objective`.
 
     Raises:
         TypeError, ValueError: an unknown loss, a hyperparameter that it does not have, or an option
@@ -44,9 +50,9 @@ class FusedLinearPairLoss(nn.Module):
 
     def __init__(
         self,
-        loss: str | list[str] = "dpo",
+        loss: str | Loss | Sequence[str | Loss] = "dpo",
         *,
-        weights: list[float] | None = None,
+        weights: Sequence[float] | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
@@ -80,6 +86,7 @@ class FusedLinearPairLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
+        ref_token_logps: Tensor | None = None,
         ref_hidden_states: Tensor | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
@@ -91,7 +98,10 @@ class FusedLinearPairLoss(nn.Module):
             hidden_states: ``[2B, T, D]`` of the policy. weight: ``[V, D]``. bias: ``[V]``.
             labels: ``[2B, T]`` int64, at the position of their token, not shifted.
             ref_logps: ``[2B]`` reference log-probs, rows ordered as ``labels``.
-            ref_hidden_states: ``[2B, T, D']``, instead of ``ref_logps``.
+            ref_token_logps: ``[2B, T]`` reference log-probs of the tokens, at the position of
+                their label; others are not read. Instead of ``ref_logps``, which are not enough for
+                token-level objectives and ``ld_alpha``.
+            ref_hidden_states: ``[2B, T, D']``, instead of both.
             ref_weight: ``[V, D']`` of the reference's head; None for the policy's head, detached.
             ref_bias: ``[V]`` that goes with ``ref_weight``, or None.
             advantages: ``[2B]``, for token-level objectives, rows ordered as ``labels``.
@@ -105,12 +115,19 @@ class FusedLinearPairLoss(nn.Module):
         check_readable("labels", labels)
         check_floating("hidden_states", hidden_states)
         selection = self._selection(labels, hidden_states.device)
-        check_shape("hidden_states", hidden_states, (*labels.shape, hidden_states.shape[-1]))
-        if ref_logps is not None and ref_hidden_states is not None:
-            raise ValueError("ref_logps: expected None beside ref_hidden_states, got both")
+        check_positions("hidden_states", hidden_states, labels.shape)
+        for name, given in (("ref_logps", ref_logps), ("ref_token_logps", ref_token_logps)):
+            if given is not None and ref_hidden_states is not None:
+                raise ValueError(f"{name}: expected None beside ref_hidden_states, got both")
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias: expected None without ref_weight, got a bias")
-        ref_token_logps = None
+        if ref_token_logps is not None:
+            check_floating("ref_token_logps", ref_token_logps)
+            check_whole("ref_token_logps", ref_token_logps)
+            check_shape("ref_token_logps", ref_token_logps, tuple(labels.shape))
+            check_device("ref_token_logps", ref_token_logps, hidden_states.device)
+            # A row predicts the token behind it.
+            ref_token_logps = ref_token_logps.flatten().index_select(0, selection.rows + 1)
         if ref_hidden_states is not None and self.objective.needs_ref:
             ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
             ref_token_logps = self._score(ref_hidden_states, *ref_head, selection, labels.shape)
@@ -142,7 +159,7 @@ class FusedLinearPairLoss(nn.Module):
         shape: torch.Size,
     ) -> Tensor:
         """Reference log-probs ``[N]`` of the selected tokens."""
-        check_shape("ref_hidden_states", hidden_states, (*shape, hidden_states.shape[-1]))
+        check_positions("ref_hidden_states", hidden_states, shape)
         rows = hidden_states.flatten(0, 1).index_select(0, selection.rows)
         head = LmHead(weight, bias, **self.head_options)
         check_head_inputs(rows, weight, selection.targets, bias, prefix="ref_")

@@ -48,16 +48,18 @@ class TokenSelection(NamedTuple):
 
     The scored tokens of one sequence are contiguous, and sequences follow each other in order, so
     that a contiguous slice of tokens can hold whole pairs.
+
+    Attributes:
+        rows: ``[N]`` int64: row of the flattened hidden states that predicts each scored token.
+        targets: ``[N]`` int64: the token that each row has to predict.
+        lengths: ``[S]`` int64: scored tokens of each sequence.
+        counts: ``lengths`` again, as host integers, so that nothing has to wait for a device.
     """
 
     rows: Tensor
-    """``[N]`` int64: row of the flattened hidden states that predicts each scored token."""
     targets: Tensor
-    """``[N]`` int64: the token that each row has to predict."""
     lengths: Tensor
-    """``[S]`` int64: scored tokens of each sequence."""
     counts: tuple[int, ...]
-    """``lengths`` again, as host integers, so that nothing has to wait for a device."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenSelection:
         """The same selection with its tensors on ``device``."""
@@ -69,62 +71,77 @@ class TokenSelection(NamedTuple):
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of both completions of every pair under one model, in nats."""
+    """Log-probabilities of both completions of every pair under one model, in nats.
+
+    Attributes:
+        chosen: ``[B]`` fp32 (or wider): sum over the chosen completion's tokens.
+        rejected: ``[B]``: the same for the rejected completion.
+        chosen_lengths: ``[B]`` int64: tokens of the chosen completion, the divisor of per-token
+            means.
+        rejected_lengths: ``[B]`` int64: the same for the rejected completion.
+    """
 
     chosen: Tensor
-    """``[B]`` fp32 (or wider): sum over the chosen completion's tokens."""
     rejected: Tensor
-    """``[B]`` the same for the rejected completion."""
     chosen_lengths: Tensor
-    """``[B]`` int64: completion tokens of the chosen side; the divisor of per-token means."""
     rejected_lengths: Tensor
-    """``[B]`` int64: the same for the rejected side."""
 
     def __repr__(self) -> str:
         return _row("PairLogps", self._asdict(), mean_margin=_margin(self))
 
 
 class BatchTotals(NamedTuple):
-    """What a loss may have to know about the whole batch while it sees a chunk of it."""
+    """What a loss may have to know about the whole batch while it sees a chunk of it.
+
+    Attributes:
+        pairs: pairs in the whole batch, the divisor of the mean over pairs.
+        chosen_tokens: tokens of all chosen completions, the divisor of the ``sft`` term's mean.
+        tokens: scored tokens of both sides, the divisor of token-level objectives; None if there
+            are none of these.
+    """
 
     pairs: int
-    """Pairs in the whole batch: the divisor of the mean over pairs."""
     chosen_tokens: int
-    """Chosen completion tokens in the whole batch: the divisor of the SFT term's token mean."""
     tokens: int | None = None
-    """Scored tokens of both sides in the whole batch: the divisor of token-level objectives."""
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics of the predicted distribution, all ``[N]`` fp32 and without gradient."""
+    """Per-token statistics of the predicted distribution, all ``[N]`` fp32 and without gradient.
+
+    Attributes:
+        entropy: entropy in nats.
+        top1: 1 where no other token is more probable than the target, else 0.
+        mean_logit: mean logit over the vocabulary.
+    """
 
     entropy: Tensor
-    """Entropy in nats."""
     top1: Tensor
-    """1 where no other token is more probable than the target, else 0."""
     mean_logit: Tensor
-    """Mean logit over the vocabulary."""
 
     def __repr__(self) -> str:
         return _row("TokenStats", self._asdict(), mean_entropy=_mean(self.entropy))
 
 
 class PairLossOutput(NamedTuple):
-    """What one evaluation of a pair loss returns."""
+    """What one evaluation of a pair loss returns.
+
+    Attributes:
+        loss: scalar: the sum of ``losses``, divided by the pairs of the whole batch (the mean, if
+            all of them are here); the only entry that carries a gradient.
+        losses: ``[B]``: loss of every pair.
+        policy: policy log-probabilities, detached.
+        token_logps: ``[N]``: policy log-probability of every scored token in nats, detached.
+        stats: token statistics, or None unless asked for.
+        pair_weights: ``[B]``: what the loss of every pair was multiplied by, with
+            ``use_weighting``; else None.
+    """
 
     loss: Tensor
-    """Scalar: sum of ``losses`` over the pairs of the whole batch (the mean, if all of them are
-    here); the only entry that carries a gradient."""
     losses: Tensor
-    """``[B]`` loss of every pair."""
     policy: PairLogps
-    """Policy log-probabilities, detached."""
     token_logps: Tensor
-    """``[N]`` policy log-probability of every scored token, detached."""
     stats: TokenStats | None
-    """Token statistics, if asked for."""
     pair_weights: Tensor | None = None
-    """``[B]`` what the loss of every pair was multiplied by, with ``use_weighting``."""
 
     def __repr__(self) -> str:
         return _row(

@@ -24,6 +24,7 @@ from fastdaa.outputs import (
 )
 from fastdaa.validation import (
     check_counts,
+    check_device,
     check_indices,
     check_kind,
     check_not_negative,
@@ -58,11 +59,14 @@ class PairBatch:
         if ref_token_logps is not None:
             check_vector("ref_token_logps", ref_token_logps, tokens, device)
             ref_token_logps = ref_token_logps.detach().contiguous()
+        elif getattr(objective, "needs_ref_tokens", False):
+            sums = "" if ref_logps is None else "; ref_logps, which are sums, are not enough"
+            raise ValueError(
+                f"ref_token_logps: expected [{tokens}] for {objective}, got None{sums}"
+            )
         alpha, _ = weighting_of(objective)
         self.tail, self.alpha = None, 1.0 if alpha is None else alpha
-        if alpha is not None:
-            if ref_token_logps is None:
-                raise ValueError(f"ref_token_logps: expected [{tokens}] for {objective}, got None")
+        if alpha is not None and ref_token_logps is not None:
             self.tail = tail_tokens(selection.lengths, tokens)
             weighted = desensitized(ref_token_logps, self.tail, alpha)
             ref_logps = sequence_logps(weighted, selection.lengths)
@@ -77,6 +81,7 @@ class PairBatch:
         if completion_lengths is None:
             completion_lengths = selection.lengths
         check_indices("completion_lengths", completion_lengths, (sequences,))
+        check_device("completion_lengths", completion_lengths, device)
         check_not_negative("completion_lengths", completion_lengths)
         if advantages is not None:
             check_vector("advantages", advantages, sequences, device)

@@ -15,14 +15,20 @@ from torch import Tensor
 from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.logps import head_logps_and_stats, sharper_logps
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch, weighting_of
-from fastdaa.planner import HeadPlan
 from fastdaa.selection import select_rows
 from fastdaa.single_pass import plan_loss, single_pass
-from fastdaa.validation import check_floating, check_head_inputs, check_indices, check_kind
+from fastdaa.validation import (
+    check_floating,
+    check_head_inputs,
+    check_indices,
+    check_kind,
+    check_whole,
+)
 
 
 def pair_loss(
@@ -88,10 +94,16 @@ def _check_kinds(
     hidden_states: Tensor, head: LmHead, selection: TokenSelection, objective: Objective
 ) -> None:
     check_floating("hidden_states", hidden_states)
+    check_whole("hidden_states", hidden_states)
+    if not hidden_states.ndim:
+        raise ValueError("hidden_states: expected shape [..., D], got []")
     check_kind("head", head, LmHead, "LmHead(weight)")
     check_kind("selection", selection, TokenSelection, "select_pairs(labels)")
-    if isinstance(objective, str):
-        check_kind("objective", objective, Objective, f"Objective.parse({objective!r})")
+    # What has all that one has will do; Dynamo of torch 2.11 cannot trace hasattr of a property.
+    given: object = objective
+    if not isinstance(given, Objective) and not hasattr(given, "has_token_level"):
+        name = given if isinstance(given, str) else "dpo"
+        check_kind("objective", given, Objective, f"Objective.parse({name!r})")
 
 
 def _compiled(

@@ -5,7 +5,7 @@ A message names the argument, what was expected and what came.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Real
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_CHARACTERS = 60
+_UNSHARD_HEAD = (
+    "with fully_shard, leave the head to the module whose forward computes the loss, or call "
+    "unshard() on the head before"
+)
 
 
 def shown(value: object) -> str:
@@ -30,45 +34,53 @@ def check_readable(name: str, tensor: object) -> None:
 
 
 def check_whole(name: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` for a distributed tensor, of which every process holds a part."""
-    if hasattr(tensor, "full_tensor"):
+    """Raise ``TypeError`` for a distributed tensor, of which every process holds a part.
+
+    A graph asks when it runs, as for all that is checked of its tensors.
+    """
+    if not torch.compiler.is_compiling() and hasattr(tensor, "full_tensor"):
+        of_head = name.endswith(("weight", "bias"))
         raise TypeError(
-            f"{name}: expected a tensor with all of its entries, got {type(tensor).__name__}; with "
-            "fully_shard, leave the head to the module whose forward computes the loss, or call "
-            "unshard() on the head before"
+            f"{name}: expected a tensor with all of its entries, got {type(tensor).__name__}; "
+            f"{_UNSHARD_HEAD if of_head else 'give what its full_tensor() returns'}"
         )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` is a real floating-point tensor.
+    """Raise unless ``tensor`` is a dense, real floating-point tensor.
 
     Raises:
-        TypeError: not a tensor, or not fp16, bf16, fp32 or fp64.
+        TypeError: not a tensor, sparse or nested, or not fp16, bf16, fp32 or fp64.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+    if not torch.compiler.is_compiling() and (tensor.is_nested or tensor.layout != torch.strided):
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless ``tensor`` is int64 of the given shape.
 
     Raises:
-        TypeError: not an int64 tensor.
+        TypeError: not an int64 tensor, or a distributed one.
         ValueError: another shape.
     """
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    check_whole(name, tensor)
     check_shape(name, tensor, shape)
 
 
 def check_kind(name: str, value: object, kind: type, how: str) -> None:
     """Raise ``TypeError`` unless ``value`` is a ``kind``; ``how`` says what makes one."""
     if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(
-            f"{name}: expected a {kind.__name__}, as of {how}, got {type(value).__name__}"
+            f"{name}: expected {article} {kind.__name__}, as of {how}, got {type(value).__name__}"
         )
 
 
@@ -120,6 +132,26 @@ def check_positive(name: str, value: object) -> float | None:
     return number
 
 
+def check_positions(name: str, hidden_states: Tensor, positions: Sequence[int]) -> None:
+    """Raise unless ``hidden_states`` are floating-point ``[*positions, D]``.
+
+    Raises:
+        TypeError: not a tensor, of another dtype, or a distributed one.
+        ValueError: another shape.
+    """
+    check_floating(name, hidden_states)
+    check_whole(name, hidden_states)
+    if not hidden_states.ndim or tuple(hidden_states.shape[:-1]) != tuple(positions):
+        expected = ", ".join(map(str, positions))
+        raise ValueError(f"{name}: expected shape [{expected}, D], got {list(hidden_states.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ``ValueError`` unless ``tensor`` is on the given device."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
 def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -> None:
     """Raise unless ``tensor`` is floating-point, ``[length]``, and on the given device.
 
@@ -128,9 +160,9 @@ def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -
         ValueError: another shape or device.
     """
     check_floating(name, tensor)
+    check_whole(name, tensor)
     check_shape(name, tensor, (length,))
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    check_device(name, tensor, device)
 
 
 def check_product(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> None:
@@ -240,6 +272,7 @@ def check_head_inputs(
     _check_ids("targets", targets, weight.shape[0] if vocab_size is None else vocab_size)
     if bias is not None:
         check_floating(f"{prefix}bias", bias)
+        check_whole(f"{prefix}bias", bias)
         check_shape(f"{prefix}bias", bias, (weight.shape[0],))
     for name, tensor in (("targets", targets), (f"{prefix}bias", bias)):
         if tensor is not None and tensor.device != hidden_states.device:

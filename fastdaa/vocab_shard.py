@@ -18,17 +18,19 @@ class VocabShard:
     All processes hold the same hidden states and targets and make the same calls in the same order.
     Log-probs, losses and gradients of the hidden states come out whole on each of them, gradients
     of weight and bias are those of its slice.
+
+    Attributes:
+        start: Token id of the first row.
+        vocab_size: ``V`` of all processes together.
+        group: The processes; None for all.
+        widest: Rows of the largest slice, for which every process plans; None where no slice is
+            larger than those of an even split, ``V`` over the processes, rounded up.
     """
 
     start: int
-    """Token id of the first row."""
     vocab_size: int
-    """``V`` of all processes together."""
     group: ProcessGroup | None = None
-    """The processes; None for all."""
     widest: int | None = None
-    """Rows of the largest slice, for which every process plans; None where no slice is larger than
-    those of an even split, ``V`` over the processes, rounded up."""
 
     def check(self, rows: int) -> None:
         """Raise ``ValueError`` unless so many rows lie within the vocabulary and ``widest``."""
@@ -46,7 +48,7 @@ class VocabShard:
         The same on every process: they reduce statistics together, tile by tile.
 
         Raises:
-            ValueError: no slice is said to be as large as this one.
+            ValueError: no slice is said to be as large as this one, or as the others must be.
         """
         if self.widest is not None:
             return self.widest
@@ -57,5 +59,13 @@ class VocabShard:
                 f"shard: expected at most {even} rows, as an even split of {self.vocab_size} over "
                 f"{processes} processes has, got {rows}: tell all of them the size of the largest "
                 "slice, VocabShard(widest=...)"
+            )
+        least = self.vocab_size - even * (processes - 1)
+        if rows < least:
+            # Another slice is too large, and this process would wait for ever for that one.
+            raise ValueError(
+                f"shard: expected at least {least} rows, as an even split of {self.vocab_size} "
+                f"over {processes} processes has, got {rows}: tell all of them the size of the "
+                "largest slice, VocabShard(widest=...)"
             )
         return even

@@ -255,7 +255,8 @@ def token_divergences(
         operand(tensor, block, config.block_d, config.tma)
         for tensor, block in zip(operands, blocks, strict=True)
     ]
-    inputs = (*tiles[:2], bias, *tiles[2:], ref_bias)
+    biases = [b if b is None else b.contiguous() for b in (bias, ref_bias)]
+    inputs = (*tiles[:2], biases[0], *tiles[2:], biases[1])
     sizes = (N, V, D, ref_D, *factors)
     constants = (
         config.split_v, config.block_n, config.block_v, config.block_d, config.group_n,
@@ -288,6 +289,8 @@ def _check_pair(
             f"{len(weight)} and {len(ref_weight)} tokens"
         )
     tensors = (hidden_states, weight, ref_hidden_states, ref_weight)
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(f"expected one device, got {[str(tensor.device) for tensor in tensors]}")
     if len({tensor.dtype for tensor in tensors}) > 1:
         raise ValueError(f"expected one dtype, got {[tensor.dtype for tensor in tensors]}")
     if not all(tensor.is_contiguous() for tensor in tensors):

@@ -40,7 +40,8 @@ def _log_sigmoid(x):
 @triton.jit
 def _smoothed_logistic(x, eps):
     """``-(1 - eps) log sigmoid(x) - eps log sigmoid(-x)`` and its derivative."""
-    value = -(1.0 - eps) * _log_sigmoid(x) - eps * _log_sigmoid(-x)
+    flipped = tl.where(eps == 0.0, 0.0, eps * _log_sigmoid(-x))  # 0 where x is infinite, too
+    value = -(1.0 - eps) * _log_sigmoid(x) - flipped
     return value, eps * _sigmoid(x) - (1.0 - eps) * _sigmoid(-x)
 
 
@@ -75,12 +76,14 @@ def f_dpo_js(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NOR
 
 @triton.jit
 def _power(logratio, p):
-    """``exp(p * logratio)``, continued as its tangent above ``exp(EXPONENT_LIMIT)``, and its
+    """``exp(p * logratio) - 1``, continued as its tangent above ``exp(EXPONENT_LIMIT)``, and its
     derivative over p."""
     x = p * logratio
     exponent = tl.minimum(x, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp(exponent)
-    return e * (1.0 + (x - exponent)), e
+    below = expm1(-tl.abs(exponent))
+    power = tl.where(exponent > 0.0, -e * below, below)
+    return power + e * tl.maximum(x - EXPONENT_LIMIT, 0.0), e
 
 
 @triton.jit
@@ -154,7 +157,7 @@ def exponential(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, 
     x = beta * (a - b)
     exponent = tl.minimum(-x, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp(exponent)
-    return e * (1.0 + (-x - exponent)), -beta * e, beta * e
+    return e * (1.0 + tl.maximum(-x - EXPONENT_LIMIT, 0.0)), -beta * e, beta * e
 
 
 @triton.jit

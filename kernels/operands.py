@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastdaa.kernels.final_logits import logit_factors
@@ -19,6 +20,19 @@ except ImportError:  # before Triton 3.4
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16
 _ROW_LIMIT = 2**31
+
+
+def _fences(version: str) -> bool:
+    """Whether a version of Triton puts a fence before a copy to memory that threads have used.
+
+    Reductions share their scratch memory with the tiles. Before 3.5 nothing orders those accesses
+    before the copy engine's (triton-lang/triton#7262).
+    """
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 5)
+
+
+_FENCED = _fences(triton.__version__)
 
 
 def check_operands(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> None:
@@ -38,6 +52,12 @@ def check_operands(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> N
             f"{prefix}weight: expected V and D above 0 and fewer than 2^31 rows, "
             f"got {list(hidden_states.shape)} and {list(weight.shape)}"
         )
+    # A descriptor of memory that the device cannot read would end the process, not raise.
+    if weight.device != hidden_states.device:
+        raise ValueError(
+            f"{prefix}weight: expected device {hidden_states.device} as {prefix}hidden_states, "
+            f"got {weight.device}"
+        )
     for name, tensor in (("hidden_states", hidden_states), ("weight", weight)):
         if tensor.stride(1) != 1 and tensor.shape[1] > 1:
             raise ValueError(
@@ -46,10 +66,16 @@ def check_operands(hidden_states: Tensor, weight: Tensor, prefix: str = "") -> N
 
 
 def fits_descriptor(tensor: Tensor) -> bool:
-    """Whether the copy engine can read ``tensor [rows, D]``: 16-byte aligned base and rows."""
+    """Whether the copy engine can read ``tensor [rows, D]``: 16-byte aligned base and rows.
+
+    Rows that overlap, as those of an expanded tensor, are left to pointers: which strides below the
+    length of a row the driver takes is not documented. So is everything before Triton 3.5.
+    """
     return (
         TensorDescriptor is not None
+        and _FENCED
         and tensor.data_ptr() % _ALIGNMENT == 0
+        and tensor.stride(0) >= tensor.shape[1]
         and tensor.stride(0) * tensor.element_size() % _ALIGNMENT == 0
         and tensor.stride(1) == 1
     )

@@ -219,6 +219,7 @@ def score_tokens(
     if N == 0:
         return merge_splits(states, targets, V)
     targets = targets.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     items = splits * triton.cdiv(N, config.block_n)
     programs = programs or config.programs * multiprocessors(hidden_states.device)
     with on_device(hidden_states):

@@ -217,6 +217,23 @@ def test_hidden_states_are_those_that_the_head_reads(name):
     assert_knows_head_task(model)
 
 
+def test_backbone_under_another_name_than_its_prefix():
+    # Of Llama 4 the text model's base_model is itself, and the multimodal one holds it whole.
+    text = {**SIZES, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**text)).eval()
+    install_head_task(model)
+    assert_knows_head_task(model)
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "intermediate_size": 16, "vision_output_dim": 16, "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }  # fmt: skip
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    assert type(backbone_of(transformers.Llama4ForConditionalGeneration(config))) is type(
+        model.model
+    )
+
+
 def test_text_decoder_of_a_multimodal_model():
     text = {**SIZES, "model_type": "llama"}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}

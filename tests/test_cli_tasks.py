@@ -45,3 +45,15 @@ def test_adapter_options_alone(given, message, read):
         read([*NEEDED, *more, *given.split()])
     arguments, _ = read([*NEEDED, *more, *given.split(), "--use_peft"])
     assert arguments.use_peft
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--lora_alpha 0", "lora_alpha: expected an integer above 0, got 0"),
+        ("--lora_dropout 2", "lora_dropout: expected a probability from 0 to below 1, got 2.0"),
+    ],
+)
+def test_adapters_that_could_not_learn(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*NEEDED, "--use_peft", *given.split()])

@@ -110,8 +110,16 @@ def test_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
         ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size: expected an integer"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, .* got 0.1"),
         ({"use_liger_kernel": True}, "use_liger_kernel: expected a GPU"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number, got nan"),
+        ({"learning_rate": -1e-6}, "learning_rate: expected at least 0, got -1e-06"),
+        ({"weight_decay": -0.1}, "weight_decay: expected at least 0, got -0.1"),
+        ({"adam_beta2": 1.5}, "adam_beta2: expected at least 0 and below 1, got 1.5"),
+        ({"optim_args": "rank"}, "optim_args: expected name=value, .* got 'rank'"),
     ],
-    ids=["no pairs", "fewer", "smoothing of the Trainer", "Liger on CPU"],
+    ids=[
+        *("no pairs", "fewer", "smoothing of the Trainer", "Liger on CPU", "rate", "negative rate"),
+        *("decay", "beta", "optimizer"),
+    ],
 )
 def test_options_of_the_trainer_that_cannot_work(
     tmp_path: Path, kind: Any, fields: dict[str, Any], message: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_a_mean_over_the_batch_is_refused():
     mean = custom_loss(lambda policy, ref: own_dpo(policy, ref).mean(), name="mine")
     with pytest.raises(ValueError, match=r"mine: expected one loss a pair, \[4\], got \[\]"):
         run(leaves, selection, Objective.parse(mean))
+
+
+@pytest.mark.parametrize("given", [1.0, None, ()], ids=["number", "none", "tuple"])
+def test_a_loss_that_is_no_tensor_is_named(given):
+    leaves, selection = tensors()
+    objective = Objective.parse(custom_loss(lambda policy, ref: given, name="mine"))
+    expected = f"mine: expected a tensor with one loss a pair, got {type(given).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        run(leaves, selection, objective)
+
+
+def test_modules_are_annotated_to_take_what_objectives_take():
+    """Or a type checker refuses ``FusedLinearPairLoss(custom_loss(...))``."""
+    ours, theirs = (get_type_hints(f) for f in (FusedLinearPairLoss.__init__, Objective.parse))
+    assert (ours["loss"], ours["weights"]) == (theirs["losses"], theirs["weights"])
 
 
 def test_a_missing_reference_is_named():

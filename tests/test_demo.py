@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from fastdaa.cli import main as cli
-from fastdaa.demo.run import FAST_BETAS, fast_runs, main
-from fastdaa.demo.table import best_lines, fit_lines, fits_table, results_table
+from fastdaa.demo.run import FAST_BETAS, _show, fast_runs, main
+from fastdaa.demo.table import best_lines, caution_lines, fit_lines, fits_table, results_table
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.laws import LAWS
-from fastdaa.study.table import Table, read_table
+from fastdaa.study.table import Table, read_table, write_table
 
 
 def row(loss, beta, kl, gold, seed=0, checkpoint=5):
@@ -60,6 +60,19 @@ def test_a_fall_is_told_only_where_there_is_one():
         "2.00 (beta 0.1)"
     )
     assert lines[1].startswith("IPO: most gold at beta 0.1, +0.70 at sqrt(KL) 1.00; no fall")
+
+
+def test_what_training_sees_of_the_fall_and_what_one_seed_cannot_say():
+    rows = [row | {"margin": margin} for row, margin in zip(HUMP, (8.8, 2.1, 0.3), strict=True)]
+    margins, seeds = caution_lines(Table([*rows, *RISE]))
+    assert margins.endswith("still grows on held-out pairs, from 2.1 to 8.8 (DPO), in nats.")
+    assert seeds.startswith("One seed is one world")
+    # Nothing is said about a margin that shrinks or is unknown, nor of one seed where there are
+    # more.
+    shrinks = [row | {"margin": -row["margin"]} for row in rows]
+    for other in (shrinks, HUMP, RISE):
+        assert list(caution_lines(Table(other))) == [seeds]
+    assert list(caution_lines(Table([*RISE, row("ipo", 0.1, 1.0, 0.7, seed=1)]))) == []
 
 
 def law_rows(bump=0.0):
@@ -138,6 +151,23 @@ def test_a_glimpse_of_the_whole_demo(tmp_path, capsys):
     page = (tmp_path / "index.html").read_text()
     assert "these numbers mean nothing" in page.split("<h1>")[0]
     assert "Claims" not in page and "reproduced" not in page.split("</style>")[1]
+
+
+def test_a_glimpse_and_real_runs_do_not_share_a_folder(tmp_path, capsys):
+    write_table(tmp_path / "points.jsonl", [row | {"preset": "H"} for row in HUMP])
+    assert cli(["demo", "--fast", "--output_dir", str(tmp_path)]) == 2
+    assert "expected a folder of runs in preset fast alone" in capsys.readouterr().err
+
+
+def test_only_the_runs_that_were_asked_for_are_shown(tmp_path):
+    others = [row("dpo", 0.5, 1.0, -9.0) | {"run": "another", "size": "d12"}]
+    write_table(tmp_path / "points.jsonl", [*HUMP, *others])
+    console = Console(width=100, record=True)
+    _show(tmp_path, {row["run"] for row in HUMP}, False, console)
+    text = console.export_text()
+    assert "DPO: most gold at beta 0.5, +0.80" in text and "no fit" in text
+    _show(tmp_path, {"none"}, False, console)
+    assert "No run was finished." in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdaa import (
+    LOSSES,
     BatchTotals,
     FusedLinearDPOLoss,
     FusedLinearPairLoss,
@@ -200,6 +202,19 @@ class TestFsdp:
             token_entropy(torch.randn(4, D), policy.head.weight)
 
 
+@pytest.mark.parametrize("name", ["hidden_states", "labels", "bias", "ref_logps"])
+def test_other_distributed_tensors_are_refused_by_name(one_process, name):
+    tensors = {
+        "hidden_states": torch.randn(2 * B, T, D), "weight": torch.randn(V, D), "labels": LABELS,
+        "bias": torch.zeros(V), "ref_logps": REF,
+    }  # fmt: skip
+    tensors[name] = distribute_tensor(tensors[name], one_process, [Replicate()])
+    with pytest.raises(TypeError, match=rf"^{name}: expected .* its entries, got DTensor"):
+        FusedLinearDPOLoss()(**tensors)
+    tensors[name] = tensors[name].full_tensor()
+    FusedLinearDPOLoss()(**tensors)
+
+
 HIDDEN, WEIGHT = torch.randn(2 * B, T, D), torch.randn(V, D)
 DPO = Objective.parse("dpo")
 
@@ -239,6 +254,47 @@ CALLS = {
         lambda: pair_loss(HIDDEN, LmHead(WEIGHT), select_pairs(LABELS), "dpo", ref_logps=REF),
         TypeError, r"^objective: .*Objective.parse\('dpo'\), got str",
     ),
+    "nothing-for-an-objective": (
+        lambda: pair_loss(HIDDEN, LmHead(WEIGHT), select_pairs(LABELS), None, ref_logps=REF),
+        TypeError, r"^objective: expected an Objective, as of Objective.parse\('dpo'\), got NoneT",
+    ),
+    "loss-for-an-objective": (
+        lambda: pair_loss(
+            HIDDEN, LmHead(WEIGHT), select_pairs(LABELS), LOSSES["ipo"], ref_logps=REF
+        ),
+        TypeError, r"^objective: expected an Objective, .* got Loss",
+    ),
+    "module-for-an-objective": (
+        lambda: pair_loss(
+            HIDDEN, LmHead(WEIGHT), select_pairs(LABELS), FusedLinearDPOLoss(), ref_logps=REF
+        ),
+        TypeError, r"^objective: expected an Objective, .* got FusedLinearDPOLoss",
+    ),
+    "hidden-states-of-no-dimension": (
+        lambda: FusedLinearDPOLoss()(torch.tensor(1.0), WEIGHT, LABELS, ref_logps=REF),
+        ValueError, r"^hidden_states: expected shape \[6, 7, D\], got \[\]",
+    ),
+    "one-number-for-hidden-states": (
+        lambda: pair_loss(
+            torch.tensor(1.0), LmHead(WEIGHT), select_pairs(LABELS), DPO, ref_logps=REF
+        ),
+        ValueError, r"^hidden_states: expected shape \[\.\.\., D\], got \[\]",
+    ),
+    "sparse-weight": (
+        lambda: FusedLinearDPOLoss()(HIDDEN, WEIGHT.to_sparse(), LABELS, ref_logps=REF),
+        TypeError, r"^weight: expected a dense tensor, got layout torch.sparse_coo",
+    ),
+    "nested-hidden-states": (
+        lambda: FusedLinearDPOLoss()(
+            torch.nested.nested_tensor(list(HIDDEN), layout=torch.jagged), WEIGHT, LABELS,
+            ref_logps=REF,
+        ),
+        TypeError, r"^hidden_states: expected a dense tensor, got a nested tensor",
+    ),
+    "lengths-elsewhere": (
+        lambda: pair(completion_lengths=torch.ones(2 * B, dtype=torch.int64, device="meta")),
+        ValueError, r"^completion_lengths: expected device cpu, got meta",
+    ),
     "totals-without-a-name": (
         lambda: pair(totals=(3, 12)), TypeError, r"^totals: expected a BatchTotals, .* got tuple",
     ),
@@ -253,6 +309,10 @@ CALLS = {
     "divergence-of-weights": (
         lambda: token_divergence(HIDDEN[0], LmHead(WEIGHT), HIDDEN[0], WEIGHT),
         TypeError, r"^ref_head: expected a LmHead",
+    ),
+    "weights-in-a-dictionary-of-losses": (
+        lambda: FusedLinearPairLoss({"dpo": 1.0, "sft": 0.1}),
+        TypeError, r"^losses: expected names .* got dict; weights are given by weights=\[",
     ),
     "function-for-a-loss": (
         lambda: FusedLinearPairLoss(lambda policy, ref: policy.chosen),

@@ -214,6 +214,15 @@ def test_a_row_has_the_same_bits_in_every_batch():
         assert torch.equal(values, repeated) and torch.equal(values[20:21], single)
 
 
+def test_biases_with_gaps():
+    operands = heads(9, 16, 32, 70)
+    bias, ref_bias = torch.randn(2, 140, device=DEVICE)[:, ::2]
+    got = token_divergences(*operands, bias=bias, ref_bias=ref_bias, js=True, config=POINTERS)
+    biases = {"bias": bias.contiguous(), "ref_bias": ref_bias.contiguous()}
+    right = token_divergences(*operands, **biases, js=True, config=POINTERS)
+    assert all(map(torch.equal, got, right))
+
+
 def test_no_token_and_no_js():
     operands = heads(3, 8, 8, 5)
     got = token_divergences(operands[0][:0], operands[1], operands[2][:0], operands[3], js=True)
@@ -229,6 +238,7 @@ def test_no_token_and_no_js():
         pytest.param(2, torch.zeros(3, 9), "ref_hidden_states", id="sizes"),
         pytest.param(1, torch.zeros(5, 8).half(), "one dtype", id="mixed"),
         pytest.param(0, torch.zeros(3, 16)[:, :8], "contiguous", id="gaps"),
+        pytest.param(3, torch.zeros(5, 8, device="meta"), "device", id="elsewhere"),
     ],
 )
 def test_operands_that_do_not_fit(position, tensor, message):

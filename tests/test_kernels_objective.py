@@ -47,6 +47,10 @@ VARIANTS = {
         "f_dpo",
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0},
     ),
+    "f_dpo-alpha-near-1": (
+        "f_dpo",
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - 2**-13},
+    ),
     "ipo-unified-length-norm": ("ipo", {"target": "unified", "length_norm": True}),
     **{f"daa-{g}": ("daa", {"g": g}) for g in MARGIN_FUNCTIONS},
     **{alias: (alias, {}) for alias in ("cdpo", "rdpo", "dpo_norm", "sigmoid", "apa")},
@@ -172,6 +176,20 @@ def test_default_hyperparameters(name):
     got, (losses, _, by_tokens) = batch.evaluate(objective), batch.truth(objective)
     close("losses", got.losses, losses, 2e-6, 1e-6)
     close("token_coefficients", got.token_coefficients, by_tokens, 2e-6, 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize(
+    "name", ["dpo", "cdpo", "exponential", "slic", "savage", "truncated_quadratic", "discopop"]
+)
+def test_infinite_margins_are_those_of_the_specification(name):
+    """Of a completion that the reference excludes."""
+    objective, batch = Objective.parse(name), Batch()
+    batch.ref_sums[0] = -torch.inf
+    got, (losses, _, by_tokens) = batch.evaluate(objective), batch.truth(objective)
+    torch.testing.assert_close(got.losses[0].double(), losses[0], equal_nan=True)
+    first = slice(0, int(batch.lengths[:2].sum()))
+    torch.testing.assert_close(got.token_coefficients[first].double(), by_tokens[first])
 
 
 @pytest.mark.gpu

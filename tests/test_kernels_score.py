@@ -15,7 +15,7 @@ from fastdaa import reference
 
 triton = pytest.importorskip("triton")
 
-from fastdaa.kernels import score_configs  # noqa: E402
+from fastdaa.kernels import operands, score_configs  # noqa: E402
 from fastdaa.kernels.merge_splits import RowStatistics  # noqa: E402
 from fastdaa.kernels.score import score_tokens  # noqa: E402
 from fastdaa.kernels.score_configs import (  # noqa: E402
@@ -289,6 +289,14 @@ def test_rows_with_gaps_and_operands_that_no_descriptor_reads():
         assert torch.equal(got.logps, right.logps)
 
 
+def test_a_bias_and_targets_with_gaps():
+    hidden, weight, targets, _ = problem(9, 32, 70)
+    bias, spread = torch.randn(140, device=DEVICE)[::2], targets.repeat_interleave(2)[::2]
+    got = score_tokens(hidden, weight, spread, bias=bias, config=POINTERS)
+    right = score_tokens(hidden, weight, targets, bias=bias.contiguous(), config=POINTERS)
+    assert torch.equal(got.logps, right.logps)
+
+
 def test_offsets_beyond_32_bits():
     """Rows 2^30 apart: the third begins at 2^31."""
     storage = torch.empty(0, dtype=torch.float16, device=DEVICE)
@@ -310,6 +318,7 @@ def test_offsets_beyond_32_bits():
         pytest.param({"hidden_states": torch.zeros(3, 9)}, r"\[N, D\] and \[V, D\]", id="sizes"),
         pytest.param({"weight": torch.zeros(0, 8)}, "above 0", id="empty"),
         pytest.param({"weight": torch.zeros(8, 5).T}, "contiguous rows", id="transposed"),
+        pytest.param({"weight": torch.zeros(5, 8, device="meta")}, "device", id="elsewhere"),
     ],
 )
 def test_operands_that_do_not_fit(change, message):
@@ -333,6 +342,19 @@ def test_tables(table, monkeypatch):
     assert tile_config(table, False, (aligned, odd)) == score_configs.ODD_ROWS[True]
     flat = torch.zeros(65).half()[1:].view(4, 16)  # even rows, but the first address is odd
     assert tile_config(table, False, (flat,)) == score_configs.ODD_ROWS[True]
+    same = torch.zeros(1, 16).half().expand(4, 16)  # rows that overlap
+    assert tile_config(table, False, (same,)) == table[80, True, False]
     wide = torch.zeros(4, 9)
     assert tile_config(table, True, (wide,)) == score_configs.ODD_ROWS[False]
     assert tile_config(table, False, (odd,), CONFIGS["descriptors"]) == POINTERS
+
+
+@pytest.mark.parametrize(
+    ("version", "fences"),
+    [("3.4.0", False), ("3.5.1", True), ("3.10.0+git1a2b", True), ("4.0.0", True)],
+)
+def test_descriptors_need_a_triton_that_fences_copies(version, fences, monkeypatch):
+    monkeypatch.setattr(operands, "_FENCED", operands._fences(version))
+    monkeypatch.setattr(score_configs, "_architecture", lambda device: 90)
+    config = tile_config(SCORE_CONFIGS, False, (torch.zeros(4, 16).half(),))
+    assert config == SCORE_CONFIGS[90 if fences else 80, True, False]

@@ -1,4 +1,4 @@
-"""What the targets' entries contribute to gradients, by kernels in Triton's interpreter."""
+"""The targets' part of gradients: kernels on a GPU, or in the interpreter without one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from fastdaa.kernels.configs import ROW_CONFIGS  # noqa: E402
 from fastdaa.kernels.hidden_rows import finish_hidden_rows  # noqa: E402
 from fastdaa.kernels.target_rows import add_sorted_rows  # noqa: E402
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden  # noqa: E402
-
-pytestmark = pytest.mark.interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 13

@@ -256,3 +256,19 @@ def test_model_that_drops_the_segments_fails_the_probe():
     support = supports_segments(model, probe=True)
     assert not support.ok
     assert "segments" in support.reason
+
+
+def test_model_with_its_windows_in_the_mask_alone_fails_the_probe():
+    sizes = {**GROUPED, "num_local_experts": 2, "sliding_window": 64}
+    model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**sizes))
+    support = supports_segments(model, probe=True)
+    assert not support.ok
+    assert "differ" in support.reason
+    assert model.config.sliding_window == 64
+
+
+def test_probe_leaves_windows_as_they_were():
+    model = copy.deepcopy(build("gemma2"))
+    assert check_layout(model).ok
+    assert model.config.sliding_window == 5
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [5, None]

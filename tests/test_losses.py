@@ -118,6 +118,31 @@ def test_powers_of_f_dpo_keep_pulling_beyond_their_limit(kind, alpha):
     assert grad[0].item() == pytest.approx(-1e-13 * math.exp(30) * pull, rel=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [1 - 1e-5, 1 + 1e-4, 0.999], ids=str)
+def test_f_dpo_near_the_reverse_kl_keeps_its_digits(alpha):
+    """Both powers are nearly 1 there."""
+    kwargs = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        policy = pairs([1.7, -0.3, 25.0, 0.1], [0.2, 0.4, -3.0, 0.1], dtype=dtype, grad=True)
+        ref = pairs([0.0] * 4, [0.0] * 4, dtype=dtype)
+        losses, grads = gradients("f_dpo", policy, ref, beta=0.5, **kwargs)
+        found.append([values.double() for values in (losses, *grads)])
+    torch.testing.assert_close(*found, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["dpo", "exponential", "slic", "savage", "truncated_quadratic", "discopop"]
+)
+def test_a_completion_that_the_reference_excludes_costs_nothing(name):
+    """The margin is infinite."""
+    policy = pairs([-5.0, -4.0], [-6.0, -7.0], dtype=torch.float32, grad=True)
+    ref = pairs([-torch.inf, -4.0], [-6.0, -7.0], dtype=torch.float32)
+    losses, grads = gradients(name, policy, ref)
+    assert losses[0] == 0 and losses[1] > 0
+    assert all(g[0] == 0 and g.isfinite().all() for g in grads)
+
+
 def test_hinge_has_no_gradient_at_and_beyond_its_kink():
     ref = pairs([0.0] * 4, [0.0] * 4)
     policy = pairs([1.0, 2.0, 0.5, 1.5], [-1.0, -1.0, -1.0, -0.5], grad=True)

@@ -109,6 +109,39 @@ def test_apa_is_the_mean_over_tokens():
     torch.testing.assert_close(out.loss, error.mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["chosen_first", "interleaved"])
+@pytest.mark.parametrize("options", [{"loss": "apa"}, {"ld_alpha": 0.3}], ids=["apa", "ld-dpo"])
+def test_reference_log_probs_of_tokens_are_those_of_the_hidden_states(order, options):
+    made = inputs()
+    at_labels = F.pad(naive_logps(made.ref_hidden_states, made.ref_weight, made.labels), (1, 0))
+    at_labels[made.labels == -100] = torch.nan  # nobody reads them
+    rows = [made.hidden_states, made.labels, made.ref_hidden_states, at_labels]
+    if order == "interleaved":
+        rows = [interleave(values) for values in rows]
+    hidden, labels, ref_hidden, at_labels = rows
+    loss = FusedLinearPairLoss(order=order, **options)
+    scored = loss(
+        hidden, made.weight, labels, ref_hidden_states=ref_hidden, ref_weight=made.ref_weight
+    )
+    given = loss(hidden, made.weight, labels, ref_token_logps=at_labels)
+    assert scored.losses.isfinite().all()
+    torch.testing.assert_close(given.losses, scored.losses, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^ref_token_logps: .* got None; ref_logps, which are s"):
+        loss(hidden, made.weight, labels, ref_logps=torch.zeros(2 * B))
+    with pytest.raises(
+        ValueError, match=r"^ref_token_logps: expected shape \[6, 7\], got \[6, 6\]"
+    ):
+        loss(hidden, made.weight, labels, ref_token_logps=at_labels[:, 1:])
+
+
+def test_reference_log_probs_of_tokens_in_a_graph():
+    made, loss = inputs(), FusedLinearAPALoss()
+    call = made.hidden_states, made.weight, made.labels
+    ref = -torch.rand(2 * B, T)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(*call, ref_token_logps=ref)
+    assert torch.equal(compiled.loss, loss(*call, ref_token_logps=ref).loss)
+
+
 def test_advantages_follow_the_order_of_the_rows():
     made, advantages = inputs(), torch.randn(2 * B)
     rest = {"ref_weight": made.ref_weight}
@@ -286,11 +319,11 @@ def test_ignore_index():
         ),
         pytest.param(
             {"ref_hidden_states": torch.zeros(2 * B, T - 1, D)},
-            r"ref_hidden_states: expected shape \[6, 7, 12\], got \[6, 6, 12\]", id="ref-length",
+            r"ref_hidden_states: expected shape \[6, 7, D\], got \[6, 6, 12\]", id="ref-length",
         ),
         pytest.param(
             {"labels": torch.zeros(2 * B, T - 1).long()},
-            r"hidden_states: expected shape \[6, 6, 12\], got \[6, 7, 12\]", id="shifted-labels",
+            r"hidden_states: expected shape \[6, 6, D\], got \[6, 7, 12\]", id="shifted-labels",
         ),
         pytest.param(
             {"labels": torch.zeros(5, T).long()}, "expected 2B rows .* got 5", id="odd",

@@ -6,6 +6,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,6 +171,30 @@ def test_bad_arguments_are_named(case):
     losses, arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         Objective.parse(losses, **arguments)
+
+
+@pytest.mark.parametrize("weights", ["ab", 2.0, {"dpo": 1.0, "sft": 2.0}, [1.0, None], ["1", 1]])
+def test_weights_that_are_no_numbers_are_named(weights):
+    with pytest.raises(TypeError, match=r"^(weights: expected a list of|expected a) number"):
+        Objective.parse(["dpo", "sft"], weights=weights)
+
+
+@pytest.mark.parametrize("losses", [{"dpo": 1.0, "sft": 0.1}, {"dpo", "sft"}], ids=["dict", "set"])
+def test_losses_without_an_order_are_refused(losses):
+    with pytest.raises(TypeError, match=r"^losses: expected names or custom_loss\(\.\.\.\), got "):
+        Objective.parse(losses)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Objective.parse(
+        ["dpo", "sft"], weights=np.array([1, 2], dtype=np.float32), beta=np.float32(0.5),
+        ld_alpha=np.float32(0.25),
+    )  # fmt: skip
+    wanted = Objective.parse(["dpo", "sft"], weights=[1.0, 2.0], beta=0.5, ld_alpha=0.25)
+    assert given == wanted and str(given) == str(wanted)
+    for value in (np.float32("nan"), np.int64(0)):
+        with pytest.raises(ValueError, match="expected beta of dpo to be a finite number > 0"):
+            Objective.parse("dpo", beta=value)
 
 
 @pytest.mark.parametrize(

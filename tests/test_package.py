@@ -39,7 +39,7 @@ NOT_IMPORTED = (
 )
 # Left out of the copy that is built: environments, caches, and what earlier builds left.
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", "venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results"
+    ".git", ".venv*", "venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
 )
 
 
@@ -153,7 +153,8 @@ def test_wheel_misses_nothing(built: Built) -> None:
     }
     assert "fastdaa/py.typed" in own
     assert own | mapped <= names, f"not in the wheel: {sorted((own | mapped) - names)}"
-    assert not [name for name in names if "test" in name.split("/") or "tests" in name.split("/")]
+    kept_out = {"test", "tests", "results"}
+    assert not [name for name in names if kept_out & set(name.split("/"))]
 
 
 def test_metadata(built: Built) -> None:
@@ -177,6 +178,8 @@ def test_sdist_holds_the_mapped_folders_once(built: Built) -> None:
     for name in ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"):
         assert name in names
     assert "tests/conftest.py" in names, "a packager must be able to run the tests"
+    for name in ("docs/results/study_hump.png", "benchmarks/results/step_cpu.jsonl"):
+        assert name in names, "pages show committed results, and tests hold them to these"
 
 
 def test_sdist_gives_the_same_wheel(built: Built) -> None:

@@ -86,9 +86,7 @@ def test_scarce_memory_gives_the_gradients_of_plenty(name, dtype, head_grad, bia
     assert 0 < hidden_rows(made, call, **few) < N
     assert hidden_rows(made, call) == 0
     limit = 1e-12 if dtype == torch.float64 else 2.0**-7  # a last bit of bf16
-    for few_bytes, plenty in zip(
-        gradients(call, made, **few), gradients(call, made), strict=True
-    ):
+    for few_bytes, plenty in zip(gradients(call, made, **few), gradients(call, made), strict=True):
         assert few_bytes.dtype == dtype
         error = (few_bytes.double() - plenty.double()).abs().max()
         assert error <= limit * plenty.double().abs().max()
@@ -144,6 +142,8 @@ def test_the_plan_says_the_cost(head_grad, path, gemms):
     assert plan.extra_bytes <= 300 << 20
     said = plan.explain()
     assert f"recompute ({gemms}U" in said
+    apart = "gradient of the hidden states apart, 2048 tokens at a time" in said
+    assert apart == head_grad
     if not head_grad:
         assert "gradients of 1024 MiB would be kept, more than max_bytes allows" in said
 

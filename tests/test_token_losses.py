@@ -54,6 +54,14 @@ def test_no_gradient_reaches_the_advantages(fn):
     assert logps.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_advantages_of_half_precision_are_rounded_once(dtype):
+    logps, ref, advantages = tokens(torch.float32)
+    half = advantages.to(dtype)
+    assert torch.equal(apa(logps, ref, half, lam=0.3), apa(logps, ref, half.float(), lam=0.3))
+    assert torch.equal(awr(logps, half, lam=0.3), awr(logps, half.float(), lam=0.3))
+
+
 def test_gradcheck_in_fp64():
     logps, ref, advantages = tokens()
     assert torch.autograd.gradcheck(lambda x: apa(x, ref, advantages), (logps,))

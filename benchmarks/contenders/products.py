@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,18 +12,21 @@ from fastdaa.benchmarks.cases import Case
 from fastdaa.benchmarks.inputs import HeadInputs
 
 _TILE_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+# Of a tile's rows: what products are cut into themselves.
+_ROW_MULTIPLE = 128
 FORWARD, HIDDEN, WEIGHT = "product-forward", "product-hidden", "product-weight"
 
 
 def products(inputs: HeadInputs) -> dict[str, Callable[[], Tensor]]:
     """Logits, gradient of the hidden states, and gradient of the weight, 1U each.
 
-    Tiles hold as many rows of logits as fit 2 GiB (CPU: 512 MiB); results go into memory that is
-    there already, in the dtype of the inputs.
+    Tiles are the fewest of equal height that fit 2 GiB of logits (CPU: 512 MiB): a floor has to be
+    as fast as products can be. Results go into memory that is there already, in the dtype of the
+    inputs.
     """
     case, hidden, weight = inputs.case, inputs.hidden.detach(), inputs.weight.detach()
     row = case.vocab * hidden.element_size()
-    size = min(max(_TILE_BYTES[inputs.device.type] // row, 1), case.tokens)
+    size = tile_rows(case.tokens, max(_TILE_BYTES[inputs.device.type] // row, 1))
     rows = [slice(i, min(i + size, case.tokens)) for i in range(0, case.tokens, size)]
     tile = torch.zeros(size, case.vocab, dtype=hidden.dtype, device=inputs.device)
 
@@ -52,6 +56,13 @@ def products(inputs: HeadInputs) -> dict[str, Callable[[], Tensor]]:
 
         runs[WEIGHT] = gradient_of_weight
     return runs
+
+
+def tile_rows(tokens: int, most: int) -> int:
+    """Rows of the fewest equal tiles of at most ``most`` rows, a multiple of 128 where it fits."""
+    equal = math.ceil(tokens / math.ceil(tokens / most))
+    whole = math.ceil(equal / _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return min(whole if whole <= most else equal, tokens)
 
 
 def floor_times(gemms: int, times: Mapping[str, list[float]]) -> list[float]:

@@ -110,10 +110,12 @@ def compiler_problem(device: str) -> str | None:
 
 
 class LinearCrossEntropy(Materialised):
-    """``torch.nn.functional.linear_cross_entropy`` with chunking, torch 2.13 and later.
+    """``torch.nn.functional.linear_cross_entropy``, torch 2.13 and later, as its documentation
+    advises: in chunks with automatic options where there are at least ``D`` tokens and more than
+    ``D`` classes, else the plain way.
 
-    Its automatic options are used. ``reduction="none"`` gives log-probs in the dtype of the inputs
-    and computes the logits twice; ``"mean"`` computes them once.
+    In chunks ``reduction="none"`` gives log-probs in the dtype of the inputs and computes the
+    logits twice; ``"mean"`` computes them once.
     """
 
     name = "torch-linear-ce"
@@ -129,19 +131,30 @@ class LinearCrossEntropy(Materialised):
         return "linear_cross_entropy has no softcap" if case.softcap is not None else None
 
     def gemms(self, case: Case) -> int:
-        """Log-probs are recomputed in backward, the mean is not."""
-        again = case.wants_grad and case.work != "ce"
+        """Of chunks, log-probs are recomputed in backward; the mean is not."""
+        again = case.wants_grad and case.work != "ce" and in_chunks(case)
         return super().gemms(case) + again
 
     def cost(self, case: Case, device: str) -> Cost | None:
         """None: the size of its chunks is its own affair."""
         return None
 
+    def detail(self, inputs: HeadInputs) -> str:
+        """Which of its two ways."""
+        if in_chunks(inputs.case):
+            return "LinearCrossEntropyOptions(): in chunks"
+        return "options=None: below D tokens it advises against chunks"
+
     def score_tokens(self, hidden: Tensor, weight: Tensor, inputs: HeadInputs) -> Tensor:
         """See :class:`TokenScorer`."""
+        options = torch.nn.LinearCrossEntropyOptions() if in_chunks(inputs.case) else None
         reduction = "mean" if inputs.case.work == "ce" else "none"
         nll = F.linear_cross_entropy(
-            hidden, weight, inputs.targets, reduction=reduction,
-            options=torch.nn.LinearCrossEntropyOptions(),
-        )  # fmt: skip
+            hidden, weight, inputs.targets, reduction=reduction, options=options
+        )
         return -nll
+
+
+def in_chunks(case: Case) -> bool:
+    """Where ``torch.nn.LinearCrossEntropyOptions`` says that chunks are a win."""
+    return case.tokens >= case.hidden and case.vocab > case.hidden

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeats=asked.SIZES[options.size].repeats, budget=_SECONDS_A_CASE[options.part],
         roof=measure_roof(options.device, dtypes if options.device == "cpu" else dtypes[:1]),
     )  # fmt: skip
+    if settings.roof is not None:
+        print(f"roof: {settings.roof.words}", flush=True)
     return _answer(asked.questions(options.part, options.size), options, settings)
 
 

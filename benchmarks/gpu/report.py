@@ -12,7 +12,8 @@ from fastdaa.benchmarks.gpu import questions as asked
 from fastdaa.benchmarks.gpu.scaling import Point, fit_line, growth
 from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT, TARGETS, Judged, judge
 from fastdaa.benchmarks.reading import Result, latest
-from fastdaa.benchmarks.rows import circumstances
+from fastdaa.benchmarks.roof import Roof
+from fastdaa.benchmarks.rows import alike
 
 _PATH_OF = {name: path for path in asked.PATHS for name in asked.ours(path)}
 
@@ -28,7 +29,7 @@ class Answers:
         self.size, self.device = asked.SIZES[size], device
         given = list(rows)
         newest = max(given, key=lambda row: str(row.get("time")), default={})
-        chosen = [row for row in given if circumstances(row) == circumstances(newest)]
+        chosen = [row for row in given if alike(row, newest)]
         self.left_out = len(given) - len(chosen)
         self.results = {(r.kind, r.case, r.contender): r for r in latest(chosen)}
 
@@ -113,8 +114,16 @@ def _targets(answers: Answers) -> list[str]:
         *table(headings, cells), "",
         f"Floor (the bare products in the same run): {floor or 'not measured'}. TRL's extra memory "
         f"({', '.join(asked.PATHS)}): {used or 'not measured'}.",
+        *_roofs(answers),
         *sorted(said), *_left_out(answers.left_out),
     ]  # fmt: skip
+
+
+def _roofs(answers: Answers) -> list[str]:
+    """What the times by the model were computed with: one roof a process."""
+    found = [r.row["roof"] for r in answers.results.values() if r.row.get("roof")]
+    words = dict.fromkeys(Roof(**roof).words for roof in found)
+    return [f"Roof of the model ({len(words)} processes): {'; '.join(words)}."] if words else []
 
 
 def _left_out(count: int) -> list[str]:

@@ -32,7 +32,8 @@ _TOKENS = 2048
 _TAIL_LINES = 12
 _ABSENT = 3
 _RUNS = "run "
-_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+# Said where several processes are too many for the device: its memory, or a mode for one alone.
+_CROWDED = ("out of memory", "ALLOC_FAILED", "busy or unavailable")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Trial:
     contender: str
     status: str
     """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time with less
-    than a third of it to run in, or out of memory beside the others, which says nothing about it.
+    than a third of it to run in, or too many on the device at a time: nothing is known of it.
     """
     seconds: float
     said: list[str]
@@ -108,7 +109,7 @@ def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
         status = "hung" if enough else "unfinished"
     elif code < 0:
         said.append(f"ended by signal {-code}")
-    elif status == "failed" and any(word in line for line in said for word in _NO_MEMORY):
+    elif status == "failed" and any(word in line for line in said for word in _CROWDED):
         status = "unfinished"
     return Trial(path, name, status, round(time.monotonic() - began, 1), list(said))
 
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("--seconds", type=float, default=70.0, help="of one process")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one process")
     parser.add_argument("--path", choices=asked.PATHS, help="one trial: of this path")
     parser.add_argument("--contender", help="... and of this contender")
     options = parser.parse_args(argv)

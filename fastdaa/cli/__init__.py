@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("fastdaa", f"expected a command, got {command!r}{_nearest(command)}")
     from fastdaa.cli.missing_package import check_packages, missing_package
 
-    # When something imports it: of a kernel for CPUs that training with quantised weights avoids.
+    # bitsandbytes, if it is imported, warns about a CPU kernel that quantised training never uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_packages(command)

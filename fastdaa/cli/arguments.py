@@ -152,6 +152,11 @@ class AdapterArguments(QuantizationOptions, ModelArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("lora_r", self.lora_r)
+        check_count("lora_alpha", self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout: expected a probability from 0 to below 1, got {self.lora_dropout}"
+            )
         self._check_lora()
         self.check_quantization()
 

@@ -50,7 +50,7 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     for command, words in commands:
         folder = root / command
         if not _is_done(folder, words):
-            code = _run_stage(command, words)
+            code = _run_stage(command, words, folder)
             if code:
                 if code == INTERRUPTED:
                     print(f"To continue the pipeline:\n  {continuation('online', argv, None)}")
@@ -61,7 +61,7 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
         model=policy,
         reward=arguments.reward or str(root / "reward"),
         pipeline=False,
-        resume_from_checkpoint="true",
+        resume_from_checkpoint="true" if _was_begun(root / "online") else None,
     )
     return _run_online(last, config, root / "online", argv)
 
@@ -79,8 +79,9 @@ def _run_online(
     if arguments.quantizes is not None:
         kind, nested = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
         words.append(f"{arguments.quantizes} {kind} {nested}")
-    if arguments.gold_reward is not None:
-        words.append(f"gold_reward {arguments.gold_reward}")
+    for name in ("gold_reward", "ref_model"):
+        if getattr(arguments, name) is not None:
+            words.append(f"{name} {getattr(arguments, name)}")
     if _is_done(folder, words):
         return 0
     # Its continuation is the pipeline's own command.
@@ -125,13 +126,21 @@ def _stage_argv(
     return words
 
 
-def _run_stage(command: str, words: list[str]) -> int:
+def _run_stage(command: str, words: list[str], folder: Path) -> int:
     import importlib
+
+    resume = ["--resume_from_checkpoint"] if _was_begun(folder) else []
 
     with log_lines():
         logger.info("stage %s", command)
     module = importlib.import_module(f"fastdaa.cli.{command}")
-    return int(module.run([*words, "--resume_from_checkpoint"]))
+    return int(module.run([*words, *resume]))
+
+
+def _was_begun(folder: Path) -> bool:
+    from fastdaa.train.checkpoints import complete
+
+    return bool(complete(folder))
 
 
 def _is_done(folder: Path, words: list[str]) -> bool:

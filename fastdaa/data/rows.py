@@ -102,9 +102,15 @@ class SequenceRows(_Rows):
 
 
 def _arrays(column: Any) -> list[np.ndarray]:
+    import pyarrow
+
     arrays = []
     for chunk in column.chunks:
-        values = chunk.flatten().to_numpy()
+        values = chunk.flatten()
+        if pyarrow.types.is_null(values.type):
+            # Of lists that are all empty.
+            values = values.cast(pyarrow.int64())
+        values = values.to_numpy()
         ends = np.cumsum(chunk.value_lengths().to_numpy())
         arrays += np.split(values, ends[:-1]) if len(ends) else []
     return arrays

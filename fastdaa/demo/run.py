@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdaa.demo.table import best_lines, fit_lines, fits_table, results_table
+from fastdaa.demo.table import (
+    best_lines,
+    caution_lines,
+    fit_lines,
+    fits_table,
+    results_table,
+)
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.full import closing_steps, run_full, sweep_step
 from fastdaa.study.kept_runs import POINTS
@@ -61,6 +66,7 @@ def main(
     console = Console() if console is None else console
     runs = fast_runs(losses, seeds) if fast else grid(("H",), losses, seeds=seeds)
     output = Path(output_dir)
+    _check_folder(output, runs[0].preset.name if runs else "H")
     console.print(_words(runs, fast), highlight=False)
     record = run_full(
         output,
@@ -71,9 +77,21 @@ def main(
         workers=1 if fast and workers is None else workers,
         console=console,
     )
-    _show(output, fast, console)
+    _show(output, {run.id for run in runs}, fast, console)
     console.print(f"everything took {record['seconds']:.0f} s", highlight=False)
     return record
+
+
+def _check_folder(output: Path, preset: str) -> None:
+    """The page is about the whole folder: a glimpse and real runs would be one page."""
+    if not (output / POINTS).is_file():
+        return
+    found = {str(row.get("preset")) for row in read_table(output / POINTS)}
+    if found - {preset}:
+        raise ValueError(
+            f"output_dir: expected a folder of runs in preset {preset} alone, {output} holds some "
+            f"of {', '.join(sorted(found))}; choose another folder"
+        )
 
 
 def fast_runs(losses: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -97,30 +115,33 @@ def _words(runs: Sequence[Run], fast: bool) -> str:
     return f"{words}\n{_FAST_WORDS if fast else time}"
 
 
-def _show(output: Path, fast: bool, console: Console) -> None:
-    """The table, the best beta of every loss, the fits, and where everything is."""
-    if not (output / POINTS).is_file():
+def _show(output: Path, asked: Set[str], fast: bool, console: Console) -> None:
+    """The table, the best beta of every loss, the fits, and where everything is.
+
+    Args:
+        asked: runs of this call; others may be in the folder.
+    """
+    every = read_table(output / POINTS) if (output / POINTS).is_file() else Table([])
+    table = every.where(lambda row: row["run"] in asked)
+    if not len(table):
         console.print("No run was finished.")
         return
-    table = read_table(output / POINTS)
     final = table.final()
     console.print(results_table(final))
-    for line in best_lines(final):
+    for line in (*best_lines(final), *caution_lines(final)):
         console.print(line, highlight=False)
-    if (output / "fits.json").is_file():
-        _show_fits(json.loads((output / "fits.json").read_text(encoding="utf-8")), table, console)
+    _show_fits(table, console)
     if fast:
         console.print(_FAST_WORDS, highlight=False)
     if (output / "index.html").is_file():
         console.print(f"page: {output / 'index.html'}", highlight=False, soft_wrap=True)
 
 
-def _show_fits(fits: Mapping[str, Any], table: Table, console: Console) -> None:
+def _show_fits(table: Table, console: Console) -> None:
     """The law of all checkpoints beside that of the ends of training."""
-    used = fits["settings"]
-    ends = fit_table(
-        table, FitSettings(score=used["score"], group=tuple(used["group"]), final_only=True)
-    )
+    fits = fit_table(table)
+    group = tuple(fits["settings"]["group"])
+    ends = fit_table(table, FitSettings(group=group, final_only=True))
     console.print(fits_table(fits, ends))
     for line in fit_lines(fits, ends):
         console.print(line, highlight=False)

@@ -70,6 +70,31 @@ def best_lines(final: Table) -> Iterator[str]:
         yield line
 
 
+def caution_lines(final: Table) -> Iterator[str]:
+    """What training sees of the fall beyond the best beta, and what a single seed cannot say."""
+    parts = []
+    for loss, rows in split(final, series_name).items():
+        shape = hump(curve(rows, "gold"))
+        if shape is None or not shape.interior:
+            continue
+        ends = (shape.best, shape.farthest)
+        if any(row.get("margin") is None for end in ends for row in end.rows):
+            continue
+        best, far = (mean(float(row["margin"]) for row in end.rows) for end in ends)
+        if far > best:
+            parts.append(f"from {best:.1f} to {far:.1f} ({loss})")
+    if parts:
+        yield (
+            "That is over-optimisation: there the margin that training raises, the log-ratio of "
+            f"preferred over other answers, still grows on held-out pairs, {join(parts)}, in nats."
+        )
+    if len({row.get("seed") for row in final}) == 1:
+        yield (
+            "One seed is one world, without error bars: with --seeds 0 1 2 the table has means, "
+            "and a fall is told only beyond their 95 % interval."
+        )
+
+
 def fits_table(fits: Mapping[str, Any], ends: Mapping[str, Any]) -> RichTable:
     """The law R(d) = d (alpha - beta log d) of every curve, beside the best point measured.
 

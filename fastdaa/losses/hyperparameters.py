@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from numbers import Real
 from typing import Any
 
 from fastdaa.losses.custom import is_custom
 from fastdaa.losses.margin import F_DIVERGENCES, MARGIN_FUNCTIONS
 from fastdaa.losses.registry import LOSSES, Loss
+from fastdaa.validation import shown
 
 _Range = tuple[Callable[[float], bool], str]
 _POSITIVE: _Range = (lambda v: v > 0, "> 0")
@@ -34,6 +36,30 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "f_divergence_type": F_DIVERGENCES,
     "g": tuple(MARGIN_FUNCTIONS),
 }
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy as a float, everything else as it is."""
+    own = isinstance(value, (bool, int, float)) or not isinstance(value, Real)
+    return value if own else float(value)
+
+
+def listed_weights(weights: Any) -> list[Any]:
+    """The weights of a mixture as a list; raises ``TypeError`` for what has no order or none."""
+    listed = weights.tolist() if hasattr(weights, "tolist") else weights
+    if isinstance(listed, (str, Mapping, Set)) or not isinstance(listed, Iterable):
+        raise TypeError(f"weights: expected a list of numbers, got {shown(weights)}")
+    return list(listed)
+
+
+def checked_weight(loss: Loss, weight: Any) -> float:
+    """The weight of a loss; raises ``TypeError`` for no number, ``ValueError`` out of range."""
+    weight = plain_number(weight)
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        raise TypeError(f"expected a number as weight of {loss.name}, got {shown(weight)}")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"expected a finite weight >= 0 for {loss.name}, got {weight!r}")
+    return weight
 
 
 def check_accepted(losses: Sequence[Loss], given: Mapping[str, Any]) -> None:
@@ -82,7 +108,7 @@ def check_weighting(losses: Sequence[Loss], ld_alpha: object, use_weighting: obj
     """Raise ``ValueError`` unless the weightings of an objective have a meaning for ``losses``."""
     names = ", ".join(dict.fromkeys(loss.name for loss in losses))
     if ld_alpha is not None:
-        number = isinstance(ld_alpha, (int, float)) and not isinstance(ld_alpha, bool)
+        number = isinstance(ld_alpha, Real) and not isinstance(ld_alpha, bool)
         if not number or not 0 <= ld_alpha <= 1:  # type: ignore[operator]
             raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
         if not any(loss.level == "pair" and loss.needs_ref for loss in losses):

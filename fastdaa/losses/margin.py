@@ -102,7 +102,7 @@ def f_dpo(
     elif alpha == 1:
         x = chosen - rejected
     else:
-        powers = [_exponential((1 - alpha) * ratio) for ratio in (chosen, rejected)]
+        powers = [_power_less_one((alpha - 1) * ratio) for ratio in (chosen, rejected)]
         x = (powers[0] - powers[1]) / (alpha - 1)
     return -F.logsigmoid(beta * x)
 
@@ -262,9 +262,16 @@ def _truncated_quadratic(x: Tensor) -> Tensor:
     return torch.relu(1 - x).square()
 
 
+def _power_less_one(x: Tensor) -> Tensor:
+    # Near alpha = 1 both powers are nearly 1, which would swallow their difference.
+    exponent = x.clamp(max=EXPONENT_LIMIT)
+    return exponent.expm1() + exponent.exp() * torch.relu(x - EXPONENT_LIMIT)
+
+
 def _exponential(x: Tensor) -> Tensor:
+    # The excess is 0, and not infinity minus itself, where the margin is infinite.
     exponent = (-x).clamp(max=EXPONENT_LIMIT)
-    return exponent.exp() * (1 + (-x - exponent))
+    return exponent.exp() * (1 + torch.relu(-x - EXPONENT_LIMIT))
 
 
 def _savage(x: Tensor) -> Tensor:

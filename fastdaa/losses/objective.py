@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import count
@@ -14,7 +13,14 @@ import torch
 from torch import Tensor
 
 from fastdaa.losses.custom import is_custom
-from fastdaa.losses.hyperparameters import check_accepted, check_value, check_weighting
+from fastdaa.losses.hyperparameters import (
+    check_accepted,
+    check_value,
+    check_weighting,
+    checked_weight,
+    listed_weights,
+    plain_number,
+)
 from fastdaa.losses.registry import Loss, get_loss
 from fastdaa.outputs import BatchTotals, PairLogps
 
@@ -40,7 +46,12 @@ def _register(objective: Objective) -> str:
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of a mixture. Raises ``ValueError`` for hyperparameters that it cannot take."""
+    """One loss of a mixture.
+
+    Raises:
+        TypeError: a weight that is no number.
+        ValueError: a weight below 0 or not finite, hyperparameters that the loss cannot take.
+    """
 
     loss: Loss
     weight: float = 1.0
@@ -48,10 +59,9 @@ class Term:
     """Values that differ from the defaults, or all of them."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(
-                f"expected a finite weight >= 0 for {self.loss.name}, got {self.weight!r}"
-            )
+        object.__setattr__(self, "weight", checked_weight(self.loss, self.weight))
+        values = {name: plain_number(value) for name, value in self.hyperparameters.items()}
+        object.__setattr__(self, "hyperparameters", values)
         check_accepted([self.loss], self.hyperparameters)
         for name, value in self.hyperparameters.items():
             check_value(self.loss, name, value)
@@ -126,15 +136,16 @@ class Objective:
         Each hyperparameter goes to every chosen loss that has it; a value of None means the loss's
         own default. Weights default to 1. ``ld_alpha`` and ``use_weighting`` are those of the
         class. Raises ``ValueError`` for unknown losses, for hyperparameters that no chosen loss
-        uses, and for values out of range.
+        uses, and for values out of range, ``TypeError`` for no list or no numbers.
         """
         asked: object = losses
-        if not isinstance(asked, (str, Loss, Iterable)):
+        if not isinstance(asked, (str, Loss, Iterable)) or isinstance(asked, (Mapping, Set)):
+            hint = "; weights are given by weights=[...]" if isinstance(asked, Mapping) else ""
             raise TypeError(
-                f"losses: expected names or custom_loss(...), got {type(asked).__name__}"
+                f"losses: expected names or custom_loss(...), got {type(asked).__name__}{hint}"
             )
         names = [losses] if isinstance(losses, (str, Loss)) else list(losses)
-        weights = [1.0] * len(names) if weights is None else list(weights)
+        weights = [1.0] * len(names) if weights is None else listed_weights(weights)
         if len(weights) != len(names):
             shown = [getattr(name, "name", name) for name in names]
             raise ValueError(f"expected {len(names)} weights for {shown}, got {len(weights)}")
@@ -216,7 +227,8 @@ class Objective:
         :func:`~fastdaa.losses.weights.desensitized` log-probs, and ``unweighted`` are the policy's
         plain sums, for terms that read no reference. ``pair_weights [B]`` go with
         ``use_weighting``. Raises ``ValueError`` if a reference or one of these is missing or
-        superfluous, or if a function of the caller's does not give one loss a pair.
+        superfluous, or if a function of the caller's does not give one loss a pair, ``TypeError``
+        if it gives no tensor.
         """
         self._check_given("token_losses", token_losses, self.has_token_level)
         self._check_given("unweighted", unweighted, self.ld_alpha is not None)
@@ -226,15 +238,20 @@ class Objective:
             _require_ref(term, ref)
             values = {**term.values, "totals": totals} if term.loss.takes_totals else term.values
             plain = unweighted is not None and not term.loss.needs_ref
-            losses = term.loss.fn(unweighted if plain else policy, ref, **values)
+            losses: object = term.loss.fn(unweighted if plain else policy, ref, **values)
+            if not isinstance(losses, Tensor):
+                raise TypeError(
+                    f"{term.loss.name}: expected a tensor with one loss a pair, got "
+                    f"{type(losses).__name__}"
+                )
             if losses.shape != policy.chosen.shape:
                 raise ValueError(
                     f"{term.loss.name}: expected one loss a pair, {list(policy.chosen.shape)}, "
                     f"got {list(losses.shape)}"
                 )
             parts.append(_weighted(term, losses))
-        losses = reduce(torch.add, parts)
-        return losses if pair_weights is None else losses * pair_weights
+        total: Tensor = reduce(torch.add, parts)
+        return total if pair_weights is None else total * pair_weights
 
     def _check_given(self, name: str, given: object, wanted: bool) -> None:
         if wanted != (given is not None):

@@ -24,7 +24,7 @@ def apa(
 
     ``(log policy - log ref - advantage / lam)^2``. ``lam`` is the advantage that is worth one nat.
     """
-    return (token_logps - ref_token_logps - advantages.detach() / lam).square()
+    return (token_logps - ref_token_logps - _like(advantages, token_logps) / lam).square()
 
 
 def awr(
@@ -38,7 +38,7 @@ def awr(
 
     The weight is capped at ``max_weight``. Nothing anchors it to a reference.
     """
-    exponent = (advantages.detach() / lam).clamp(max=math.log(max_weight))
+    exponent = (_like(advantages, token_logps) / lam).clamp(max=math.log(max_weight))
     return -exponent.exp() * token_logps
 
 
@@ -71,6 +71,11 @@ def awr_pairs(
     """AWR offline on pairs, with advantages as in ``apa_pairs``; no reference."""
     per_token = _per_token(token_logps, lengths, advantages)
     return awr(token_logps, per_token, lam=lam, max_weight=max_weight)
+
+
+def _like(advantages: Tensor, token_logps: Tensor) -> Tensor:
+    """Detached, in the dtype of the log-probs: half precision would round what is made of them."""
+    return advantages.detach().to(token_logps.dtype)
 
 
 def _per_token(token_logps: Tensor, lengths: Tensor, advantages: Tensor | None) -> Tensor:

@@ -64,15 +64,19 @@ class HeldOut:
             return {}
         return self.measure(trainer)
 
+    def begin(self, trainer: OnlineTrainer) -> None:
+        """The reference's scores, once: a reward that fails does so before the first iteration."""
+        if not self._reference:
+            scores = self._scores(trainer, self._sample(trainer, trainer.models.reference))
+            self._reference = {
+                f"eval/ref_{name}": float(values.mean()) for name, values in scores.items()
+            }
+
     def measure(self, trainer: OnlineTrainer) -> dict[str, float]:
         """Completions of the policy as it is now."""
         began = time.perf_counter()
         policy, reference, _ = trainer.models
-        if not self._reference:
-            scores = self._scores(trainer, self._sample(trainer, reference))
-            self._reference = {
-                f"eval/ref_{name}": float(values.mean()) for name, values in scores.items()
-            }
+        self.begin(trainer)
         completions = self._sample(trainer, policy)
         lengths = torch.tensor([len(ids) for ids in completions.completion_ids])
         packs = make_packs(

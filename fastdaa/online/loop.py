@@ -76,7 +76,8 @@ class OnlineTrainer:
         reference: a frozen model; None for a copy of the policy as it is now.
         critic: None for a new one, see :class:`~fastdaa.online.critic.Critic`.
         tokenizer: gives the reward source texts; None to give it token ids alone.
-        evaluate: called after every iteration.
+        evaluate: called after every iteration; where it has a method ``begin(trainer)``, that is
+            called before the first one.
 
     Raises:
         ValueError: no prompts, or a model that cannot take packed rows or whose head is unknown.
@@ -127,6 +128,9 @@ class OnlineTrainer:
         """
         config = self.config
         self._start(resume)
+        begin = getattr(self.evaluate, "begin", None)
+        if begin is not None and self.place.iteration < config.iterations:
+            begin(self)
         device = causal_lm(self.models.policy).device
         record = Record(config, self.place.steps, device)
         progress = Progress(config.iterations, self.place.iteration, shown=not config.disable_tqdm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastdaa.study.curves import (
     Hump,
@@ -19,6 +19,7 @@ from fastdaa.study.curves import (
 from fastdaa.study.figures.beta_kl import mean_kl
 from fastdaa.study.fit_words import SIMILAR
 from fastdaa.study.presets import PRESETS
+from fastdaa.study.seed_noise import margin
 from fastdaa.study.verdicts import Seen, each_preset
 from fastdaa.study.wording import join, number
 
@@ -69,12 +70,42 @@ def judge_ipo_kl(rows: Sequence[Row]) -> Iterator[Seen]:
 
 @each_preset("three or more betas of IPO and of another loss")
 def judge_ipo_fall(rows: Sequence[Row]) -> Iterator[Seen]:
-    """IPO loses less than the other losses from its best to its farthest point."""
+    """IPO loses less than each other loss from its best to its farthest point, in the mean and by
+    more than the 95 % interval over seeds."""
     shapes = _humps(rows)
-    if "IPO" in shapes and len(shapes) > 1:
-        parts = [f"{name} {number(shape.fall)}" for name, shape in shapes.items()]
-        least = min(shapes, key=lambda name: shapes[name].fall)
-        yield Seen(f"loss of quality from best to farthest: {join(parts)}.", least == "IPO")
+    ours = shapes.pop("IPO", None)
+    if ours is None or not shapes:
+        return
+    names = {"IPO": ours, **shapes}
+    parts = [f"{name} {number(names[name].fall)}" for name in sorted(names)]
+    text = f"loss of quality from best to farthest: {join(parts)}"
+    less = all(ours.fall < theirs.fall for theirs in shapes.values())
+    noisy = [name for name, theirs in shapes.items() if not _falls_less(ours, theirs)]
+    if less and noisy:
+        text += f"; within noise of {join(noisy)}"
+    yield Seen(f"{text}.", less + (less and not noisy), 2)
+
+
+def _falls_less(first: Hump, second: Hump) -> bool:
+    """Whether the first falls by less than the second in the same seeds, beyond noise."""
+    falls = [_fall_by_seed(shape) for shape in (first, second)]
+    seeds = falls[0].keys() & falls[1].keys()
+    if not seeds:
+        return first.fall < second.fall
+    differences = [falls[1][seed] - falls[0][seed] for seed in seeds]
+    stderr = None
+    if len(seeds) > 1:
+        stderr = statistics.stdev(differences) / len(seeds) ** 0.5
+    return statistics.fmean(differences) > margin(stderr, len(seeds))
+
+
+def _fall_by_seed(shape: Hump) -> dict[Any, float]:
+    ends = {row.get("seed"): float(row["score"]) for row in shape.farthest.rows}
+    return {
+        row.get("seed"): float(row["score"]) - ends[row.get("seed")]
+        for row in shape.best.rows
+        if row.get("seed") in ends
+    }
 
 
 @each_preset("three or more betas of two losses")

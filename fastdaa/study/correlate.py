@@ -3,6 +3,7 @@
 ``correlations.json`` is one object; a correlation that is not defined is null, with its reason::
 
     {"settings": {every field of CorrelateSettings},
+     "digest": "0f3a...",                       # of the rows, by Table.digest
      "quality": [
        {"x": "accuracy", "y": "score",          # x: accuracy, loss_value, margin
         "scope": "loss",                        # pooled | loss | size | loss and size
@@ -27,7 +28,8 @@
 
 Intervals are percentile intervals of a bootstrap that draws whole runs: checkpoints of one run are
 not independent. With fewer than five runs an interval is null. Rows without one of the two columns
-are left out of a correlation, so ``n`` differs between entries.
+are left out of a correlation, so ``n`` differs between entries. IPO's held-out loss of the small
+world is taken times ``4 beta^2``, see :func:`fastdaa.study.curves.comparable_loss`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ import numpy as np
 
 from fastdaa.study.bootstrap import correlation, interval, rank_correlation, resample_counts
 from fastdaa.study.correlate_words import describe_correlations
+from fastdaa.study.curves import comparable_loss
 from fastdaa.study.table import Table
 
 PREDICTORS = ("accuracy", "loss_value", "margin")
@@ -88,8 +91,10 @@ def correlate_table(table: Table, settings: CorrelateSettings | None = None) -> 
             f"got {', '.join(table.columns)}"
         )
     rows = table.final() if settings.final_only else table
+    rows = Table(dict(comparable_loss(row)) for row in rows)
     content = {
         "settings": asdict(settings),
+        "digest": table.digest(settings.score),
         "quality": _quality(rows, settings),
         "length": _length(rows, settings),
         "length_trend": [

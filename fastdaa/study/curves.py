@@ -20,6 +20,8 @@ LOSS_NAMES = {
     "apa": "APA", "awr": "AWR", "ppo": "PPO",
 }  # fmt: skip
 """Of losses and of on-policy algorithms, as the papers write them."""
+EXACT_POLICIES = ("apa_fixed_point", "kl_optimum")
+"""Algorithms of rows of ``fastdaa study online`` that were computed, not trained."""
 
 
 class Point(NamedTuple):
@@ -66,11 +68,15 @@ def _known(row: Row, column: str) -> float | None:
 
 
 def series_name(row: Row) -> str:
-    """What a row's curve is called: its loss, else its algorithm, else ``all runs``."""
+    """What a row's curve is called: its loss, else its algorithm, else ``all runs``.
+
+    APA and AWR with whitened advantages are another method: their anchor moves with the spread.
+    """
     loss = row.get("loss") or row.get("algorithm")
     if not loss:
         return "all runs"
-    return LOSS_NAMES.get(str(loss).lower(), str(loss))
+    name = LOSS_NAMES.get(str(loss).lower(), str(loss))
+    return f"whitened {name}" if row.get("whitened") and name in ("APA", "AWR") else name
 
 
 def distinct(rows: Iterable[Row], column: str) -> list[Any]:
@@ -223,6 +229,20 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
         return None
     return statistics.correlation(x, y)
+
+
+def comparable_loss(row: Row) -> Row:
+    """The row with a held-out loss that can be compared between betas.
+
+    The study's IPO loss is ``(h - 1 / (2 beta))^2``, whose unit is that of ``1 / beta^2``: over the
+    betas it says little but the beta. Times ``4 beta^2`` it is ``(2 beta h - 1)^2``, a function of
+    ``beta h`` as the other losses are, and as in the paper's common form. Other tables may hold
+    other conventions, and stay as they are.
+    """
+    loss, beta = row.get("loss_value"), row.get("beta")
+    if loss is None or not beta or row.get("loss") != "ipo" or row.get("gold") is None:
+        return row
+    return {**row, "loss_value": 4 * beta**2 * loss}
 
 
 def column_pairs(rows: Iterable[Row], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -4,6 +4,7 @@
 and a reason stands beside every null that could be taken for a result::
 
     {"settings": {every field of FitSettings},
+     "digest": "0f3a...",                           # of the rows, by Table.digest
      "points": rows used in all groups, "dropped": rows closer than MIN_DISTANCE,
      "unknown": rows without the score,
      "groups": [
@@ -57,7 +58,7 @@ from fastdaa.validation import check_choice
 
 _MIN_POINTS = 6
 _FEW_UNITS = 5
-SETTINGS_OF_A_CURVE = ("preset", "size", "algorithm", "loss", "length_alpha", "seed")
+SETTINGS_OF_A_CURVE = ("preset", "size", "algorithm", "whitened", "loss", "length_alpha", "seed")
 """Rows that differ in one of these are not on the same curve; beta and progress move along it."""
 _OFFSETS: dict[str, tuple[float, list[str]]] = {
     "gold": (0.0, []),
@@ -119,6 +120,7 @@ def fit_table(table: Table, settings: FitSettings | None = None) -> dict[str, An
     totals = {name: sum(group[name] for group in groups) for name in ("points", "dropped")}
     content = {
         "settings": asdict(settings) | {"group": columns},
+        "digest": table.digest(settings.score),
         **totals,
         "unknown": sum(group["unknown"] for group in groups),
         "groups": groups,
@@ -127,8 +129,15 @@ def fit_table(table: Table, settings: FitSettings | None = None) -> dict[str, An
 
 
 def default_group(table: Table) -> tuple[str, ...]:
-    """The columns of :data:`SETTINGS_OF_A_CURVE` that have more than one value."""
-    return tuple(name for name in SETTINGS_OF_A_CURVE if len({row.get(name) for row in table}) > 1)
+    """The columns of :data:`SETTINGS_OF_A_CURVE` that have more than one value.
+
+    ``whitened`` only where it tells runs of one algorithm apart.
+    """
+    varying = [name for name in SETTINGS_OF_A_CURVE if len({row.get(name) for row in table}) > 1]
+    pairs = {(row.get("algorithm"), row.get("whitened")) for row in table}
+    if "whitened" in varying and len(pairs) == len({algorithm for algorithm, _ in pairs}):
+        varying.remove("whitened")
+    return tuple(varying)
 
 
 def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:

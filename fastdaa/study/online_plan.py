@@ -141,6 +141,8 @@ def online_grid(
 ) -> list[OnlineRun]:
     """Every setting of every algorithm in every seed, seeds together: they share a world.
 
+    What is asked for twice is there once.
+
     Args:
         strengths: by algorithm; default: ``STRENGTHS``.
         whitened: lambdas of whitened APA, where ``apa`` is among the algorithms.
@@ -153,8 +155,9 @@ def online_grid(
     ways = [(name, float(value), False) for name in algorithms for value in chosen[name]]
     if "apa" in algorithms:
         ways += [("apa", float(value), True) for value in whitened]
-    return [
+    runs = [
         OnlineRun(preset, name, value, seed, size, whitened=white, **settings)
         for seed in seeds
         for name, value, white in ways
     ]
+    return list(dict.fromkeys(runs))

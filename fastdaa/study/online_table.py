@@ -13,6 +13,9 @@ from fastdaa.study.table_files import json_rows
 from fastdaa.train import checkpoints
 from fastdaa.train.metrics_writer import METRICS_FILE
 
+WHITENED = ("masked", "unmasked")
+"""Values of ``whiten_advantages`` that whiten what APA and AWR would leave as it is."""
+
 
 def holds_online_run(folder: Path) -> bool:
     """Whether ``fastdaa online`` has left measurements on held-out prompts there."""
@@ -23,7 +26,8 @@ def holds_online_run(folder: Path) -> bool:
 def online_rows(folder: Path) -> Iterator[tuple[str, Row]]:
     """The reference at KL 0, then each measurement; the score is the gold reward, if there is one.
 
-    ``beta`` is lambda of APA and AWR, the KL coefficient of PPO; ``reward`` what was trained on.
+    ``beta`` is lambda of APA and AWR, the KL coefficient of PPO; ``reward`` what was trained on;
+    ``whitened`` whether APA or AWR had whitened advantages.
     """
     found = checkpoints.complete(folder)
     config: dict[str, Any] = {}
@@ -33,6 +37,8 @@ def online_rows(folder: Path) -> Iterator[tuple[str, Row]]:
     labels = {
         "run": str(folder),
         "algorithm": algorithm,
+        # By default those of PPO are, and no others.
+        "whitened": algorithm != "ppo" and config.get("whiten_advantages") in WHITENED,
         "beta": config.get("kl_coef" if algorithm == "ppo" else "kl_lambda"),
         "seed": config.get("seed"),
         "lr": config.get("learning_rate"),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdaa.study.claims import Judged, judge_claims
 from fastdaa.study.curves import (
+    EXACT_POLICIES,
+    Row,
     distinct,
     score_error,
     series_name,
@@ -38,6 +40,7 @@ FIGURES = (
     "tilt",
     "tree",
     "estimators",
+    "online",
 )
 """Modules of ``fastdaa.study.figures``, in the order of the page. Each has ``TITLE``, ``NEEDS`` and
 ``pictures(results)``, which is empty where the study has no data for it."""
@@ -81,6 +84,8 @@ def build_report(
         raise ValueError("report: expected a study's folder or a table, got none")
     results = read_results(sources)
     folder = _beside(sources[0]) if output is None else Path(output)
+    if results.renewed and console is not None:
+        console.print(f"computed for this page: what {_others(results)}", highlight=False)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures, missing = collect_pictures(results)
     figures = _draw_all(pictures, folder / "figures", console)
@@ -161,7 +166,8 @@ def _title(results: Results) -> str:
 
 def describe(results: Results, claims: Sequence[Judged]) -> str:
     """What was run, and how many claims came out how."""
-    rows = results.rows
+    # Policies in closed form stand in the table, too, but nobody trained them.
+    rows = [row for row in results.rows if row.get("algorithm") not in EXACT_POLICIES]
     parts = []
     if rows:
         runs = len({row["run"] for row in rows})
@@ -175,7 +181,7 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
         if len(seeds) > 1:
             text += f"; {len(seeds)} seeds"
         parts.append(text + ").")
-        parts.append(_best_sentence(results))
+        parts.append(_best_sentence(results, rows))
     judged = [claim for claim in claims if claim.verdict != "no data"]
     if judged:
         counts = [
@@ -183,6 +189,8 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
             for verdict in ("reproduced", "partly", "not reproduced")
         ]
         parts.append(f"Of {len(judged)} claims that the data can judge: {join(counts)}.")
+        if rows and len(distinct(rows, "seed")) < 2:
+            parts.append("One seed is one world: these verdicts have no error bars.")
     if results.in_world:
         parts.append(
             "KL and gold reward are exact, by enumeration; gold is 0 for the reference policy, and "
@@ -193,9 +201,9 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
     return " ".join(parts)
 
 
-def _best_sentence(results: Results) -> str:
+def _best_sentence(results: Results, rows: Sequence[Row]) -> str:
     """The checkpoint with the highest score, which may be the start of a run."""
-    best = max(results.rows, key=lambda row: row["score"])
+    best = max(rows, key=lambda row: row["score"])
     score = (
         number(best["score"], sign=True)
         if results.in_world
@@ -219,6 +227,12 @@ def _missing_claims(claims: Sequence[Judged]) -> dict[str, str]:
     }
 
 
+def _others(results: Results) -> str:
+    """``fits.json has of other rows, or of another score``, of what was computed anew."""
+    has = "has" if len(results.renewed) == 1 else "have"
+    return f"{join(results.renewed)} {has} of other rows, or of another score"
+
+
 def facts_of(results: Results, command: str | None) -> dict[str, str]:
     """Settings, versions, commit, command, seconds and cores; those of the report where the study
     left none."""
@@ -235,6 +249,8 @@ def facts_of(results: Results, command: str | None) -> dict[str, str]:
     for name, step in steps.items():
         if step.get("result"):
             facts[f"step {name}"] = f"{step['result']}, {step['seconds']:.0f} s"
+    if results.renewed:
+        facts["computed for this page"] = f"what {_others(results)}"
     for name, errors in study.get("failed", {}).items():
         facts[f"failed in {name}"] = str(errors)
     trained = [max(r.get("seconds") or 0.0 for r in run) for run in split(rows, "run").values()]

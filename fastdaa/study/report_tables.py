@@ -112,7 +112,8 @@ def _correlations(results: Results) -> PageTable | None:
     which = "last checkpoints" if results.correlations["settings"]["final_only"] else "checkpoints"
     return PageTable(
         title="Correlations with quality",
-        note=f"Of all {which}; brackets: bootstrap intervals that draw whole runs.",
+        note=f"Of all {which}; brackets: bootstrap intervals that draw whole runs."
+        + (" IPO's loss_value times 4 beta²." if results.in_world else ""),
         head=["metric", "group", "checkpoints", "runs", "Pearson", "Spearman"],
         rows=lines,
     )

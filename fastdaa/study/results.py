@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdaa.study.correlate import correlate_table
 from fastdaa.study.fit import fit_table
 from fastdaa.study.presets import GLIMPSE
 from fastdaa.study.table import Table, read_table
@@ -25,6 +26,8 @@ class Results:
     tilt: tuple[Mapping[str, Any], ...] = ()
     estimators: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    renewed: tuple[str, ...] = ()
+    """Files that were of other rows than these: what they hold was computed anew."""
 
     @property
     def in_world(self) -> bool:
@@ -49,6 +52,17 @@ class Results:
         return "score (unit of the table)"
 
 
+def _correlations(rows: Table) -> Mapping[str, Any]:
+    try:
+        return correlate_table(rows)
+    except ValueError:  # nothing to hold against the score, which the page says
+        return {}
+
+
+_OF_ROWS: dict[str, Callable[[Table], Mapping[str, Any]]] = {
+    "fits.json": fit_table,
+    "correlations.json": _correlations,
+}
 _OF_A_STUDY = ("points.jsonl", "tree.json", "tilt.jsonl", "estimators.json")
 _OF_A_RUN = ("track.jsonl", "metrics.jsonl")
 
@@ -68,6 +82,9 @@ def read_results(sources: Sequence[Path]) -> Results:
             ``correlations.json``, ``tilt.jsonl``, ``estimators.json``; or tables, files and folders
             as :func:`fastdaa.study.table_files.rows_of` takes them, to which laws are fitted here.
 
+    Fits and correlations of other rows than those of ``points.jsonl`` (of a part of them, of an
+    earlier sweep, of another score) are computed anew with default settings.
+
     Raises:
         FileNotFoundError: no such folder or file, or nothing of a study in it.
         ValueError: a file that cannot be read, named with its line where there is one.
@@ -76,19 +93,31 @@ def read_results(sources: Sequence[Path]) -> Results:
     if len(sources) > 1 or not is_study_folder(first):
         return _read_tables(sources)
     points, tilt = first / "points.jsonl", first / "tilt.jsonl"
+    rows = read_table(points) if points.is_file() else Table([])
+    renewed = [name for name in _OF_ROWS if _is_of_others(first / name, rows)]
+    fits, correlations = (
+        compute(rows) if name in renewed else _read_object(first / name)
+        for name, compute in _OF_ROWS.items()
+    )
     results = Results(
-        rows=read_table(points) if points.is_file() else Table([]),
-        fits=_read_object(first / "fits.json"),
+        rows=rows,
+        fits=fits,
         tree=_read_object(first / "tree.json"),
-        correlations=_read_object(first / "correlations.json"),
+        correlations=correlations,
         tilt=tuple(row for _, row in json_rows(tilt)) if tilt.is_file() else (),
         estimators=_read_object(first / "estimators.json"),
         settings=_read_object(first / "study.json"),
+        renewed=tuple(renewed),
     )
     parts = (results.rows, results.fits, results.tree, results.tilt, results.estimators)
     if not any(map(len, parts)):
         raise FileNotFoundError(_nothing_in(first))
     return results
+
+
+def _is_of_others(file: Path, rows: Table) -> bool:
+    digest = _read_object(file).get("digest")
+    return digest is not None and bool(len(rows)) and digest != rows.digest()
 
 
 def _read_tables(sources: Sequence[Path]) -> Results:

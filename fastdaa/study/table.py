@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,13 @@ class Table(Sequence[Row]):
             raise ValueError(
                 f"score: expected a column with values ({', '.join(known)}), got {score}"
             )
+
+    def digest(self, score: str = "score") -> str:
+        """Of runs, checkpoints, KLs and scores: tells whether results are those of these rows."""
+        points = sorted(
+            (row["run"], row["checkpoint"], float(row["kl"]), repr(row.get(score))) for row in self
+        )
+        return hashlib.sha256(json.dumps(points).encode()).hexdigest()[:16]
 
     def where(self, condition: Callable[[Row], bool]) -> Table:
         """Rows that fulfil ``condition``."""

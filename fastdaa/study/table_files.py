@@ -28,6 +28,13 @@ def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
         FileNotFoundError: no such file, or a folder without a table.
         ValueError: a file of another kind, or that is broken.
     """
+    try:
+        yield from _rows_of(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
+
+
+def _rows_of(path: Path) -> Iterator[tuple[str, Row]]:
     kind = path.suffix.lower()
     if path.is_dir():
         yield from _folder_rows(path)

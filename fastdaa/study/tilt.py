@@ -139,7 +139,8 @@ def run_tilt(
 ) -> list[str]:
     """Both curves of every preset and seed, into ``tilt.jsonl``; what is there already is kept.
 
-    The file is rewritten, atomically, after each preset and seed.
+    So are curves of other presets and seeds; those of the same name and other settings (another
+    model size) are replaced. The file is rewritten, atomically, after each preset and seed.
 
     Args:
         output: the study's folder; references are in its folder ``world``.
@@ -151,16 +152,16 @@ def run_tilt(
     """
     file, size = Path(output) / TILT_FILE, size_of(size)
     kept = _rows_by_settings(file)
-    rows: list[dict[str, Any]] = []
     lines = []
     for seed in seeds:
         for preset in presets() if settings is None else settings:
             key = _fingerprint(preset, seed, size, language)
             if key not in kept:
                 world = make_world(preset, seed, language)
-                kept[key] = _labelled(world, size, key, Path(output) / REFERENCES)
-            rows.extend(kept[key])
-            _write_rows(file, rows)
+                rows = _labelled(world, size, key, Path(output) / REFERENCES)
+                kept = {old: was for old, was in kept.items() if was[0]["run"] != rows[0]["run"]}
+                kept[key] = rows
+                _write_rows(file, [row for curve in kept.values() for row in curve])
             lines.append(describe(kept[key]))
             on_curve(lines[-1])
     return lines

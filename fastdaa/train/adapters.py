@@ -63,6 +63,21 @@ def check_adapters(model: nn.Module) -> None:
     check_prompt_learning(model.peft_config[name])  # type: ignore[index]
 
 
+def check_frozen_base(model: Any) -> None:
+    """Raise ``ValueError`` where more than the adapter is trained.
+
+    The base would move away from the starting point, and the reference with it.
+    """
+    own = _weights(model, model.active_adapter)
+    moved = [name for name, p in model.named_parameters() if p.requires_grad and name not in own]
+    if moved:
+        raise ValueError(
+            "model: expected a frozen base under the adapter, since the base is the reference, got "
+            f"{len(moved)} weights of it that are trained, {moved[0]} first (as bias='all' of a "
+            "LoraConfig has it); freeze them or give a ref_model"
+        )
+
+
 def check_prompt_learning(config: Any) -> None:
     """Raise ``ValueError`` for the configuration of an adapter that shifts positions."""
     if config.is_prompt_learning:
@@ -129,7 +144,12 @@ def keep_starting_adapter(model: Any) -> bool:
     if is_fresh(model):
         return False
     weights = _weights(model, name)
-    model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[name]))
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        # PiSSA, OLoRA and their like would take the new adapter's start out of the base weights.
+        config.init_lora_weights = True
+    model.add_adapter(REF_ADAPTER, config)
     parameters = dict(model.named_parameters())
     for key, weight in weights.items():
         kept = parameters[f"{key}.".replace(f".{name}.", f".{REF_ADAPTER}.")[:-1]]

@@ -69,7 +69,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     """
     multimodal = getattr(model.config, "vision_config", None) is not None
     backbone = model.get_decoder() if multimodal else model.base_model
-    if backbone is model or backbone is None:
+    if backbone is model or getattr(backbone, "lm_head", None) is not None:
+        # Llama 4's text model names a part that only its multimodal one has, and that one holds
+        # it with its head.
+        backbone = getattr(backbone, "model", None)
+    if not isinstance(backbone, nn.Module):
         raise TypeError(
             f"expected a causal language model with a backbone under its head, got "
             f"{type(model).__name__}, whose base_model is itself"

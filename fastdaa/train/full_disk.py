@@ -13,7 +13,9 @@ from fastdaa.train.checkpoints import last_complete
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # torch and safetensors have errors of their own for a file that could not be written.
-_SAID = re.compile(r"No space left|os error 28|Disk quota|inline_container|PytorchStreamWriter")
+_SAID = re.compile(
+    r"No space left|os error 28|Disk quota|inline_container|PytorchStreamWriter|iostream error"
+)
 
 
 class FullDiskError(OSError):
@@ -39,6 +41,25 @@ def full_disk_named(output_dir: str | Path, what: str) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         raise FullDiskError(_message(error, Path(output_dir), what)) from error
+
+
+@contextmanager
+def full_cache_named(folder: Path) -> Iterator[None]:
+    """As :func:`full_disk_named`, of the folder of cached reference log-probs.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise FullDiskError(
+            f"ref_cache_dir: expected room on the disk for reference log-probs, writing into "
+            f"{folder} failed ({error}); what was written stays there. Make room, or give another "
+            "folder"
+        ) from error
 
 
 def is_full_disk(error: BaseException) -> bool:

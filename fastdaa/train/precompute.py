@@ -16,6 +16,7 @@ from fastdaa.data import PairRows
 from fastdaa.data.fields import REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.full_disk import full_cache_named
 from fastdaa.train.reference_cache import ReferenceCache, hash_rows, hash_weights, store_key
 from fastdaa.train.references import Reference
 
@@ -46,7 +47,15 @@ class Precompute:
     def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
         self.trainer, self.reference = trainer, reference
         self.tokens = trainer.objective.needs_ref_tokens
-        self.cache = ReferenceCache(trainer.args.ref_cache_root(), _model_key(trainer, model))
+        root = trainer.args.ref_cache_root()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"ref_cache_dir: expected a folder to write to, {root} cannot be written or "
+                f"created ({error.strerror})"
+            ) from error
+        self.cache = ReferenceCache(root, _model_key(trainer, model))
 
     def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """The dataset with the columns of reference log-probs; other columns stay."""
@@ -88,7 +97,8 @@ class Precompute:
         if pending:
             keys, sums, sides = zip(*pending, strict=True)
             tokens = [side for pair in sides for side in pair] if self.tokens else None
-            self.cache.append(list(keys), torch.stack(sums), tokens)
+            with full_cache_named(self.cache.folder):
+                self.cache.append(list(keys), torch.stack(sums), tokens)
         return []
 
     def _batches(

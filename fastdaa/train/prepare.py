@@ -242,13 +242,30 @@ def check_tokens(
     columns = dataset.with_format("arrow", columns=list(fields))
     for table in columns.iter(_ROWS_AT_ONCE):
         for field in fields:
-            ends = pyarrow.compute.min_max(pyarrow.compute.list_flatten(table[field])).as_py()
+            tokens = _ids_of(table[field], f"{name}: column {field}")
+            ends = pyarrow.compute.min_max(tokens).as_py()
             for token in ends.values():
                 if token is not None and not 0 <= token < vocabulary:
                     raise ValueError(
                         f"{name}: expected token ids below {vocabulary}, the vocabulary of the "
                         f"model, got {token} in {field}; the tokenizer belongs to another model"
                     )
+
+
+def _ids_of(column: Any, what: str) -> Any:
+    """All ids of an Arrow column of lists; ``ValueError`` where they are none."""
+    from pyarrow import types
+    from pyarrow.compute import list_flatten
+
+    kind = column.type
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    # Where all lists are empty, nothing says of what they are.
+    if not lists or not (types.is_integer(kind.value_type) or types.is_null(kind.value_type)):
+        raise ValueError(f"{what}: expected a list of integers in every row, got {kind}")
+    tokens = list_flatten(column)
+    if column.null_count or tokens.null_count:
+        raise ValueError(f"{what}: expected a list of integers in every row, got null in some")
+    return tokens
 
 
 def padding_token(tokenizer: Any) -> int:

@@ -265,11 +265,16 @@ def _write_part(folder: Path, part: dict[str, Tensor]) -> str:
     # Sorted names are in the order of time, so the older of two equal entries is read first.
     name = f"{_PART}{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
     temporary = folder / f".{name}.tmp"
-    with temporary.open("wb") as file:
-        file.write(save(part))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / name)
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(part))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    except OSError:
+        # Half of a part would take room of a disk that is full.
+        temporary.unlink(missing_ok=True)
+        raise
     return name
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ _TOLERANCES = {
 }
 # Prompt, chosen and rejected tokens of the two pairs of the numerical check.
 _PROBE = ((6, 5, 4), (3, 2, 7))
+_PROBE_WINDOW = 4
 
 
 class Support(NamedTuple):
@@ -86,13 +89,18 @@ def check_layout(model: PreTrainedModel) -> LayoutCheck:
     """Run two tiny pairs in one prefix-shared row, and each sequence alone; compare.
 
     Takes five forwards of a few tokens without gradient, in eval mode, on the model's device; the
-    weights have to be there. The model's attention and its mode are as before afterwards.
+    weights have to be there. A model with sliding windows takes as many again with windows so
+    short that they count: some put their window into the mask alone, which a packed row does not
+    have. The model's attention, its windows and its mode are as before afterwards.
     """
     training = [module for module in model.modules() if module.training]
     before = model.config._attn_implementation
     model.eval()
     try:
         error = _probe_error(model)
+        if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
+            with _short_windows(model):
+                error = max(error, _probe_error(model))
     except ValueError as refusal:
         return LayoutCheck(False, float("inf"), str(refusal))
     finally:
@@ -122,6 +130,24 @@ def _probe_error(model: PreTrainedModel) -> float:
         alone = _hidden(model, input_ids=ids[None])[0].double()
         errors.append((shared[places] - alone).norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-12))
     return float(torch.cat(errors).max())
+
+
+@contextlib.contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """The windows of the model, in its configuration and its layers, are ``_PROBE_WINDOW``."""
+    holders: list[Any] = [model.config.get_text_config(), *model.modules()]
+    windows = [(one, one.sliding_window) for one in holders if _has_window(one)]
+    try:
+        for holder, _ in windows:
+            holder.sliding_window = _PROBE_WINDOW
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
+
+
+def _has_window(holder: Any) -> bool:
+    return isinstance(getattr(holder, "sliding_window", None), int)
 
 
 def _is_true(config: Any, name: str) -> bool:

@@ -6,6 +6,7 @@ trackers) is the Trainer's and accelerate's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
-from fastdaa.train.adapters import adapter_words, is_adapted
+from fastdaa.train.adapters import adapter_words, check_frozen_base, is_adapted
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.best_metric import (
     KL_METRICS,
@@ -58,6 +59,8 @@ from fastdaa.train.references import (
 from fastdaa.train.run_record import weights_fact
 from fastdaa.train.sharding import check_one_device, place_early
 from fastdaa.train.tokenizers import tokenizer_for
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(PackLoop):
@@ -138,8 +141,11 @@ class PreferenceTrainer(PackLoop):
         self._has_ref = self.objective.needs_ref or not starting_point
         self._reference_name = "" if self._has_ref else None
         if starting_point:
-            if self.objective.needs_ref and not is_adapted(self.model):
-                self.frozen_facts["reference"] = weights_fact(self.model)
+            if self.objective.needs_ref:
+                if is_adapted(self.model):
+                    check_frozen_base(self.model)
+                else:
+                    self.frozen_facts["reference"] = weights_fact(self.model)
             self.settle_layout()
             return None
         assert ref_model is not None
@@ -157,6 +163,11 @@ class PreferenceTrainer(PackLoop):
         train = each(self.train_dataset, self._tokenize, "train_dataset")
         evaluation = each(self.eval_dataset, self._tokenize, "eval_dataset")
         self.reference: Reference | None = None
+        if self.args.precompute_ref_log_probs and not self._has_ref and self.args.should_log:
+            logger.warning(
+                "precompute_ref_log_probs: without effect, since %s has no reference",
+                self.objective,
+            )
         if self._has_ref:
             if self.args.precompute_ref_log_probs:
                 precompute = Precompute(self, *reference_for_cache(self, given))

@@ -12,7 +12,7 @@ import torch
 
 from fastdaa.train.compilation import MODES
 from fastdaa.train.options import check_count
-from fastdaa.validation import check_choice, shown
+from fastdaa.validation import check_choice, check_number, shown
 
 if TYPE_CHECKING:
     from fastdaa.train.packed_config import PackedConfig
@@ -34,6 +34,7 @@ def check_before(args: PackedConfig) -> None:
         check_count(name, getattr(args, name))
     check_count("gradient_accumulation_steps", args.gradient_accumulation_steps)
     _check_length_of_run(args)
+    _check_optimizer(args)
     _check_intervals(args)
     _check_loading(args)
     _check_metrics(args)
@@ -93,6 +94,21 @@ def _check_length_of_run(args: PackedConfig) -> None:
         )
     if steps == -1 and not epochs > 0:
         raise ValueError(f"num_train_epochs: expected a number above 0, got {epochs}")
+
+
+def _check_optimizer(args: PackedConfig) -> None:
+    # Fused optimizers would also take a negative decay, and blow the weights up.
+    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+        if check_number(name, getattr(args, name)) < 0:
+            raise ValueError(f"{name}: expected at least 0, got {getattr(args, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= check_number(name, getattr(args, name)) < 1:
+            raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(args, name)}")
+    given = args.optim_args
+    if isinstance(given, str) and any(part.count("=") != 1 for part in given.split(",")):
+        raise ValueError(
+            f"optim_args: expected name=value, several with commas between them, got {given!r}"
+        )
 
 
 def _check_intervals(args: PackedConfig) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 from fastdaa.benchmarks import contenders, head, loss, side_by_side, sweep
 from fastdaa.benchmarks.cases import LOSSES, SELECTIONS, TOKEN_WORKS, Case, select_cases
 from fastdaa.benchmarks.contenders import ALL, Absent, Contender, Outputs, TokenScorer
+from fastdaa.benchmarks.contenders.products import tile_rows
+from fastdaa.benchmarks.contenders.pytorch import in_chunks
 from fastdaa.benchmarks.inputs import HeadInputs, make_inputs, sequence_counts
 from fastdaa.benchmarks.rows import read_rows
 from fastdaa.benchmarks.side_by_side import Settings, compare
@@ -217,6 +221,86 @@ def test_what_a_peer_lacks_is_said() -> None:
     assert rows["liger-dpo"]["status"] == "skipped"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "most", "rows"),
+    [
+        (8192, 8372, 8192),
+        (65536, 8372, 8192),
+        (8192, 7067, 4096),
+        (8192, 4194, 4096),
+        (300, 299, 256),
+        (64, 5, 5),
+        (7, 1, 1),
+        (16, 1000, 16),
+    ],
+    ids=["llama3", "llama3-65536", "qwen3", "gemma2", "uneven", "small", "row", "few"],
+)
+def test_tiles_of_the_floor_are_of_equal_height(tokens: int, most: int, rows: int) -> None:
+    """8192 rows for Qwen in tiles of 7067 and 1125 would be a slow floor, and flatter everyone."""
+    assert tile_rows(tokens, most) == rows
+
+
+@pytest.mark.parametrize(
+    ("case", "chunks", "gemms"),
+    [
+        (Case("tiny", 64), True, 4),
+        (Case("tiny", 64, "ce"), True, 3),
+        (Case("small", 256), False, 3),
+        (Case("llama3-8b", 8192, "dpo", reference="online"), True, 5),
+        (Case("llama3-8b", 2048, "dpo", reference="online"), False, 4),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else str(value),
+)
+def test_pytorchs_own_function_is_used_as_its_documentation_says(
+    case: Case, chunks: bool, gemms: int
+) -> None:
+    """In chunks for at least D tokens: below, "the reference path is cheaper"."""
+    (contender,) = (c for c in ALL if c.name == "torch-linear-ce")
+    assert in_chunks(case) is chunks
+    assert contender.gemms(case) == gemms
+
+
+def test_a_case_begins_with_nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else peers' code of the second case is that for any size, and that of the ninth is none."""
+    import torch._dynamo
+
+    resets: list[bool] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(True))
+    compare(CASES[0], [ALL[0]], settings())
+    assert resets == [True]
+
+
+def test_what_a_failure_held_is_free_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in a cycle with its own tensors, as autograd's are."""
+    left: list[weakref.ref[torch.Tensor]] = []
+
+    class Leaks(Broken):
+        name = "leaks"
+
+        def prepare(self, inputs: HeadInputs) -> Callable[[], Outputs]:
+            def run() -> Outputs:
+                held = torch.zeros(9)
+                left.append(weakref.ref(held))
+                cycle: list[Any] = [held]
+                cycle.append(cycle)
+                gc.collect()  # into the oldest generation
+                raise RuntimeError("out of memory")
+
+            return run
+
+    class Next(Broken):
+        name = "next"
+
+        def prepare(self, inputs: HeadInputs) -> Callable[[], Outputs]:
+            assert left and left[0]() is None
+            return ALL[0].prepare(inputs)
+
+    same = [Leaks(lambda outputs: outputs), Next(lambda outputs: outputs)]
+    rows = by_name(compare(CASES[0], same, settings()))
+    assert rows["leaks"]["status"] == "failed"
+    assert rows["next"]["status"] == "ok", rows["next"]["reason"]
+
+
 def test_floors_and_expected_times() -> None:
     from fastdaa.benchmarks.roof import Roof
 
@@ -229,6 +313,7 @@ def test_floors_and_expected_times() -> None:
     logits = 64 * 1009
     assert rows["pytorch"]["expected_seconds"] == pytest.approx(3 * unit + 32 * logits / 1e9)
     assert rows["pytorch"]["floor"] == "3U"
+    assert rows["pytorch"]["roof"] == {"flops": {"float32": 1e9}, "bandwidth": 1e9}
     assert rows["pytorch"]["floor_seconds"] == rows["floor-3u"]["seconds"]["median"]
 
 

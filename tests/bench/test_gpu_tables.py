@@ -85,6 +85,16 @@ def test_rows_of_other_code_answer_nothing() -> None:
     assert "Rows of other code or versions, left out here: 1." in text and "commit new" in text
 
 
+def test_a_driver_that_was_not_told_leaves_no_row_out() -> None:
+    """nvidia-smi has a time limit, and every part asks it; a changed tree is another matter."""
+    machine = {"device": "H200", "driver": "580.1", "commit": "abc", "changes": None}
+    first = row("score", "fastdaa-score", U, machine=machine, time="1")
+    late = row("frozen", "fastdaa-frozen", U, machine={**machine, "driver": None}, time="2")
+    assert Answers([first, late], "gpu", "cuda").left_out == 0
+    changed = row("frozen", "fastdaa-frozen", U, machine={**machine, "changes": "f00"}, time="2")
+    assert Answers([first, changed], "gpu", "cuda").left_out == 1
+
+
 def test_wrong_and_failed_rows_meet_nothing() -> None:
     wrong = result("score", "fastdaa-score", U, status="wrong", reason="logps: off")
     judged = judge(TARGET["score"], [wrong], None)

@@ -36,9 +36,25 @@ def options(tmp_path: Path, seconds: float = 20.0) -> argparse.Namespace:
             "unfinished",
             "CUDA out of memory",
         ),
+        (
+            "echo 'CUDA error: CUDA-capable device(s) is/are busy or unavailable'; exit 1",
+            20.0,
+            "unfinished",
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        ),
         ("sleep 2; echo run 1 begins; exec sleep 30", 2.5, "unfinished", "run 1 begins"),
     ],
-    ids=["ok", "absent", "error", "crash", "hang", "slow-import", "shared-memory", "late-start"],
+    ids=[
+        "ok",
+        "absent",
+        "error",
+        "crash",
+        "hang",
+        "slow-import",
+        "shared-memory",
+        "one-at-a-time",
+        "late-start",
+    ],
 )
 def test_every_end_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, seconds: float, status: str,

@@ -272,6 +272,13 @@ def test_interruption_says_what_is_kept(
     assert "rows.jsonl has what is finished; the same command goes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("selection", ["quick", "cpu", "gpu"])
+def test_a_case_that_is_cut_short_has_both_sides(selection: str) -> None:
+    """On CUDA contenders run one after another, until the budget ends."""
+    for case in cases.SELECTIONS[selection]:
+        assert case.contenders[:2] == cases.PAIR, case.id
+
+
 def test_list_names_cases_and_contenders(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(_options(list=True)) == 0
     printed = capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdaa.benchmarks import head, sweep
+from fastdaa.benchmarks import head, side_by_side, sweep
 from fastdaa.benchmarks.cases import HEADS, SELECTIONS, Case, select_cases
 from fastdaa.benchmarks.contenders import ALL, Absent, cce, pytorch
 from fastdaa.benchmarks.oracle import _tile_bytes
@@ -66,6 +66,25 @@ def test_losses_where_there_are_none_are_refused(kind: str) -> None:
 def test_contenders_for_other_work_are_an_error(tiny: None) -> None:
     with pytest.raises(ValueError, match="got fastdaa-frozen, who do other work"):
         head.run(options(contenders=["fastdaa-frozen"]))
+
+
+def test_what_is_finished_runs_no_more_for_who_is_absent(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An absent contender has no row that counts as finished; nothing is measured beside it."""
+    asked = options(contenders=["pytorch", "cce", "fastdaa"], output=tmp_path / "rows.jsonl")
+    assert head.run(asked) == 0
+    first, before = capsys.readouterr().out, (tmp_path / "rows.jsonl").read_text()
+
+    def refuse(*_: object) -> None:
+        pytest.fail("measured once more")
+
+    monkeypatch.setattr(side_by_side, "make_inputs", refuse)
+    assert head.run(asked) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    again = capsys.readouterr().out
+    assert "cce absent" in again and "floor-3u" in again
+    assert sorted(again.split()) == sorted(first.split()), "the same table"
 
 
 def test_all_that_were_asked_for_are_absent(

@@ -221,6 +221,43 @@ def test_bf16_inputs_keep_fp32_results():
     torch.testing.assert_close([loss, *results], [wide, *expected], rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_does_not_round_results():
+    policy, target, biases, (ref_input, ref_weight) = batch(-100, True)
+    call = (*policy, target, biases[0], ref_input, ref_weight)
+    expected, wanted = ours.LigerFusedLinearDPOLoss()(*call)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, results = ours.LigerFusedLinearDPOLoss()(*call)
+    assert {result.dtype for result in results} == {torch.float32}
+    torch.testing.assert_close([loss, *results], [expected, *wanted])
+
+
+def test_a_loss_type_set_later_is_checked_too():
+    policy, target, _, (ref_input, ref_weight) = batch(-100, False)
+    loss = ours.LigerFusedLinearDPOLoss()
+    loss.loss_type = "ipo"  # one that fastdaa has, and Liger's DPO has not
+    with pytest.raises(ValueError, match=r"loss_type: expected one of .* got 'ipo'"):
+        loss(*policy, target, None, ref_input, ref_weight)
+
+
+@pytest.mark.parametrize(
+    ("nll_target", "error", "message"),
+    [
+        (torch.zeros(6, WIDTH - 1).long(), ValueError, "nll_target: expected shape"),
+        (torch.zeros(6, WIDTH), TypeError, "nll_target: expected an int64 tensor"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_targets_of_the_likelihood_are_named(nll_target, error, message):
+    policy, target, _, _ = batch(-100, False)
+    with pytest.raises(error, match=message):
+        ours.LigerFusedLinearORPOLoss()(*policy, target, None, nll_target)
+
+
+def test_an_ignore_index_that_is_no_integer_is_refused():
+    with pytest.raises(TypeError, match="ignore_index: expected an integer, got None"):
+        ours.LigerFusedLinearORPOLoss(ignore_index=None)
+
+
 def test_an_empty_completion_counts_as_zero():
     policy, target, _, _ = batch(-100, False)
     target[PAIRS] = -100

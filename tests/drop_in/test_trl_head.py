@@ -142,6 +142,19 @@ def test_other_calls_of_the_model_are_as_before(make_dpo, ours, saved):
     assert {"input_ids", "labels"} <= parameters.keys()
 
 
+def test_a_copy_of_the_model_has_its_own_weights(trl, new_model):
+    from fastdaa.drop_in.trl.head import add_head
+
+    model, ids = new_model(), torch.tensor([[5, 9, 3, 7]])
+    add_head(model)
+    kept = copy.deepcopy(model)
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert torch.equal(kept(input_ids=ids).logits, before)
+    assert not model(input_ids=ids).logits.any()
+
+
 def test_nothing_scored_gives_a_gradient_of_zero(trl, new_model):
     from fastdaa.drop_in.trl.head import add_head
 

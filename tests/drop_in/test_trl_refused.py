@@ -48,6 +48,12 @@ def test_a_budget_that_is_no_integer_is_refused(make_dpo, ours, budget):
         make_dpo(ours, head_max_bytes=budget)
 
 
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_of_nothing_is_refused_at_construction(make_dpo, ours, budget):
+    with pytest.raises(ValueError, match="head_max_bytes: expected a finite number above 0, got"):
+        make_dpo(ours, head_max_bytes=budget)
+
+
 @pytest.mark.parametrize(
     "changed",
     [("is_fsdp_enabled", "fsdp: "), ("_is_vlm", "processing_class: ")],

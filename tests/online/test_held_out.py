@@ -136,3 +136,18 @@ def test_scores_see_the_temperature_of_the_run(make_trainer, sequences, monkeypa
     monkeypatch.setattr("fastdaa.online.held_out.score_tokens", spy)
     HeldOut(prompts).measure(make_trainer(temperature=0.5))
     assert seen == [0.5, 0.5]
+
+
+class BrokenReward:
+    """Whose author has made a mistake."""
+
+    def score(self, prompt_ids, completion_ids, texts=None):
+        raise ValueError("reward broken.py:f failed")
+
+
+def test_a_gold_reward_that_fails_does_so_before_the_first_iteration(make_trainer, sequences):
+    prompts, _ = sequences(5, seed=1)
+    trainer = make_trainer(HeldOut(prompts, every=3, gold=BrokenReward()))
+    with pytest.raises(ValueError, match=r"broken\.py:f failed"):
+        trainer.train()
+    assert trainer.place.rollouts == 0

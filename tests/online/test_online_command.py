@@ -102,6 +102,7 @@ def rows_of(folder):
 def test_pipeline_in_one_command_and_again(files, tmp_path, capsys):
     folder = tmp_path / "out"
     assert main(pipeline(files, folder)) == 0
+    assert "no complete checkpoint" not in capsys.readouterr().err
     for stage in ("sft", "reward", "online"):
         assert (folder / stage / "stage.json").is_file(), stage
     AutoModelForCausalLM.from_pretrained(folder / "online")
@@ -118,8 +119,9 @@ def test_pipeline_in_one_command_and_again(files, tmp_path, capsys):
     said = capsys.readouterr().err
     assert [f"stage {name} is done" in said for name in ("sft", "reward", "online")] == [True] * 3
     assert before == _times(folder)
-    assert main(pipeline(files, folder, kl_lambda=1.0)) == 2
-    assert "this one was done with others" in capsys.readouterr().err
+    for changed in ({"kl_lambda": 1.0}, {"ref_model": files / "model"}):
+        assert main(pipeline(files, folder, **changed)) == 2
+        assert "this one was done with others" in capsys.readouterr().err
 
 
 def _times(folder):

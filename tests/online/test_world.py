@@ -309,3 +309,8 @@ def test_spread(heights: list[float], gap: float, expected: list[float]) -> None
 def test_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="rows: expected on-policy runs"):
         picture([])
+
+
+def test_what_is_asked_for_twice_is_run_once() -> None:
+    runs = online_grid(["ppo", "ppo"], [0, 1, 0], strengths={"ppo": (0.1, 0.1)})
+    assert [run.id for run in runs] == ["H-ppo-k0.1-s0-d32", "H-ppo-k0.1-s1-d32"]

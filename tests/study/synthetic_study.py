@@ -183,6 +183,33 @@ def tree_content() -> dict[str, Any]:
     }
 
 
+def online_rows(seeds: int = 2) -> list[dict[str, Any]]:
+    """What ``fastdaa study online`` adds to a study's table: trained and exact policies."""
+    rows = []
+    ways = [("apa", 0.1, 2.0), ("apa", 0.5, 1.0), ("apa-whitened", 0.2, 3.0), ("ppo", 0.0, 4.0),
+            ("ppo", 0.2, 1.2), ("awr", 0.5, 3.0)]  # fmt: skip
+    exact = [("apa_fixed_point", 0.1, 1.9), ("kl_optimum", 0.1, 1.8)]
+    for seed in range(seeds):
+        for series, beta, far in ways + exact:
+            steps = 1 if (series, beta, far) in exact else 5
+            for step in range(1, steps + 1):
+                d = far * math.sqrt(step / steps) * (1 + 0.02 * seed)
+                gold = d * (1.1 - 0.35 * d)
+                row = {
+                    "run": f"H-{series}-{beta:g}-s{seed}", "checkpoint": step * 64, "kl": d * d,
+                    "score": gold, "gold": gold, "proxy": d, "preset": "H", "size": "d32",
+                    "series": series, "algorithm": series.removesuffix("-whitened"),
+                    "beta": beta, "seed": seed, "ref_entropy": 5.0, "entropy": 5.0 - d,
+                }  # fmt: skip
+                if steps > 1:
+                    row |= {
+                        "whitened": series == "apa-whitened",
+                        "iteration": 8 * step, "fraction": step / steps, "final": step == steps,
+                    }  # fmt: skip
+                rows.append(row)
+    return rows
+
+
 def tilt_rows() -> list[dict[str, Any]]:
     """``tilt.jsonl`` of six worlds and one seed."""
     worlds = [("H", 256, 0.36), ("H", 2048, 0.42), ("H", 16384, 0.3), ("P1.5V10", 2048, 0.2),

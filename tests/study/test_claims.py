@@ -129,6 +129,27 @@ def test_ipo_fall() -> None:
     assert verdict("ipo_fall", Results(rows=Table(level))) == "reproduced"
 
 
+def test_ipo_falls_least_in_the_mean_but_within_noise(base: Results) -> None:
+    """Two of three seeds by 0.2 less than the others, one by 0.2 more."""
+    rows = []
+    for seed, less in ((0, 0.2), (1, 0.2), (2, -0.2)):
+        for loss in ("dpo", "ipo"):
+            for kl, score in ((0.1, 0.3), (1.0, 1.0), (4.0, 0.5)):
+                rows.append(
+                    {"run": f"{loss}-{kl}-{seed}", "checkpoint": 1, "kl": kl, "loss": loss,
+                     "beta": 1 / kl, "seed": seed,
+                     "score": score + less * (loss == "ipo" and kl == 4.0)}
+                )  # fmt: skip
+    noisy = Results(rows=Table(rows))
+    assert verdict("ipo_fall", noisy) == "partly"
+    assert measured("ipo_fall", noisy) == (
+        "Loss of quality from best to farthest: DPO 0.50 and IPO 0.43; within noise of DPO."
+    )
+    steady = [row | {"score": row["score"] + 0.4} if row["loss"] == "ipo" and row["kl"] == 4
+              and row["seed"] == 2 else row for row in rows]  # fmt: skip
+    assert verdict("ipo_fall", Results(rows=Table(steady))) == "reproduced"
+
+
 @pytest.mark.parametrize("preset", ["H", "M"])
 def test_partly(preset: str, base: Results) -> None:
     """A hump in one preset and none in the other is neither yes nor no."""

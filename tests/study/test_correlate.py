@@ -51,6 +51,20 @@ def test_correlations_are_scipys():
     assert (entry["n"], entry["runs"], entry["y"]) == (48, 12, "score")
 
 
+def test_losses_of_ipo_are_compared_between_betas():
+    """(h - 1 / (2 beta))^2 of h = 1 at two betas; quality falls with (2 beta h - 1)^2."""
+    made = [
+        {"run": f"{beta}", "checkpoint": 0, "kl": 1.0, "beta": beta, "loss": "ipo",
+         "loss_value": (1 - 1 / (2 * beta)) ** 2, "score": -((2 * beta - 1) ** 2)}
+        for beta in (0.02, 0.05, 0.1, 0.25, 0.4)
+    ]  # fmt: skip
+    world = [row | {"gold": row["score"]} for row in made]
+    assert find(correlate_table(Table(world))["quality"])["pearson"] == pytest.approx(-1)
+    # Of a table that is not the study's, nobody knows the convention.
+    (own,) = correlate_table(Table(made))["quality"]
+    assert own["pearson"] > -0.95
+
+
 def test_pearson_by_hand():
     # Deviations (-1.5, -0.5, 0.5, 1.5) and (-1, 1, -1, 1): 2 / sqrt(5 * 4).
     made = [

@@ -22,12 +22,14 @@ from fastdaa.study.figures import (
     hump,
     length,
     likelihood,
+    online,
     paths,
+    tilt,
 )
 from fastdaa.study.figures.fitted import fits, fitted_curves
 from fastdaa.study.figures.style import DARK, WIDTHS, Layout, Picture, render, save_png, to_svg
 from fastdaa.study.fit import FitSettings, fit_table
-from fastdaa.study.report import FIGURES, collect_pictures
+from fastdaa.study.report import FIGURES, collect_pictures, describe
 from fastdaa.study.results import Results
 from fastdaa.study.table import Table
 
@@ -37,7 +39,7 @@ LAYOUTS: tuple[Layout, ...] = ("wide", "narrow")
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    rows = Table(synthetic["study_rows"](seeds=2))
+    rows = Table(synthetic["study_rows"](seeds=2) + synthetic["online_rows"]())
     return Results(
         rows=rows,
         fits=fit_table(rows, FitSettings(repeats=100)),
@@ -57,6 +59,7 @@ def pictures(results: Results) -> dict[str, Picture]:
 NAMES = [
     "hump-H", "frontier-losses-H", "frontier-sizes-H", "frontier-length-H", "paths-H", "beta-kl",
     "fits-H", "correlations-H", "length-H", "likelihood", "tilt", "tree", "estimators",
+    "online-H",
 ]  # fmt: skip
 
 
@@ -101,6 +104,16 @@ def test_axes_are_labelled_and_legible(drawn: Callable[[str, Layout], Figure], n
         assert ax.get_ylabel(), name
     texts: list[Any] = figure.findobj(lambda part: isinstance(part, Text) and part.get_text())
     assert min(text.get_fontsize() for text in texts if text.get_visible()) >= 8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_curves_of_tilting_are_not_cut_off(layout: Layout) -> None:
+    """The panels share an axis, and the last has the farthest curve."""
+    rows = synthetic["tilt_rows"]()
+    rows[-25:] = [row | {"kl": 2 * row["kl"]} for row in rows[-25:]]
+    (picture,) = tilt.pictures(Results(tilt=tuple(rows)))
+    farthest = max(row["kl"] for row in rows) ** 0.5
+    assert render(picture, layout).axes[0].get_xlim()[1] >= farthest
 
 
 def test_units(drawn: Callable[[str, Layout], Figure]) -> None:
@@ -224,10 +237,36 @@ def test_every_sentence_is_computed(pictures: dict[str, Picture]) -> None:
 
 def test_fits_of_the_plain_sweep_alone(results: Results) -> None:
     found = fits(results)
-    # Two presets, three losses, two seeds, six laws; no other sizes, no R-DPO.
+    # Two presets, three losses, two seeds, six laws; no other sizes, no R-DPO, nothing on-policy.
     assert len(found) == 2 * 3 * 2 * 6
     assert {fit.series for fit in found} == {"DPO", "IPO", "SLiC"}
     assert len(fitted_curves(results, "H", "DPO")) == 2
+
+
+def test_whitened_apa_is_fitted_by_itself(results: Results) -> None:
+    groups = [entry["group"] for entry in results.fits["groups"] if entry["points"] == 5]
+    assert [group["whitened"] for group in groups if group["algorithm"] == "apa"] == [True, True]
+    (plain, _) = [
+        entry for entry in results.fits["groups"]
+        if entry["group"]["algorithm"] == "apa" and entry["group"]["whitened"] is False
+    ]  # fmt: skip
+    assert plain["points"] == 10
+
+
+def test_runs_of_two_model_sizes_are_two_on_policy_pictures() -> None:
+    rows = synthetic["online_rows"](1)
+    rows += [row | {"run": f"{row['run']}-d64", "size": "d64"} for row in rows]
+    found = online.pictures(Results(rows=Table(rows)))
+    assert [picture.name for picture in found] == ["online-H-d32", "online-H-d64"]
+    assert found[1].title.endswith("preset H, d64")
+
+
+def test_only_trained_policies_are_counted() -> None:
+    rows = synthetic["online_rows"](1)
+    best = {"score": 9.0, "algorithm": "kl_optimum"}
+    told = describe(Results(rows=Table([*rows, rows[-1] | best | {"checkpoint": 9}])), [])
+    assert told.startswith("6 runs with 30 checkpoints (APA, AWR, PPO and whitened APA; beta")
+    assert "scores +9.00" not in told
 
 
 def test_fits_without_constant_columns() -> None:

@@ -308,9 +308,22 @@ def test_command_on_somebody_elses_csv(tmp_path, capsys):
     path.write_text("\n".join([*lines, "start,0,0,3"]))
     names = ["--run_column", "name", "--checkpoint_column", "step", "--kl_column", "objective/kl"]
     assert main(["study", "fit", str(path), *names, "--score", "reward"]) == 0
-    content = json.loads((tmp_path / "fits.json").read_text())
+    content = json.loads((tmp_path / "log_fits.json").read_text())
     assert content["groups"][0]["offset"] == 3
     assert find(content["groups"][0], "log")["coefficients"]["beta"] == pytest.approx(0.8)
+
+
+def test_tables_of_one_folder_keep_their_fits(tmp_path):
+    for name, law in (("points.jsonl", "log"), ("tilt.jsonl", "d"), ("own.jsonl", "kl")):
+        write_table(tmp_path / name, law_points(law))
+        assert main(["study", "fit", str(tmp_path / name), "--offset", "0"]) == 0
+    best = {
+        path.name: (group := json.loads(path.read_text())["groups"][0])["fits"][group["best"]][
+            "law"
+        ]
+        for path in tmp_path.glob("*.json")
+    }
+    assert best == {"fits.json": "log", "tilt_fits.json": "d", "own_fits.json": "kl"}
 
 
 def test_command_without_enough_points(tmp_path, capsys):

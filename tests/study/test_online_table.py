@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from word_files import command_line, word_tokenizer, write_pairs_and_reward
 
 from fastdaa.cli import main
+from fastdaa.study.curves import series_name
+from fastdaa.study.fit import default_group
 from fastdaa.study.table import read_table
 
 DIFFERENT = """
@@ -87,3 +90,18 @@ def test_a_gold_reward_needs_held_out_prompts(run, capsys):
     argv = command_line(files, "online", files / "model", files / "no", gold_reward="a.py:f")
     assert main(argv) == 2
     assert "gold_reward: expected held-out prompts for it" in capsys.readouterr().err
+
+
+def test_whitened_apa_is_a_curve_of_its_own(run, tmp_path):
+    folders = [tmp_path / name for name in ("plain", "whitened")]
+    for folder, whitening in zip(folders, ("auto", "masked"), strict=True):
+        shutil.copytree(run, folder)
+        (file,) = folder.glob("checkpoint-*/online_config.json")
+        config = json.loads(file.read_text()) | {"algorithm": "apa"}
+        file.write_text(json.dumps(config | {"whiten_advantages": whitening}))
+    rows = read_table(folders)
+    assert [row["whitened"] for row in rows] == [False] * 7 + [True] * 7
+    assert {series_name(row) for row in rows} == {"APA", "whitened APA"}
+    assert default_group(rows) == ("whitened",)
+    # Between algorithms it says nothing new.
+    assert default_group(read_table([run, folders[1]])) == ("algorithm",)

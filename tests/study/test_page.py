@@ -14,9 +14,11 @@ import pytest
 from fastdaa.cli import main
 from fastdaa.study.claims import Judged
 from fastdaa.study.correlate import CorrelateSettings, correlate_table
+from fastdaa.study.figures.fitted import fits
 from fastdaa.study.fit import FitSettings, fit_table
 from fastdaa.study.page import Page, PageFigure, PageTable, render_page
 from fastdaa.study.report import FIGURES, build_report
+from fastdaa.study.results import read_results
 from fastdaa.study.table import Table
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_study.py")))
@@ -100,6 +102,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(study: Path) -> str:
     return (study / "index.html").read_text(encoding="utf-8")
+
+
+def test_one_seed_is_said(page: str) -> None:
+    assert "One seed is one world: these verdicts have no error bars." in page
 
 
 def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
@@ -245,6 +251,37 @@ def test_csv_and_output(tmp_path: Path) -> None:
     assert build_report(table, tmp_path / "there") == tmp_path / "there" / "index.html"
 
 
+@pytest.mark.parametrize(
+    ("options", "renewed"),
+    [
+        (["--where", "loss=dpo"], True),
+        (["--score", "win_rate"], True),
+        (["--final_only"], False),
+        (["--score", "gold"], False),
+    ],
+    ids=["part", "other score", "ends", "same score"],
+)
+def test_fits_of_other_rows_are_not_shown(
+    study: Path, tmp_path: Path, options: list[str], renewed: bool
+) -> None:
+    (tmp_path / "points.jsonl").write_bytes((study / "points.jsonl").read_bytes())
+    for action in ("fit", "correlate"):
+        assert main(["study", action, str(tmp_path), "--bootstrap", "100", *options]) == 0
+    results = read_results([tmp_path])
+    assert results.renewed == (("fits.json", "correlations.json") if renewed else ())
+    assert {fit.series for fit in fits(results)} == {"DPO", "IPO", "SLiC"}
+    assert {entry["y"] for entry in results.correlations["quality"]} <= {"score", "gold"}
+
+
+def test_the_page_says_what_it_computed_anew(study: Path, tmp_path: Path) -> None:
+    lines = (study / "points.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "points.jsonl").write_text("".join(lines[:-40]))
+    assert main(["study", "fit", str(tmp_path), "--bootstrap", "100"]) == 0
+    (tmp_path / "points.jsonl").write_text("".join(lines))  # the sweep went on
+    page = build_report(tmp_path).read_text()
+    assert "what fits.json has of other rows, or of another score" in page
+
+
 def test_tree_alone(tmp_path: Path) -> None:
     (tmp_path / "tree.json").write_text(json.dumps(synthetic["tree_content"]()))
     page = build_report(tmp_path).read_text(encoding="utf-8")
@@ -279,6 +316,5 @@ def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_figure_modules_are_known() -> None:
     folder = Path(__file__).resolve().parents[2] / "fastdaa" / "study" / "figures"
-    # "online" has a command and a picture of its own.
-    others = {"__init__", "style", "end_labels", "online", "course", "needs"}
+    others = {"__init__", "style", "end_labels", "course", "needs"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(FIGURES)

@@ -17,7 +17,7 @@ from fastdaa.study.curves import curve, hump, series_name, split, sweeps
 from fastdaa.study.figures.correlations import clouds
 from fastdaa.study.fit import fit_table
 from fastdaa.study.json_file import write_json
-from fastdaa.study.online_words import sentences
+from fastdaa.study.online_words import sentences, settings_of
 from fastdaa.study.results import read_results
 from fastdaa.study.table import read_table
 
@@ -165,4 +165,20 @@ def test_the_on_policy_table_is_that_of_the_rows() -> None:
     assert "of 8 distances: APA at 0, PPO at 0" in told
     assert "of 8 distances: APA at 2, AWR at 0" in told
     words = " ".join(page.split())
-    assert "at none of 8 distances, nor is PPO" in words and "at 2 of 8 distances" in words
+    assert "at none of 8 distances is either ahead" in words and "at 2 of 8 distances" in words
+    found = settings_of(rows)
+    shares = [
+        f"{setting.moved / setting.mean('kl'):.0%} of its end ({setting.moved:.2f} nats)"
+        for setting in (found["apa"][0], found["ppo"][1])
+    ]
+    assert shares == ["14% of its end (0.65 nats)", "16% of its end (0.68 nats)"]
+    assert "rises by 14 % of its end (0.65 nats)" in words and "by 16 % (0.68 nats)" in words
+    beyond = [
+        mean(ends["apa", False, strength], "gold")
+        - statistics.fmean(
+            row["gold"] for row in rows
+            if (row["series"], row["beta"]) == ("apa_fixed_point", strength)
+        )
+        for strength in (0.05, 0.1)
+    ]  # fmt: skip
+    assert f"it has {beyond[0]:.2f} and {beyond[1]:.2f} more than they" in words

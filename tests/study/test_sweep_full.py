@@ -157,3 +157,10 @@ def test_help(argv, capsys):
         assert "sweep" in text and "full" in text
     else:
         assert "--output_dir" in text and "--workers" in text
+
+
+@pytest.mark.parametrize("action", ["sweep", "online"])
+def test_a_dry_run_checks_the_workers_too(action, tmp_path, capsys):
+    arguments = ["study", action, "--dry_run", "--workers", "0", "--output_dir", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "workers: expected at least 1, got 0" in capsys.readouterr().err

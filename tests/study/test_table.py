@@ -279,3 +279,10 @@ def test_a_folder_without_a_table(tmp_path):
         FileNotFoundError, match=r"expected points.jsonl or track.jsonl, or a run of"
     ):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["points.csv", "points.jsonl"])
+def test_a_file_that_is_no_text_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=rf"{name}: expected UTF-8 text"):
+        read_table(tmp_path / name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdaa.cli.study import run
+from fastdaa.cli.study_actions import world as world_action
 from fastdaa.cli.study_actions.world import response_name
 from fastdaa.study import presets, sft, tilt
 from fastdaa.study.world import make_world
@@ -72,3 +73,27 @@ def test_bad_options(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run([*options, "--output_dir", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "computed"),
+    [
+        ([], "World H", {"H", "M", "P1.5V10", "P1.5V3"}),
+        (["--preset", "M"], "World M", {"M"}),
+    ],
+    ids=["all", "one"],
+)
+def test_a_preset_of_its_own_has_its_curves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: list[str], shown: str, computed: set[str],
+) -> None:  # fmt: skip
+    asked: list[str] = []
+
+    def run_tilt(*args: object, settings: list[presets.Preset], **options: object) -> None:
+        asked.extend(preset.name for preset in settings)
+
+    monkeypatch.setattr(tilt, "run_tilt", run_tilt)
+    monkeypatch.setattr(world_action, "show", lambda console, *world: print("World", *world))
+    assert run(["world", "--output_dir", str(tmp_path), *options]) == 0
+    assert shown in capsys.readouterr().out
+    assert set(asked) == computed

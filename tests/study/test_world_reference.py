@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -284,6 +285,30 @@ def test_following_a_reward_model_over_optimises(
     again = experiment.run_tilt(output, [0], settings=[QUICK], language=SMALL)
     assert again == lines
     assert list(read_table(output / "tilt.jsonl")) == list(table)
+
+
+def test_curves_of_other_seeds_and_worlds_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def labelled(world: World, size: Any, key: str, references: Path) -> list[dict[str, Any]]:
+        run = f"tilt-{world.preset.name}-s{world.seed}"
+        made.append(f"{run}-{size.name}")
+        return [{"run": run, "size": size.name, "settings": key}]
+
+    made: list[str] = []
+    monkeypatch.setattr(experiment, "_labelled", labelled)
+    monkeypatch.setattr(experiment, "describe", lambda rows: "")
+    other = replace(QUICK, name="other")
+    for seed, settings, size in ((0, [QUICK, other], "d12"), (1, [QUICK], "d12"),
+                                 (0, [other], "d12"), (0, [other], "d32")):  # fmt: skip
+        experiment.run_tilt(tmp_path, [seed], settings=settings, size=size, language=SMALL)
+    rows = [json.loads(line) for line in (tmp_path / "tilt.jsonl").read_text().splitlines()]
+    quick = QUICK.name
+    assert [(row["run"], row["size"]) for row in rows] == [
+        (f"tilt-{quick}-s0", "d12"), (f"tilt-{quick}-s1", "d12"), ("tilt-other-s0", "d32")
+    ]  # fmt: skip
+    # Nothing twice; the other size has the same names, and takes their place.
+    assert len(made) == 4
 
 
 def test_margins_of_pairs() -> None:

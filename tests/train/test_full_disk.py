@@ -19,11 +19,12 @@ SAFETENSORS = "Error while serializing: I/O error: No space left on device (os e
     "error",
     [
         RuntimeError(TORCH),
+        RuntimeError("basic_ios::clear: iostream error"),
         SafetensorError(SAFETENSORS),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded", "/data/out/metrics.jsonl"),
     ],
-    ids=["torch", "safetensors", "system", "quota"],
+    ids=["torch", "torch stream", "safetensors", "system", "quota"],
 )
 def test_errors_of_a_full_disk(tmp_path, error):
     with pytest.raises(FullDiskError) as caught, full_disk_named(tmp_path, "the model"):
@@ -75,3 +76,19 @@ def test_rows_that_cannot_be_written(make_trainer, tmp_path):
     (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(FullDiskError, match=f"for what the run writes, writing into {tmp_path}"):
         train_and_save("train", make_trainer(), None, [])
+
+
+def test_reference_log_probs_that_cannot_be_written(make_trainer, tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FullDiskError, match=r"ref_cache_dir: expected room .*cache/[0-9a-f]+ "):
+        make_trainer(precompute_ref_log_probs=True)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_folder_of_reference_log_probs_that_is_a_file(make_trainer, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(ValueError, match=r"ref_cache_dir: expected a folder to write to, .*cache "):
+        make_trainer(precompute_ref_log_probs=True)

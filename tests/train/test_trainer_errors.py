@@ -67,7 +67,39 @@ DATASETS = {
         ValueError,
         "expected token ids below 61, .* got -100",
     ),
+    "words": (
+        lambda: Dataset.from_list([{f"{k}_ids": ["a"] for k in TEXT}]),
+        ValueError,
+        "train_dataset: column prompt_ids: expected a list of integers .* got list<.*: string>",
+    ),
+    "fractions": (
+        lambda: Dataset.from_list([{f"{k}_ids": [3.5] for k in TEXT}]),
+        ValueError,
+        "column prompt_ids: expected a list of integers in every row, got list<.*: double>",
+    ),
+    "missing list": (
+        lambda: Dataset.from_list([{f"{k}_ids": ids for k in TEXT} for ids in ([3], None)]),
+        ValueError,
+        "column prompt_ids: expected a list of integers in every row, got null in some",
+    ),
+    "missing token": (
+        lambda: Dataset.from_list([{f"{k}_ids": [3, None] for k in TEXT}]),
+        ValueError,
+        "column prompt_ids: expected a list of integers in every row, got null in some",
+    ),
 }
+
+
+def test_log_probs_that_no_loss_reads(make_trainer, caplog):
+    make_trainer(loss_type="simpo", precompute_ref_log_probs=True)
+    assert "precompute_ref_log_probs: without effect, since simpo(" in caplog.text
+
+
+def test_lists_that_are_all_empty(make_trainer, losses_of):
+    row = {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    trainer = make_trainer(data=Dataset.from_list([row] * 4))
+    trainer.train()
+    assert losses_of(trainer) == [pytest.approx(0.6931472, abs=1e-6)]
 
 
 @pytest.mark.parametrize("case", DATASETS.values(), ids=DATASETS)

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ends of the KL ranges for length, in nats (default: thirds of the rows)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="FILE", help="JSON file (default: correlations.json beside the table)"
+        "--output",
+        metavar="FILE",
+        help="JSON file (default: correlations.json in the folder of a study or run, else "
+        "TABLE_correlations.json)",
     )
 
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", nargs="*", metavar="COLUMN",
         help="one fit for each value of these columns; without a column, one fit of all rows "
-        "(default: what varies of preset, size, algorithm, loss, length_alpha, seed)",
+        "(default: what varies of preset, size, algorithm, whitened, loss, length_alpha, seed)",
     )  # fmt: skip
     parser.add_argument(
         "--offset", type=float, metavar="SCORE",
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seeds if a group has three, else runs if it has five, else points)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="FILE", help="JSON file (default: fits.json beside the table)"
+        "--output",
+        metavar="FILE",
+        help="JSON file (default: fits.json in the folder of a study or run, else TABLE_fits.json)",
     )
     parser.add_argument(
         "--csv", metavar="FILE", help="the same as a table, too: one row a group and law"

@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> int:
     from fastdaa.study.kept_runs import POINTS
     from fastdaa.study.online_plan import STRENGTHS, WHITENED_APA, online_grid
     from fastdaa.study.online_sweep import online_rows, online_sweep
+    from fastdaa.study.pool import worker_count
+
+    worker_count(options.workers)
 
     given = {"apa": options.apa_lambdas, "ppo": options.ppo_coefs, "awr": options.awr_lambdas}
     strengths = {name: tuple(values or STRENGTHS[name]) for name, values in given.items()}

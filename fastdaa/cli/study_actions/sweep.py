@@ -64,8 +64,10 @@ def run(options: argparse.Namespace) -> int:
 
     from fastdaa.study.kept_runs import POINTS
     from fastdaa.study.plan import BETAS, LENGTH_ALPHA, grid
+    from fastdaa.study.pool import worker_count
     from fastdaa.study.sweep import sweep
 
+    worker_count(options.workers)
     runs = grid(
         options.presets,
         options.losses,

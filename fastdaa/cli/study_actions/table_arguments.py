@@ -74,11 +74,19 @@ def read(options: argparse.Namespace) -> Table:
 
 
 def beside(options: argparse.Namespace, name: str) -> Path:
-    """Where the result goes: ``--output``, else a file of this name beside the first table."""
+    """Where the result goes: ``--output``, else a file beside the first table.
+
+    The file has this name beside the table of a study or a tracked run, and else the table's name
+    before it: tables of one folder do not overwrite each other's results.
+    """
+    from fastdaa.study.table_files import TABLES
+
     if options.output is not None:
         return Path(options.output)
     first = Path(options.tables[0])
-    return (first if first.is_dir() else first.parent) / name
+    if first.is_dir():
+        return first / name
+    return first.with_name(name if first.name in TABLES else f"{first.stem}_{name}")
 
 
 def _filtered(table: Table, condition: str) -> Table:

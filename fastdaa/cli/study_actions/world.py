@@ -28,7 +28,11 @@ HELP = "show the small world; exact tilting and best-of-n of a reward model (til
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the action."""
     add_output_dir(parser)
-    parser.add_argument("--preset", default="H", help="world: H (harsh) or M (mild); default: H")
+    parser.add_argument(
+        "--preset",
+        help="world: H (harsh) or M (mild), and curves of that one alone; default: H is shown, and "
+        "curves are those of every world",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the world; default: 0")
     parser.add_argument("--size", default="d32", help="model size: d12, d32 or d64; default: d32")
     parser.add_argument(
@@ -41,13 +45,15 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from fastdaa.study.tilt import TILT_FILE, run_tilt
+    from fastdaa.study.tilt import TILT_FILE, presets, run_tilt
 
     # Matrices this small are slower with more threads.
     torch.set_num_threads(1)
     console = Console()
+    shown = options.preset or "H"
+    wanted = [preset for preset in presets() if options.preset in (None, preset.name)]
     try:
-        show(console, options.preset, options.seed, options.size, f"{options.output_dir}/world")
+        show(console, shown, options.seed, options.size, f"{options.output_dir}/world")
         if options.no_curves:
             return 0
         console.print("\nOver-optimisation of reward models, in closed form", style="bold")
@@ -56,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
             [options.seed],
             lambda text: console.print(f"  {text}", highlight=False, soft_wrap=True),
             size=options.size,
+            settings=wanted,
         )
         console.print(f"{options.output_dir}/{TILT_FILE}", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:

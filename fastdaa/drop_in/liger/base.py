@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdaa.drop_in.liger.shifted_pairs import (
-    check_hidden_states,
-    mean_logit,
-    select_shifted_pairs,
-)
+from fastdaa.drop_in.liger.shifted_pairs import mean_logit, select_shifted_pairs
 from fastdaa.head import LmHead
 from fastdaa.losses import Objective, implicit_rewards, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.selection import moved
+from fastdaa.validation import check_positions
 
 Result = tuple[Tensor, tuple[Tensor, ...]]
 """The loss, and the tuple of other results."""
@@ -32,6 +29,8 @@ class LinearPreferenceLoss(nn.Module):
         chunk_size: int,
     ) -> None:
         super().__init__()
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
         self.ignore_index, self.beta = ignore_index, beta
         self.compute_nll_loss = compute_nll_loss
         self.compiled, self.chunk_size = compiled, chunk_size
@@ -53,7 +52,7 @@ class LinearPreferenceLoss(nn.Module):
 
     def _select(self, hidden_states: Tensor, target: Tensor) -> TokenSelection:
         selection = select_shifted_pairs(target, self.ignore_index)
-        check_hidden_states("_input", hidden_states, target)
+        check_positions("_input", hidden_states, target.shape)
         return moved(selection, hidden_states.device)
 
     def _results(

@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from fastdaa.drop_in.liger.base import LinearPreferenceLoss, Result
-from fastdaa.drop_in.liger.shifted_pairs import (
-    check_hidden_states,
-    detached,
-    selected_sums,
-)
+from fastdaa.drop_in.liger.shifted_pairs import detached, selected_sums
 from fastdaa.head import LmHead
 from fastdaa.logps import pair_logps
 from fastdaa.losses import Objective, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.pair_loss import pair_loss
-from fastdaa.validation import check_choice
+from fastdaa.validation import check_choice, check_positions
 
 
 class LigerFusedLinearDPOLoss(LinearPreferenceLoss):
@@ -66,10 +62,10 @@ class LigerFusedLinearDPOLoss(LinearPreferenceLoss):
         self.average_log_prob = average_log_prob
         self.loss_type = loss_type
         self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
-        check_choice("loss_type", loss_type, self._LOSS_TYPES)
         self._objective()
 
     def _hyperparameters(self) -> dict[str, Any]:
+        check_choice("loss_type", self.loss_type, self._LOSS_TYPES)
         if self.loss_type in ("robust", "exo_pair"):
             return {"label_smoothing": self.label_smoothing}
         return {"discopop_tau": self.discopop_tau} if self.loss_type == "discopop" else {}
@@ -123,7 +119,7 @@ class LigerFusedLinearDPOLoss(LinearPreferenceLoss):
         if ref_input is None or ref_weight is None:
             missing = "ref_input" if ref_input is None else "ref_weight"
             raise ValueError(f"{missing}: expected a tensor with use_ref_model=True, got None")
-        check_hidden_states("ref_input", ref_input, target)
+        check_positions("ref_input", ref_input, target.shape)
         return selected_sums(ref_input, LmHead(ref_weight, ref_bias), selection)
 
     def _loss_of_means(

@@ -13,6 +13,7 @@ from fastdaa.losses import Objective, sft, token_means
 from fastdaa.losses.reference_free import LARGEST_MEAN_LOGP
 from fastdaa.outputs import PairLogps
 from fastdaa.pair_loss import pair_loss
+from fastdaa.validation import check_indices
 
 
 class LigerFusedLinearORPOLoss(LinearPreferenceLoss):
@@ -63,6 +64,8 @@ class LigerFusedLinearORPOLoss(LinearPreferenceLoss):
         """
         head = LmHead(lin_weight, bias)
         selection = self._select(_input, target)
+        if nll_target is not None:
+            check_indices("nll_target", nll_target, target.shape)
         nll = None
         if self.compute_nll_loss and nll_target is None:
             out = pair_loss(_input, head, selection, Objective.parse("orpo", beta=self.beta))

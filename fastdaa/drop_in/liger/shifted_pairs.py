@@ -9,13 +9,7 @@ from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, head_logps_and_stats, pair_logps, sequence_logps
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.selection import pairs_in_order
-from fastdaa.validation import (
-    check_floating,
-    check_head_inputs,
-    check_indices,
-    check_readable,
-    check_shape,
-)
+from fastdaa.validation import check_head_inputs, check_indices, check_readable
 
 
 def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
@@ -37,12 +31,6 @@ def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
             f"{list(target.shape)}"
         )
     return pairs_in_order(target, "chosen_first", ignore_index, shift=0)
-
-
-def check_hidden_states(name: str, hidden_states: Tensor, target: Tensor) -> None:
-    """Raise unless ``hidden_states`` are floating-point ``[2B, T, D]`` for ``target [2B, T]``."""
-    check_floating(name, hidden_states)
-    check_shape(name, hidden_states, (*target.shape, hidden_states.shape[-1]))
 
 
 def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> PairLogps:
@@ -76,7 +64,8 @@ def mean_logit(hidden_states: Tensor, head: LmHead) -> Tensor:
     """
     dtype = torch.promote_types(torch.float32, hidden_states.dtype)
     mean = hidden_states.mean(dim=(0, 1), dtype=dtype)
-    total = mean @ head.weight.sum(dim=0, dtype=dtype)
+    # No product of vectors: autocast would round its factors.
+    total = (mean * head.weight.sum(dim=0, dtype=dtype)).sum()
     if head.bias is not None:
         total = total + head.bias.sum(dtype=dtype)
     return total / head.width

@@ -48,7 +48,9 @@ def add_head(
         known = ", ".join(("log_probs", *_STATS, _SUM_SQ))
         raise ValueError(f"outputs: expected some of {known}, got {unknown}")
     LmHead.from_model(model)  # raises now rather than in the first step
-    original = model.forward
+    # Of the class, unless somebody has wrapped it: a bound one would stay that of this model in a
+    # copy of it.
+    wrapped = model.__dict__.get("forward")
     stats = any(name in outputs for name in _STATS)
     options = {"stats": stats, "keep": keep, "max_bytes": max_bytes, "selected": True}
     wanted = _Wanted(_SUM_SQ in outputs, options)
@@ -66,7 +68,9 @@ def add_head(
             return _score(self, labels, wanted, *args, **kwargs)
         if labels is not None:
             kwargs["labels"] = labels
-        return original(*args, **kwargs)
+        if wrapped is not None:
+            return wrapped(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 

@@ -12,6 +12,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import hash_module
 
 from fastdaa.drop_in.trl.head import add_head
+from fastdaa.validation import check_positive
 
 
 class DPOTrainer(dpo_trainer.DPOTrainer):
@@ -41,10 +42,10 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     Raises:
         TypeError: ``head_max_bytes`` is no integer.
-        ValueError: what this head does not serve: a weighted ``router_aux_loss_coef``, vision
-            models, FSDP, DeepSpeed ZeRO-3, tensor, context and sequence parallelism,
-            ``torch_compile``, ``use_liger_kernel``, a head with further layers; and whatever TRL
-            refuses.
+        ValueError: one that is not above 0; what this head does not serve: a weighted
+            ``router_aux_loss_coef``, vision models, FSDP, DeepSpeed ZeRO-3, tensor, context and
+            sequence parallelism, ``torch_compile``, ``use_liger_kernel``, a head with further
+            layers; and whatever TRL refuses.
         RuntimeError: TRL did not ask for a head.
     """
 
@@ -55,6 +56,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             isinstance(head_max_bytes, bool) or not isinstance(head_max_bytes, int)
         ):
             raise TypeError(f"head_max_bytes: expected an integer or None, got {head_max_bytes!r}")
+        check_positive("head_max_bytes", head_max_bytes)
         heads = 0
 
         def add_checked(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:

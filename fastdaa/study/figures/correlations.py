@@ -11,6 +11,7 @@ from fastdaa.study.bootstrap import correlation, interval, resample_counts
 from fastdaa.study.curves import (
     Row,
     column_pairs,
+    comparable_loss,
     finals,
     pearson,
     series_name,
@@ -63,24 +64,10 @@ def clouds(rows: Sequence[Row]) -> list[Cloud]:
     found = []
     for metric in METRICS:
         for loss, group in split(finals(rows), series_name).items():
-            x, y = column_pairs(map(_comparable, group), metric, "score")
+            x, y = column_pairs(map(comparable_loss, group), metric, "score")
             if len(x) >= 3:
                 found.append(Cloud(metric, loss, x, y))
     return found
-
-
-def _comparable(row: Row) -> Row:
-    """The row with a loss that can be compared between betas.
-
-    The study's IPO loss is ``(h - 1 / (2 beta))^2``, whose unit is that of ``1 / beta^2``: over the
-    betas it says little but the beta. Times ``4 beta^2`` it is ``(2 beta h - 1)^2``, a function of
-    ``beta h`` as the other losses are, and as in the paper's common form. Other tables may hold
-    other conventions, and stay as they are.
-    """
-    loss, beta = row.get("loss_value"), row.get("beta")
-    if loss is None or not beta or row.get("loss") != "ipo" or row.get("gold") is None:
-        return row
-    return {**row, "loss_value": 4 * beta**2 * loss}
 
 
 def pictures(results: Results) -> list[Picture]:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FONT_SIZE = 7.0
+_FONT_SIZE = 8.0
 _LINE = 1.3
 """Height of a line of text over its font size."""
 _POINTS_PER_INCH = 72

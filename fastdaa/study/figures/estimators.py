@@ -36,6 +36,12 @@ LOOKS = {
     "k3": Look(ORANGE, "^"),
     "trlx": Look(PINK, "D"),
 }
+LABELS = {
+    "k1": "k1: log-ratio of the sample",
+    "rb": "rb: exact KL at its tokens",
+    "k3": "k3: 1/ratio - 1 + log-ratio",
+    "trlx": "trlx: as trlX logs it, no KL",
+}
 UNBIASED = ("k1", "rb")
 Policy = Mapping[str, Any]
 
@@ -67,7 +73,7 @@ def pictures(results: Results) -> list[Picture]:
             ax.set_yscale("log", base=2 if ax is means else 10)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
-        legend_below(figure, [means, variances], columns=5)
+        legend_below(figure, [means, variances], columns=3 if layout == "wide" else 1)
         return figure
 
     return [Picture("estimators", TITLE, sentence(policies, samples), draw)]
@@ -120,7 +126,7 @@ def _draw_means(ax: Axes, policies: Sequence[Policy], name: str, shift: float) -
     if x:
         ax.errorbar(
             x, y, yerr=[low, high], color=LOOKS[name].colour, marker=LOOKS[name].marker,
-            markersize=6, linestyle="none", elinewidth=1.3, capsize=3, label=name,
+            markersize=6, linestyle="none", elinewidth=1.3, capsize=3, label=LABELS[name],
         )  # fmt: skip
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastdaa.study.curves import distinct, is_length_regularised, main_size, series_name, split
+from fastdaa.study.curves import (
+    distinct,
+    is_length_regularised,
+    is_offline,
+    main_size,
+    series_name,
+    split,
+)
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import Layout, Picture, label_axes, legend_below, look_of, panels
 from fastdaa.study.fit_words import contradiction
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Which law fits"
-NEEDS = Needs("fastdaa study fit", file="fits.json")
+NEEDS = Needs("fastdaa study fit", "fits of direct alignment", file="fits.json")
 LAW_NAMES = {"log": "log law", "d": "quadratic in √KL", "kl": "quadratic in KL"}
 LAW_TICKS = {"log": "log\nlaw", "d": "quadratic\nin √KL", "kl": "quadratic\nin KL"}
 
@@ -40,12 +47,14 @@ class Fit(NamedTuple):
 
 
 def fits(results: Results) -> list[Fit]:
-    """Fits of the plain sweeps: the main model size, no length regularisation."""
+    """Fits of the plain sweeps: the main model size, no length regularisation; in the small world
+    direct alignment alone, as the claims are on that."""
     return list(_read(results))
 
 
 def _read(results: Results) -> Iterator[Fit]:
-    sizes = {preset: main_size(rows) for preset, rows in split(results.rows, "preset").items()}
+    plain = (row for row in results.rows if is_offline(row) or not results.in_world)
+    sizes = {preset: main_size(rows) for preset, rows in split(plain, "preset").items()}
     # A fit names the columns that vary; the others have one value in the whole table.
     constant = {
         name: values[0]
@@ -56,9 +65,9 @@ def _read(results: Results) -> Iterator[Fit]:
         group = {**constant, **entry["group"]}
         preset = group.get("preset")
         size = sizes.get(preset)
-        if is_length_regularised(group) or (
-            size is not None and group.get("size") is not None and group["size"] != size
-        ):
+        if is_length_regularised(group) or (results.in_world and not is_offline(group)):
+            continue
+        if size is not None and group.get("size") is not None and group["size"] != size:
             continue
         for fit in entry["fits"]:
             yield Fit(

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastdaa.study.curves import Row, distance, split
 from fastdaa.study.figures.end_labels import EndLabel, label_ends
+from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     BLUE,
     DISTANCE_LABEL,
@@ -25,12 +26,15 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.online_words import NAMES, Setting, best_within, sentences, settings_of
+from fastdaa.study.results import Results
+from fastdaa.study.wording import preset_suffix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLE = "APA, PPO and AWR: quality against distance"
+NEEDS = Needs("fastdaa study online", "runs of APA, PPO or AWR in the small world")
 _LOOKS = {"apa": (BLUE, "o"), "ppo": (ORANGE, "s"), "awr": (GREEN, "^"), "apa-whitened": (SKY, "D")}
 _EXACT = {
     "apa_fixed_point": ("exact fixed points of APA", (0, (1, 1.4))),
@@ -39,8 +43,24 @@ _EXACT = {
 _POINTS = 60
 
 
-def picture(rows: Sequence[Row]) -> Picture:
+def pictures(results: Results) -> list[Picture]:
+    """One picture a preset and model size."""
+    found = []
+    for preset, rows in split(results.rows, "preset").items():
+        worlds = {size: same for size, same in split(rows, "size").items() if settings_of(same)}
+        for size, same in worlds.items():
+            suffix = f"-{size}" if len(worlds) > 1 else ""
+            title = TITLE + preset_suffix(preset) + (f", {size}" if suffix else "")
+            found.append(picture(same, f"online-{preset}{suffix}", title))
+    return found
+
+
+def picture(rows: Sequence[Row], name: str = "online", title: str = TITLE) -> Picture:
     """Two panels: the frontier of each method, and KL over the iterations of each setting.
+
+    Args:
+        rows: of one world, i.e. of one preset and model size.
+        name, title: of the picture.
 
     Raises:
         ValueError: no on-policy run among the rows.
@@ -57,7 +77,7 @@ def picture(rows: Sequence[Row]) -> Picture:
         label_ends(figure, axes[1], ends)
         return figure
 
-    return Picture("online", TITLE, " ".join(sentences(rows)), draw)
+    return Picture(name, title, " ".join(sentences(rows)), draw)
 
 
 def _draw_frontiers(ax: Axes, rows: Sequence[Row], found: dict[str, list[Setting]]) -> None:

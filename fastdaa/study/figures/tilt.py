@@ -74,6 +74,8 @@ def pictures(results: Results) -> list[Picture]:
         for ax, (world, rows) in zip(axes, groups.items(), strict=True):
             _draw_panel(ax, rows)
             ax.set_title(world.heading)
+        # Once everything is drawn: it holds the other end of the shared axis where it is.
+        axes[0].set_xlim(left=0)
         label_axes(axes, DISTANCE_LABEL, "gold and proxy reward\n(reference std. deviations)")
         legend_below(figure, axes, columns=legend_columns(layout, 4))
         return figure
@@ -116,4 +118,3 @@ def _draw_panel(ax: Axes, rows: Sequence[Row]) -> None:
                     linestyle=(0, (4, 2)), alpha=0.8, label=f"proxy, {name}")  # fmt: skip
             ax.plot(x, [row["gold"] for row in points], color=_COLOURS[algorithm], linewidth=1.9,
                     label=f"gold, {name}")  # fmt: skip
-    ax.set_xlim(left=0)
