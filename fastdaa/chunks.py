@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastdaa.outputs import TokenStats
+
 
 class Chunk(NamedTuple):
     """Whole pairs whose logits, or their gradients, are held together."""
@@ -15,9 +17,9 @@ class Chunk(NamedTuple):
     tokens: slice
 
 
-ChunkObjective = Callable[[Tensor, Chunk], tuple[Tensor, Tensor]]
-"""Token log-probs ``[n]`` of a chunk to the losses ``[b]`` of its pairs and the derivatives ``[n]``
-of the batch's mean loss by the log-probs."""
+ChunkObjective = Callable[[Tensor, Chunk, TokenStats | None], tuple[Tensor, Tensor]]
+"""Token log-probs ``[n]`` of a chunk, and their statistics where a call takes them, to the losses
+``[b]`` of its pairs and the derivatives ``[n]`` of the batch's mean loss by the log-probs."""
 
 
 def chunks_of_pairs(counts: tuple[int, ...], budget: int) -> list[Chunk]:

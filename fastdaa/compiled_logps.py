@@ -24,7 +24,7 @@ from fastdaa.compiled_operators import (
 )
 from fastdaa.frozen import logps_and_slopes, scaled_slopes
 from fastdaa.head import LmHead
-from fastdaa.outputs import TokenStats
+from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
@@ -233,8 +233,8 @@ def _stats(
     operand: torch.dtype,
     engine: str,
     max_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and three statistics, all ``[N]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and statistics, all ``[N]``."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size)
     plan = plan_call(
@@ -249,7 +249,7 @@ def _stats(
 @_stats.register_fake
 def _(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, operand, _, _ = options
     logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
-    return logps, torch.empty_like(logps), torch.empty_like(logps), torch.empty_like(logps)
+    return logps, *(torch.empty_like(logps) for _ in range(STATISTICS))  # type: ignore[return-value]

@@ -26,9 +26,15 @@ from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import keep_gradients
-from fastdaa.logps import pair_logps, sequence_logps, sharper_logps
+from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
-from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
+from fastdaa.outputs import (
+    STATISTICS,
+    BatchTotals,
+    PairLossOutput,
+    TokenSelection,
+    TokenStats,
+)
 from fastdaa.pair_batch import PairBatch, pair_weights, weighting_of
 from fastdaa.plan_call import plan_call
 from fastdaa.score import score
@@ -65,31 +71,27 @@ def compiled_pair_loss(
         ValueError: ``impl="reference"``. What is wrong with tensors is said when the graph runs.
     """
     check_compilable(impl)
-    sharper = None
-    if weighting_of(objective)[1]:
-        sharper = sharper_logps(
-            rows, head, selection.targets, engine=engine, max_bytes=max_bytes, selected=True
-        )
+    weighted = weighting_of(objective)[1]
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (rows, head.weight, head.bias)]
     loss, losses, logps, *rest = _pair_loss(
-        rows, head.weight, head.bias, selection.targets, selection.lengths, *references, sharper,
+        rows, head.weight, head.bias, selection.targets, selection.lengths, *references,
         objective.key, None if totals is None else [totals.pairs, totals.chosen_tokens],
         None if totals is None else totals.tokens, *HeadSettings.of(head),
-        operand_dtype(rows, head.weight), impl, engine, max_bytes, stats, wanted,
+        operand_dtype(rows, head.weight), impl, engine, max_bytes, stats or weighted, wanted,
     )  # fmt: skip
     lengths = references.completion_lengths
     policy = pair_logps(
         sequence_logps(logps, selection.lengths), selection.lengths if lengths is None else lengths
     )
-    weights = None if sharper is None else pair_weights(sharper, logps, selection.lengths)
-    values = TokenStats(*rest[:3]) if stats else None
+    values = TokenStats(*rest[:STATISTICS])
+    weights = pair_weights(values.log_sum_sq, logps, selection.lengths) if weighted else None
     # The caller may change log-probs in place, backward reads the others.
-    return PairLossOutput(loss, losses, policy, logps.clone(), values, weights)
+    return PairLossOutput(loss, losses, policy, logps.clone(), values if stats else None, weights)
 
 
 _Outputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
@@ -105,7 +107,6 @@ def _pair_loss(
     ref_token_logps: Tensor | None,
     completion_lengths: Tensor | None,
     advantages: Tensor | None,
-    sharper: Tensor | None,
     objective: str,
     totals: list[int] | None,
     total_tokens: int | None,
@@ -121,7 +122,7 @@ def _pair_loss(
     stats: bool,
     wanted: list[bool],
 ) -> _Outputs:
-    """Loss, losses, log-probs, three statistics, and :class:`Saved`."""
+    """Loss, losses, log-probs, statistics, and :class:`Saved`."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     counts = tuple(lengths.tolist())
     check_indices("selection.targets", targets, (sum(counts),))
@@ -138,7 +139,6 @@ def _pair_loss(
         None if totals is None else BatchTotals(totals[0], totals[1], total_tokens),
         # Elsewhere a call without a compiler leaves the objective to autograd.
         plan.engine if plan.path == "single_pass" else "torch",
-        sharper,
     )  # fmt: skip
     logits = Logits(rows, head, operand, plan.engine)
     # A call without gradients leaves autograd alone, which inference mode would not let record.
@@ -158,7 +158,7 @@ def _evaluate(
     saved: dict[str, Tensor | None]
     if plan.kept_whole:
         results, (coefficients, state, kept) = keep_gradients(
-            logits, targets, plan, lambda logps: batch.evaluate(logps, batch.everything), stats
+            logits, targets, plan, batch.everything, batch.evaluate, stats
         )
         # Whole rows of the buffer: an operator's outputs are best contiguous.
         dz = kept.dz.as_strided((kept.dz.shape[0], kept.dz.stride(0)), (kept.dz.stride(0), 1))
@@ -182,10 +182,11 @@ def _evaluate(
     else:
         state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
         logps, saved = state.logps, {"m": state.m, "log_s": state.log_s}
-        values = list(more) if more else [logps.new_empty(0) for _ in range(3)]
+        values = list(more) if more else [logps.new_empty(0) for _ in range(STATISTICS)]
+    told = TokenStats(*values) if stats else None
     if plan.path == "score":
-        return [batch.losses(logps, batch.everything), logps, *values], {}
-    losses, coefficients = batch.evaluate(logps, batch.everything)
+        return [batch.losses(logps, batch.everything, told), logps, *values], {}
+    losses, coefficients = batch.evaluate(logps, batch.everything, told)
     return [losses, logps, *values], saved | {"coefficients": coefficients}
 
 
@@ -223,7 +224,12 @@ def _(
 ) -> _Outputs:
     *_, operand, impl, _, max_bytes, stats, wanted = rest
     tokens, wide = targets.shape[0], wide_dtype(operand)
-    shapes: list[Any] = [(), (lengths.shape[0] // 2,), (tokens,), *[(tokens if stats else 0,)] * 3]
+    shapes: list[Any] = [
+        (),
+        (lengths.shape[0] // 2,),
+        (tokens,),
+        *[(tokens if stats else 0,)] * STATISTICS,
+    ]
     results = [rows.new_empty(shape, dtype=wide) for shape in shapes]
     saved, saves = Saved.nothing(rows, weight, operand), _saves(impl, max_bytes, wanted)
     if saves == "slopes":
@@ -244,8 +250,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     only_first_differentiable(ctx, output)
     ctx.saves, ctx.wanted = _saves(impl, max_bytes, wanted), wanted
     ctx.dtype, ctx.count = rows.dtype, len(inputs)
-    ctx.options = inputs[10], *inputs[13:]
-    saved = Saved(*output[6:])
+    ctx.options = inputs[9], *inputs[12:]
+    saved = Saved(*output[3 + STATISTICS :])
     if ctx.saves == "slopes":
         ctx.save_for_backward(saved.hidden, saved.coefficients)
     else:

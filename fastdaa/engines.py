@@ -205,7 +205,7 @@ class TritonTile:
             rows, width = self.z.shape
             out = logits_memory(rows, width, self.z.device, self.operand)
         found, factors = take_row_slopes(self.z, targets, out, stats=stats, **self.options)
-        state, values = _state_and_values(found)
+        state, values = state_and_values(found)
         return RowSlopes(state, values, out, factors, _own_slope(self.head, state))
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
@@ -257,30 +257,31 @@ def merged_statistics(
     from fastdaa.kernels.merge_splits import merge_splits
 
     if head.shard is not None:
-        states = _gathered(states, head.shard)
-    return _state_and_values(merge_splits(states, targets, head.vocab_size))
+        states = _gathered(states, head.shard, head.planned_width)
+    return state_and_values(merge_splits(states, targets, head.vocab_size))
 
 
-def _state_and_values(rows: RowStatistics) -> tuple[RowState, TokenStats | None]:
+def state_and_values(rows: RowStatistics) -> tuple[RowState, TokenStats | None]:
+    """What a kernel returns, in two parts; no token statistics where it was not asked."""
     state = RowState(rows.m, rows.log_s, rows.logps)
-    if rows.entropy is None or rows.top1 is None or rows.mean_logit is None:
-        return state, None
-    return state, TokenStats(rows.entropy, rows.top1, rows.mean_logit)
+    values = [value for value in rows[4:] if value is not None]
+    return state, TokenStats(*values) if values else None
 
 
-def _gathered(states: Tensor, shard: VocabShard) -> Tensor:
+def _gathered(states: Tensor, shard: VocabShard, widest: int) -> Tensor:
     """States ``[splits, fields, r]`` of the vocabulary splits of all processes, in their order."""
     from fastdaa.kernels.row_statistics import splits_of
 
     _, fields, rows = states.shape
-    splits = splits_of(shard.planned_width(0), states.device)
+    splits = splits_of(widest, states.device)
     missing = splits - states.shape[0]
     if missing:  # a narrower slice than the widest: splits without a logit
         nothing = torch.zeros_like(states[:1]).expand(missing, -1, -1).clone()
         nothing[:, 0], nothing[:, 2] = -torch.inf, -torch.inf  # maximum and target
         states = torch.cat([states, nothing])
     everyone = states.new_empty(dist.get_world_size(shard.group) * splits, fields, rows)
-    dist.all_gather_into_tensor(everyone, states.contiguous(), group=shard.group)
+    # Into one tensor at once has another name in every second version of torch.
+    dist.all_gather(list(everyone.split(splits)), states.contiguous(), group=shard.group)
     return everyone
 
 

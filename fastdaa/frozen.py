@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdaa.first_order import first_order
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
-from fastdaa.outputs import TokenStats
+from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.row_passes import in_tile
 from fastdaa.score import join
 from fastdaa.target_rows import TargetRows, finish_hidden
@@ -24,7 +24,7 @@ from fastdaa.tiles import Logits, blocks, product, sum_over_shards, without_auto
 class Frozen(torch.autograd.Function):
     """``apply(hidden_states [N, D], head, targets [N], plan, stats)`` to log-probs ``[N]``.
 
-    Beside them, without gradient, the three token statistics (empty unless ``stats``).
+    Beside them, without gradient, the token statistics (empty unless ``stats``).
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ def logps_and_slopes(
     operand: torch.dtype | None = None,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Log-probs ``[N]``, ``d logp / d hidden [N, D]`` and three statistics ``[N]``, all wide."""
+    """Log-probs ``[N]``, ``d logp / d hidden [N, D]`` and statistics ``[N]``, all wide."""
     logits = Logits(hidden_states, head, operand, engine=plan.engine)
     with without_autocast(hidden_states.device):
         slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
@@ -72,7 +72,7 @@ def logps_and_slopes(
             logps[rows], more = _rows(logits, weight, targets[rows], rows, stats, slopes[rows])
             values += [more] if more is not None else []
         sum_over_shards(slopes, head)
-    return logps, slopes, join(values, 3, logps.new_empty(0))
+    return logps, slopes, join(values, STATISTICS, logps.new_empty(0))
 
 
 def _rows(

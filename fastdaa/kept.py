@@ -9,18 +9,19 @@ rounding ``c * dz`` where logits are small, so fp16 is left to chunks of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients, leave_out
+from fastdaa.outputs import TokenStats
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, without_autocast
@@ -38,21 +39,22 @@ class Waiting(NamedTuple):
 
 
 class Kept(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, targets, head, plan, objective, pairs, stats)``.
+    """``apply(hidden_states, weight, bias, targets, head, plan, chunk, objective, pairs, stats)``.
 
-    ``objective`` takes the log-probs ``[N]`` of all tokens. Returns what
-    :class:`fastdaa.single_pass.SinglePass` does.
+    The chunk is the whole batch. Returns what :class:`fastdaa.single_pass.SinglePass` does.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        head: LmHead, plan: HeadPlan, objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+        head: LmHead, plan: HeadPlan, chunk: Chunk, objective: ChunkObjective,
         pairs: int, stats: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss, coefficients, and the gradients of the logits without them."""
         logits = Logits(hidden_states, head, engine=plan.engine)
-        (losses, logps, *values), waiting = keep_gradients(logits, targets, plan, objective, stats)
+        (losses, logps, *values), waiting = keep_gradients(
+            logits, targets, plan, chunk, objective, stats
+        )
         coefficients, state, kept = waiting
         ctx.save_for_backward(hidden_states, weight, bias, targets, coefficients, *state, *kept)
         ctx.plan, ctx.operand = plan, logits.operand
@@ -72,13 +74,13 @@ class Kept(torch.autograd.Function):
         state, kept = RowState(*saved[:3]), KeptGradients(*saved[3:])
         waiting = Waiting(coefficients * grad_loss, state, kept)
         grads = waiting_gradients(logits, targets, waiting, ctx.plan, ctx.needs_input_grad[:3])
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def keep_logps(
     logits: Logits, targets: Tensor, plan: HeadPlan, stats: bool = False
 ) -> tuple[list[Tensor], RowState, KeptGradients]:
-    """Three statistics ``[N]``, log-probs and what computes logits again (empty where all gradients
+    """Statistics ``[N]``, log-probs and what computes logits again (empty where all gradients
     are kept), and the gradients."""
     with without_autocast(logits.hidden_states.device):
         made = Unscaled(logits, targets, plan, targets.shape[0], stats)
@@ -88,13 +90,14 @@ def keep_logps(
 
 
 def keep_gradients(
-    logits: Logits, targets: Tensor, plan: HeadPlan,
-    objective: Callable[[Tensor], tuple[Tensor, Tensor]], stats: bool,
+    logits: Logits, targets: Tensor, plan: HeadPlan, chunk: Chunk, objective: ChunkObjective,
+    stats: bool,
 ) -> tuple[list[Tensor], Waiting]:  # fmt: skip
-    """Losses ``[B]``, log-probs ``[N]`` and three statistics of a batch, and what waits."""
+    """Losses ``[B]``, log-probs ``[N]`` and statistics of a batch, and what waits."""
     values, state, kept = keep_logps(logits, targets, plan, stats)
     with without_autocast(logits.hidden_states.device):
-        losses, coefficients = objective(state.logps)
+        more = TokenStats(*values) if stats else None
+        losses, coefficients = objective(state.logps, chunk, more)
         if plan.sparse:
             dz, active = leave_out(kept.dz, coefficients)
             kept = kept._replace(dz=dz, active=active)

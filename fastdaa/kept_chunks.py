@@ -14,6 +14,7 @@ from fastdaa.gradient_sums import GradientSums
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import leave_out, scaled_rows, write_hidden_gradient
 from fastdaa.outputs import TokenStats
+from fastdaa.score import statistics_of
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
 from fastdaa.tiles import Logits, blocks
 from fastdaa.unscaled import Unscaled
@@ -47,9 +48,11 @@ class KeptChunks:
         again = len(parts) > 1
         make = self.kept.score if again else self.kept.make
         empty = self.kept.dz.new_empty(0, dtype=self.logits.wide)
+        first = len(self.values)
         logps = torch.cat([make(part) for part in parts] or [empty])
         self.logps.append(logps)
-        losses, coefficients = objective(logps, chunk)
+        more = statistics_of(self.values[first:], empty) if self.kept.stats else None
+        losses, coefficients = objective(logps, chunk, more)
         for part in parts:
             if again:
                 self.kept.make(part, record=False)

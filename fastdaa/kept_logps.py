@@ -26,7 +26,7 @@ from fastdaa.tiles import Logits
 class KeptLogps(torch.autograd.Function):
     """``apply(hidden_states, weight, bias, targets, head, plan, stats)`` to log-probs ``[N]``.
 
-    Beside them, without gradient, the three token statistics (empty unless ``stats``).
+    Beside them, without gradient, the token statistics (empty unless ``stats``).
     """
 
     @staticmethod

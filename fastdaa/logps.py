@@ -7,7 +7,6 @@ are summed in that dtype and rounded once to the dtype of their tensor.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,7 +172,8 @@ def token_stats(
 
     Returns:
         ``[N]`` log-probs in nats and the statistics, ``[N]`` each: entropy in nats, whether the
-        target is the most likely token, mean logit; fp32 (fp64 if an input is fp64).
+        target is the most likely token, mean logit, log of the sum of squared probabilities; fp32
+        (fp64 if an input is fp64).
 
     Raises:
         TypeError, ValueError, ImportError: as in :func:`token_logps`.
@@ -187,31 +187,6 @@ def token_stats(
     state, stats = score(hidden_states, head, targets, plan, stats=True)
     assert stats is not None
     return state.logps, stats
-
-
-@torch.no_grad()
-def sharper_logps(
-    hidden_states: Tensor,
-    head: LmHead,
-    targets: Tensor,
-    *,
-    engine: str = "auto",
-    max_bytes: int | None = None,
-    selected: bool = False,
-) -> Tensor:
-    """Log-probabilities ``[N]`` of the targets at half the temperature, no gradient (1U).
-
-    They are ``2 log p_t - log sum_v p_v^2``: together with the log-probs, what WPO (arXiv
-    2406.11827) needs to know about the sum of the squared probabilities of every token.
-
-    Args:
-        hidden_states: ``[N, D]``. targets: ``[N]`` int64. engine, max_bytes: as in
-            :func:`token_logps`. selected: as in :func:`head_logps`.
-    """
-    sharper = replace(head, temperature=head.temperature / 2)
-    return head_logps(
-        hidden_states, sharper, targets, engine=engine, max_bytes=max_bytes, selected=selected
-    )
 
 
 def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class FusedLinearPairLoss(nn.Module):
             ref_hidden_states: ``[2B, T, D']``, instead of both.
             ref_weight: ``[V, D']`` of the reference's head; None for the policy's head, detached.
             ref_bias: ``[V]`` that goes with ``ref_weight``, or None.
-            advantages: ``[2B]``, for token-level objectives, rows ordered as ``labels``.
+            advantages: ``[2B]``, rows ordered as ``labels``, for objectives with token-level terms;
+                an error with others.
 
         Returns:
             The result; its vectors are in pair order.

@@ -17,6 +17,7 @@ from fastdaa.kernels.objective import PairValues, evaluate_pairs, evaluate_token
 from fastdaa.kernels.objective_functions import PAIR_OBJECTIVES, TOKEN_OBJECTIVES
 from fastdaa.losses import LOSSES, Objective, Term
 from fastdaa.losses.custom import is_custom
+from fastdaa.losses.hyperparameters import check_advantages
 from fastdaa.losses.margin import divergence_alpha
 from fastdaa.outputs import BatchTotals
 
@@ -52,7 +53,7 @@ def evaluate_objective(
         ref_logps, ref_token_logps: fp32 references; the first one is summed from the second where
             only that is given.
         completion_lengths: divisors of per-token means; None for ``lengths``.
-        advantages: for token-level terms; None for +1 and -1.
+        advantages: for token-level terms, and an error without one; None for +1 and -1.
 
     Returns:
         Losses before the mean over pairs and their derivatives by sequence and by token. With
@@ -60,8 +61,9 @@ def evaluate_objective(
 
     Raises:
         ValueError: a term that couples the batch or has a function of the caller, a missing
-            reference, or tensors that do not fit together.
+            reference, advantages that no term reads, or tensors that do not fit together.
     """
+    check_advantages(advantages, objective)
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     parts = []
     for term in objective.terms:
@@ -180,6 +182,6 @@ def _f_dpo(values: dict) -> tuple[str, dict]:
     alpha = divergence_alpha(values["f_divergence_type"], values["f_alpha_divergence_coef"])
     if alpha == 1:
         return "dpo", {"beta": values["beta"], "label_smoothing": 0.0, "length_alpha": 0.0}
-    return "f_dpo_js" if alpha is None else "f_dpo_alpha", values | {
-        "f_alpha_divergence_coef": alpha
-    }
+    if alpha is None:
+        return "f_dpo_js", values
+    return "f_dpo_alpha", values | {"exponent": alpha - 1}

@@ -112,14 +112,21 @@ class TokenStats(NamedTuple):
         entropy: entropy in nats.
         top1: 1 where no other token is more probable than the target, else 0.
         mean_logit: mean logit over the vocabulary.
+        log_sum_sq: log of the sum of the squared probabilities, in nats; 0 where one token has
+            all, ``-log V`` where all have the same.
     """
 
     entropy: Tensor
     top1: Tensor
     mean_logit: Tensor
+    log_sum_sq: Tensor
 
     def __repr__(self) -> str:
         return _row("TokenStats", self._asdict(), mean_entropy=_mean(self.entropy))
+
+
+STATISTICS = len(TokenStats._fields)
+"""Statistics of a token."""
 
 
 class PairLossOutput(NamedTuple):

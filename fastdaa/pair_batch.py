@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastdaa.chunks import Chunk
 from fastdaa.logps import pair_logps, sequence_logps
 from fastdaa.losses import Objective
+from fastdaa.losses.hyperparameters import check_advantages
 from fastdaa.losses.weights import desensitized, on_policy_weights, tail_tokens
 from fastdaa.outputs import (
     BatchTotals,
@@ -33,10 +34,7 @@ from fastdaa.validation import (
 
 
 class PairBatch:
-    """Everything an objective needs beside the policy's log-probs, cut to any range of pairs.
-
-    ``sharper_logps [N]`` are those of :func:`fastdaa.logps.sharper_logps`, for ``use_weighting``.
-    """
+    """Everything an objective needs beside the policy's log-probs, cut to any range of pairs."""
 
     def __init__(
         self,
@@ -48,7 +46,6 @@ class PairBatch:
         advantages: Tensor | None,
         totals: BatchTotals | None,
         engine: str = "torch",
-        sharper_logps: Tensor | None = None,
     ):
         self.ref_is_summed = False
         sequences, tokens = len(selection.counts), sum(selection.counts)
@@ -64,7 +61,7 @@ class PairBatch:
             raise ValueError(
                 f"ref_token_logps: expected [{tokens}] for {objective}, got None{sums}"
             )
-        alpha, _ = weighting_of(objective)
+        alpha, self.weighted = weighting_of(objective)
         self.tail, self.alpha = None, 1.0 if alpha is None else alpha
         if alpha is not None and ref_token_logps is not None:
             self.tail = tail_tokens(selection.lengths, tokens)
@@ -83,13 +80,13 @@ class PairBatch:
         check_indices("completion_lengths", completion_lengths, (sequences,))
         check_device("completion_lengths", completion_lengths, device)
         check_not_negative("completion_lengths", completion_lengths)
+        check_advantages(advantages, objective)
         if advantages is not None:
             check_vector("advantages", advantages, sequences, device)
             advantages = advantages.detach().contiguous()
         self.selection, self.objective, self.advantages = selection, objective, advantages
         self.completion_lengths = completion_lengths.contiguous()
         self.ref_logps, self.ref_token_logps = ref_logps, ref_token_logps
-        self.sharper_logps = sharper_logps
         here = BatchTotals(sequences // 2, max(sum(selection.counts[::2]), 1), tokens)
         if totals is not None:
             _check_totals(totals)
@@ -102,14 +99,16 @@ class PairBatch:
         """Divisor of token-level terms."""
         return self.totals.tokens or sum(self.selection.counts)
 
-    def evaluate(self, token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, token_logps: Tensor, chunk: Chunk, stats: TokenStats | None
+    ) -> tuple[Tensor, Tensor]:
         """Losses ``[b]`` of a chunk, and the derivatives ``[n]`` of the batch's mean by its tokens'
         log-probs, both without gradient."""
         if self.in_kernel:
             return self._in_kernel(token_logps, chunk)
         with torch.enable_grad(), _without_hooks():
             leaf = token_logps.detach().requires_grad_()
-            losses = self.losses(leaf, chunk)
+            losses = self.losses(leaf, chunk, stats)
             if not losses.requires_grad:
                 return losses.detach(), torch.zeros_like(token_logps)
             _check_reads_alone(losses, leaf)
@@ -136,8 +135,11 @@ class PairBatch:
         assert values.token_coefficients is not None
         return values.losses, values.token_coefficients / self.totals.pairs
 
-    def losses(self, token_logps: Tensor, chunk: Chunk) -> Tensor:
-        """Losses ``[b]`` of a chunk's pairs from its token log-probs ``[n]``; differentiable."""
+    def losses(self, token_logps: Tensor, chunk: Chunk, stats: TokenStats | None) -> Tensor:
+        """Losses ``[b]`` of a chunk's pairs from its token log-probs ``[n]``; differentiable.
+
+        With ``use_weighting`` they need the statistics of the tokens.
+        """
         sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
         lengths = self.selection.lengths[sequences]
         completion = self.completion_lengths[sequences]
@@ -147,9 +149,9 @@ class PairBatch:
             weighted = desensitized(token_logps, self.tail[chunk.tokens], self.alpha)
             more["unweighted"] = policy
             policy = pair_logps(sequence_logps(weighted, lengths), completion)
-        weights = self._pair_weights(token_logps, chunk)
-        if weights is not None:
-            more["pair_weights"] = weights
+        if self.weighted:
+            assert stats is not None
+            more["pair_weights"] = pair_weights(stats.log_sum_sq, token_logps, lengths)
         ref = None
         if self.ref_logps is not None:
             ref = pair_logps(self.ref_logps[sequences].to(policy.chosen.dtype), completion)
@@ -166,27 +168,22 @@ class PairBatch:
             )
         return self.objective(policy, ref, self.totals, token_part, **more)
 
-    def _pair_weights(self, token_logps: Tensor, chunk: Chunk) -> Tensor | None:
-        """WPO's weights ``[b]`` of a chunk's pairs, without gradient; None where none are asked."""
-        if self.sharper_logps is None:
-            return None
-        sequences = slice(2 * chunk.pairs.start, 2 * chunk.pairs.stop)
-        lengths = self.selection.lengths[sequences]
-        return pair_weights(self.sharper_logps[chunk.tokens], token_logps, lengths)
-
     def output(
-        self, loss: Tensor, losses: Tensor, logps: Tensor, stats: TokenStats | None
+        self, loss: Tensor, losses: Tensor, logps: Tensor, stats: TokenStats | None, told: bool
     ) -> PairLossOutput:
-        """The public result."""
+        """The public result; ``told`` says that the statistics belong to it."""
         sums = sequence_logps(logps, self.selection.lengths)
         policy: PairLogps = pair_logps(sums, self.completion_lengths)
-        weights = self._pair_weights(logps, self.everything)
-        return PairLossOutput(loss, losses, policy, logps, stats, weights)
+        weights = None
+        if self.weighted and stats is not None:
+            weights = pair_weights(stats.log_sum_sq, logps, self.selection.lengths)
+        return PairLossOutput(loss, losses, policy, logps, stats if told else None, weights)
 
 
-def pair_weights(sharper_logps: Tensor, token_logps: Tensor, lengths: Tensor) -> Tensor:
-    """WPO's weights ``[B]`` of pairs from both log-probs ``[N]`` of their tokens, no gradient."""
-    return on_policy_weights(sequence_logps(sharper_logps - token_logps, lengths), lengths)
+def pair_weights(log_sum_sq: Tensor, token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """WPO's weights ``[B]`` of pairs, no gradient, from the log-probs ``[N]`` of their tokens and
+    the logs of the sums of all squared probabilities."""
+    return on_policy_weights(sequence_logps(token_logps - log_sum_sq, lengths), lengths)
 
 
 @contextmanager

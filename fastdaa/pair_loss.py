@@ -16,7 +16,7 @@ from fastdaa.chunks import chunks_of_pairs
 from fastdaa.compiled_loss import References, compiled_pair_loss
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
-from fastdaa.logps import head_logps_and_stats, sharper_logps
+from fastdaa.logps import head_logps_and_stats
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput, TokenSelection, TokenStats
 from fastdaa.pair_batch import PairBatch, weighting_of
@@ -49,8 +49,6 @@ def pair_loss(
 ) -> PairLossOutput:
     """Mean preference loss over ``B`` pairs, differentiable towards hidden states and head.
 
-    An objective with ``use_weighting`` costs 1U more: one product of the head, without gradient.
-
     Args:
         hidden_states: ``[..., D]`` of the backbone; flattened, its rows are what
             ``selection.rows`` points at.
@@ -63,10 +61,11 @@ def pair_loss(
         ref_token_logps: ``[N]`` reference log-probs of the tokens, instead of or (for objectives
             with token-level terms or ``ld_alpha``) beside ``ref_logps``.
         completion_lengths: ``[2B]`` int64 divisors of per-token means; None for the scored tokens.
-        advantages: ``[2B]`` advantages of the completions, for token-level objectives.
+        advantages: ``[2B]`` advantages of the completions, for objectives with token-level terms;
+            an error with others.
         totals: sizes of the whole batch, if these pairs are only a part of it. The losses of the
             parts then add up to the loss of the batch.
-        stats: also return entropy, top-1 hits and mean logit of every token.
+        stats: also return the :class:`fastdaa.TokenStats` of every token.
         impl: ``"auto"`` or the path to take, as in :func:`fastdaa.token_logps`, and
             ``"single_pass"``.
         engine: what works on tiles of logits, as in :func:`fastdaa.token_logps`.
@@ -122,30 +121,30 @@ def _eager(
     check_indices("selection.rows", selection.rows, (sum(selection.counts),))
     rows, targets = select_rows(flat, selection.rows), selection.targets
     check_head_inputs(rows, head.weight, targets, head.bias, head.vocab_size)
+    told, stats = stats, stats or weighting_of(objective)[1]
     plan = plan_loss(
         rows, head, coupled=objective.coupled, sparse=objective.sparse, selected=True, stats=stats,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes, "selected": True}
-    weighted = weighting_of(objective)[1]
-    sharper = sharper_logps(rows, head, targets, **memory) if weighted else None
-    batch = PairBatch(selection, objective, *references, totals, plan.engine, sharper)
+    batch = PairBatch(selection, objective, *references, totals, plan.engine)
     if plan.path == "single_pass":
-        return _single_pass(rows, head, batch, plan, stats)
+        return _single_pass(rows, head, batch, plan, stats, told)
     logps, values = head_logps_and_stats(
         rows, head, targets, stats=stats, impl=plan.path, sparse=objective.sparse, **memory
     )
-    losses = batch.losses(logps, batch.everything)
+    losses = batch.losses(logps, batch.everything, values)
     loss = losses.sum() / batch.totals.pairs
-    return batch.output(loss, losses.detach(), logps.detach(), values)
+    return batch.output(loss, losses.detach(), logps.detach(), values, told)
 
 
 def _single_pass(
-    rows: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool
+    rows: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool, told: bool
 ) -> PairLossOutput:
     selection = batch.selection
     chunks = chunks_of_pairs(selection.counts, plan.chunk_tokens)
     loss, losses, logps, *columns = single_pass(
         rows, head, selection.targets, plan, chunks, batch.evaluate, batch.totals.pairs, stats
     )
-    return batch.output(loss, losses, logps, TokenStats(*columns) if stats else None)
+    values = TokenStats(*columns) if stats else None
+    return batch.output(loss, losses, logps, values, told)

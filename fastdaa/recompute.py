@@ -19,6 +19,7 @@ from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients
+from fastdaa.outputs import STATISTICS
 from fastdaa.row_passes import RowState
 from fastdaa.score import score
 from fastdaa.tiles import (
@@ -34,7 +35,7 @@ from fastdaa.tiles import (
 class Recompute(torch.autograd.Function):
     """``apply(hidden_states, weight, bias, targets, head, plan, stats)`` to log-probs ``[N]``.
 
-    Beside them, without gradient, the three token statistics (empty unless ``stats``). ``head``
+    Beside them, without gradient, the token statistics (empty unless ``stats``). ``head``
     carries the options; its tensors are replaced by ``weight`` and ``bias``.
     """
 
@@ -56,7 +57,7 @@ class Recompute(torch.autograd.Function):
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.operand = operand_dtype(hidden_states, weight)
         absent = state.m.new_empty(0)
-        more = list(values) if values is not None else [absent.clone() for _ in range(3)]
+        more = list(values) if values is not None else [absent.clone() for _ in range(STATISTICS)]
         ctx.mark_non_differentiable(*more)
         return state.logps.clone(), *more  # the caller may change it, backward reads the other
 

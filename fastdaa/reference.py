@@ -49,12 +49,13 @@ def token_logps(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head: 
 
 
 def token_stats(hidden_states: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> TokenStats:
-    """Entropy, top-1 hit and mean logit of every position; keyword arguments of :func:`logits`."""
+    """Statistics of every position; keyword arguments of :func:`logits`."""
     z = logits(hidden_states, weight, **head).detach()
     logps = torch.log_softmax(z, dim=-1)
     entropy = -torch.special.xlogy(logps.exp(), logps.exp()).sum(dim=-1)
     top1 = z.gather(1, targets[:, None])[:, 0] >= z.amax(dim=-1)
-    return TokenStats(entropy, top1.to(z.dtype), z.mean(dim=-1))
+    log_sum_sq = torch.logsumexp(2 * logps, dim=-1)
+    return TokenStats(entropy, top1.to(z.dtype), z.mean(dim=-1), log_sum_sq)
 
 
 def sequence_logps(token_logps: Tensor, counts: tuple[int, ...] | list[int]) -> Tensor:

@@ -91,12 +91,15 @@ def take_statistics(
     if weighted is None or total is None:
         (rest,) = _summed([rest], shard)
         return _state(rest, own, target, m), None
-    rest, weighted, total = _summed([rest, weighted.mul_(e).sum(dim=1), total], shard)
+    weighted_sum = weighted.mul_(e).sum(dim=1)
+    squares = torch.mul(e, e, out=weighted).sum(dim=1)
+    rest, weighted_sum, squares, total = _summed([rest, weighted_sum, squares, total], shard)
     state = _state(rest, own, target, m)
-    entropy = state.log_s - weighted * torch.exp(-state.log_s)
+    entropy = state.log_s - weighted_sum * torch.exp(-state.log_s)
     top1 = (target >= highest).to(z.dtype)
     vocab_size = z.shape[1] if shard is None else shard.vocab_size
-    return state, TokenStats(entropy, top1, total / vocab_size)
+    log_sum_sq = squares.log() - 2 * state.log_s
+    return state, TokenStats(entropy, top1, total / vocab_size, log_sum_sq)
 
 
 def _target_and_maximum(

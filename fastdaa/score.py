@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.engines import state_and_values
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
-from fastdaa.outputs import TokenStats
+from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits, blocks, without_autocast
 
@@ -62,18 +63,19 @@ def _fused(
             logit_scale=head.logit_scale, softcap=head.softcap, temperature=head.temperature,
             stats=stats,
         )  # fmt: skip
-        state = RowState(scores.m, scores.log_s, scores.logps)
-        if scores.entropy is None or scores.top1 is None or scores.mean_logit is None:
-            results.append((state, None))
-        else:
-            results.append((state, TokenStats(scores.entropy, scores.top1, scores.mean_logit)))
+        results.append(state_and_values(scores))
     return _joined(results, hidden_states.new_zeros(0, dtype=torch.float32), stats)
 
 
 def _joined(results: list[_Scores], empty: Tensor, stats: bool) -> _Scores:
     """Those of all rows from those of blocks."""
     states, values = [state for state, _ in results], [value for _, value in results]
-    return RowState(*join(states, 3, empty)), TokenStats(*join(values, 3, empty)) if stats else None
+    return RowState(*join(states, 3, empty)), statistics_of(values, empty) if stats else None
+
+
+def statistics_of(values: Sequence[TokenStats | None], empty: Tensor) -> TokenStats:
+    """Those of blocks one after the other."""
+    return TokenStats(*join(values, STATISTICS, empty))
 
 
 def join(parts: Sequence[Any], fields: int, empty: Tensor) -> list[Tensor]:

@@ -23,10 +23,10 @@ from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import Kept
 from fastdaa.kept_chunks import KeptChunks
-from fastdaa.outputs import TokenStats
+from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.row_passes import RowState
-from fastdaa.score import join
+from fastdaa.score import join, statistics_of
 from fastdaa.tiles import (
     GradientFactor,
     Logits,
@@ -48,14 +48,14 @@ def single_pass(
     if not plan.kept_whole:
         return SinglePass.apply(*call, chunks, objective, pairs, stats)
     (everything,) = chunks
-    return Kept.apply(*call, lambda logps: objective(logps, everything), pairs, stats)
+    return Kept.apply(*call, everything, objective, pairs, stats)
 
 
 class SinglePass(torch.autograd.Function):
     """``apply(hidden_states, weight, bias, targets, head, plan, chunks, objective, pairs, stats)``.
 
     Returns ``sum(losses) / pairs`` (the only differentiable output), the losses ``[B]``, the token
-    log-probs ``[N]`` and the three token statistics (empty unless ``stats``).
+    log-probs ``[N]`` and the token statistics (empty unless ``stats``).
     """
 
     @staticmethod
@@ -91,7 +91,7 @@ def run_single_pass(
     logits: Logits, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
     objective: ChunkObjective, wanted: tuple[bool, bool, bool], stats: bool,
 ) -> tuple[list[Tensor], Gradients]:  # fmt: skip
-    """Losses ``[B]``, log-probs ``[N]``, three statistics, and the gradients, wide."""
+    """Losses ``[B]``, log-probs ``[N]``, the statistics, and the gradients, wide."""
     longest = max((c.tokens.stop - c.tokens.start for c in chunks), default=0)
     device = logits.hidden_states.device
     with without_autocast(device):
@@ -103,7 +103,7 @@ def run_single_pass(
         losses = [run.chunk(chunk, objective) for chunk in chunks]
     empty = torch.zeros(0, dtype=logits.wide, device=device)
     results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
-    return results + join(run.values, 3, empty), run.grads.finish()
+    return results + join(run.values, STATISTICS, empty), run.grads.finish()
 
 
 class _Block(NamedTuple):
@@ -144,6 +144,7 @@ class _HeldChunks:
         again = len(parts) > 1  # a pair beyond the budget is computed twice, a part at a time
         held: list[_Block] = []
         logps: list[Tensor] = []
+        first = len(self.values)
         for part in parts:
             held = list(self._forward(*part))
             self._record(held)
@@ -153,7 +154,8 @@ class _HeldChunks:
         empty = self.weight.new_zeros(0, dtype=self.logits.wide)
         token_logps = torch.cat(logps or [empty])
         self.logps.append(token_logps)
-        losses, coefficients = objective(token_logps, chunk)
+        more = statistics_of(self.values[first:], empty) if self.stats else None
+        losses, coefficients = objective(token_logps, chunk, more)
         factor = GradientFactor(self.logits, coefficients)
         for part in parts:
             part_coefficients = coefficients[part[0] - start : part[1] - start]

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdaa.engines import logits_memory
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import KeptGradients
-from fastdaa.outputs import TokenStats
+from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.row_passes import RowState
 from fastdaa.score import join
 from fastdaa.tiles import Logits, blocks, filled_rows
@@ -42,10 +42,10 @@ class Unscaled:
         return KeptGradients(self.dz, self.factors, self.own)
 
     def joined(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The three fields of the states and the three token statistics: ``[N]``, or empty where
+        """The three fields of the states and the token statistics: ``[N]``, or empty where
         none were recorded."""
         empty = self.factors.new_empty(0)
-        return join(self.states, 3, empty), join(self.values, 3, empty)
+        return join(self.states, 3, empty), join(self.values, STATISTICS, empty)
 
     def make(self, rows: slice, record: bool = True) -> Tensor:
         """Log-probs ``[r]`` of some rows; their gradients go to the front of the buffer.

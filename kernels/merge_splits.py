@@ -39,8 +39,8 @@ class RowStatistics(NamedTuple):
     top1: Tensor | None = None
     """1 where no other token is more probable than the target, else 0."""
     mean_logit: Tensor | None = None
-    sum_p2: Tensor | None = None
-    """Sum of the squared probabilities."""
+    log_sum_sq: Tensor | None = None
+    """Log of the sum of the squared probabilities, in nats."""
 
 
 # Launched without fused multiply-adds, so that its two variants round alike.
@@ -104,7 +104,7 @@ def _merge_splits_kernel(
         tl.store(out_ptrs + 4 * field, log_s - weighted * norm, mask=inside)
         tl.store(out_ptrs + 5 * field, (target >= m).to(tl.float32), mask=inside)
         tl.store(out_ptrs + 6 * field, total / V, mask=inside)
-        tl.store(out_ptrs + 7 * field, squares * norm * norm, mask=inside)
+        tl.store(out_ptrs + 7 * field, tl.log(squares) - 2.0 * log_s, mask=inside)
 
 
 def merge_splits(states: Tensor, targets: Tensor, vocab_size: int) -> RowStatistics:

@@ -24,6 +24,8 @@ from fastdaa.kernels.elementary import expm1, log1p
 
 EXPONENT_LIMIT = tl.constexpr(30.0)
 LARGEST_MEAN_LOGP = tl.constexpr(-1.0e-6)
+SATURATION = tl.constexpr(1000.0)
+LARGEST = tl.constexpr(1.0e30)
 
 
 @triton.jit
@@ -35,6 +37,13 @@ def _sigmoid(x):
 @triton.jit
 def _log_sigmoid(x):
     return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _bounded(x, low, high):
+    """``x`` within bounds; a NaN stays NaN."""
+    above = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -88,12 +97,15 @@ def _power(logratio, p):
 
 @triton.jit
 def f_dpo_alpha(
-    a, b, chosen_length, rejected_length, beta, alpha, p2, likelihood, NORM: tl.constexpr
+    a, b, chosen_length, rejected_length, beta, exponent, p2, likelihood, NORM: tl.constexpr
 ):
-    """f-DPO with an alpha divergence, alpha not 1; at 0 it is the forward KL."""
-    power_a, slope_a = _power(a, alpha - 1.0)
-    power_b, slope_b = _power(b, alpha - 1.0)
-    x = beta * (power_a - power_b) / (alpha - 1.0)
+    """f-DPO with an alpha divergence; the exponent is ``alpha - 1``, not 0, and -1 the forward KL.
+
+    In fp32 an alpha near 1 would lose the digits of the exponent.
+    """
+    power_a, slope_a = _power(a, exponent)
+    power_b, slope_b = _power(b, exponent)
+    x = beta * (power_a - power_b) / exponent
     slope = -beta * _sigmoid(-x)
     return -_log_sigmoid(x), slope * slope_a, -slope * slope_b
 
@@ -102,7 +114,8 @@ def f_dpo_alpha(
 def robust(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
     norm = 1.0 / (1.0 - 2.0 * eps)
-    value = norm * (eps * _log_sigmoid(-x) - (1.0 - eps) * _log_sigmoid(x))
+    flipped = tl.where(eps == 0.0, 0.0, eps * _log_sigmoid(-x))  # 0 where x is infinite, too
+    value = norm * (flipped - (1.0 - eps) * _log_sigmoid(x))
     slope = -norm * beta * (eps * _sigmoid(x) + (1.0 - eps) * _sigmoid(-x))
     return value, slope, -slope
 
@@ -139,7 +152,8 @@ def slic_hf(
     gap = delta - (a - b)
     slope = tl.where(gap > 0, -1.0, 0.0)
     hinge = tl.maximum(gap, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return hinge - regularization * a, slope - regularization, -slope
+    likely = tl.where(regularization == 0.0, 0.0, regularization * a)
+    return hinge - likely, slope - regularization, -slope
 
 
 @triton.jit
@@ -170,7 +184,7 @@ def savage(a, b, chosen_length, rejected_length, beta, p1, p2, likelihood, NORM:
 
 @triton.jit
 def exo_pair(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NORM: tl.constexpr):
-    x = beta * (a - b)
+    x = _bounded(beta * (a - b), -SATURATION, SATURATION)
     right, wrong = _sigmoid(x), _sigmoid(-x)
     log_odds = tl.log(1.0 - eps) - tl.log(eps)
     value = right * (_log_sigmoid(x) - tl.log(1.0 - eps)) + wrong * (_log_sigmoid(-x) - tl.log(eps))
@@ -181,11 +195,15 @@ def exo_pair(a, b, chosen_length, rejected_length, beta, eps, p2, likelihood, NO
 @triton.jit
 def discopop(a, b, chosen_length, rejected_length, beta, tau, p2, likelihood, NORM: tl.constexpr):
     x = beta * (a - b)
-    logistic, modulation = -_log_sigmoid(x), _sigmoid(-x / tau)
+    bounded = _bounded(x, -LARGEST, LARGEST)
+    modulation = _sigmoid(-x / tau)
     blend = modulation * _sigmoid(x / tau) / tau
-    tail = tl.exp(_log_sigmoid(x / tau) - x)
-    slope = -blend * logistic - modulation * _sigmoid(-x) + tail * (modulation / tau - 1.0)
-    return modulation * logistic + tail, beta * slope, -beta * slope
+    below = (1.0 / tau - 1.0) * bounded + _log_sigmoid(-x / tau)
+    tail = tl.exp(tl.where(x < 0, below, _log_sigmoid(x / tau) - x))
+    slope = blend * _log_sigmoid(bounded) - modulation * _sigmoid(-x)
+    slope += tail * (modulation / tau - 1.0)
+    value = _sigmoid(x / tau) * _log_sigmoid(bounded) - _log_sigmoid(x) + tail
+    return value, beta * slope, -beta * slope
 
 
 @triton.jit
@@ -220,7 +238,8 @@ def cpo(
 ):  # fmt: skip
     value, slope = _smoothed_logistic(beta * (a - b), eps)
     pull = nll_weight * likelihood
-    return value - pull * a, slope * beta - pull, -slope * beta
+    likely = tl.where(nll_weight == 0.0, 0.0, pull * a)
+    return value - likely, slope * beta - pull, -slope * beta
 
 
 @triton.jit
@@ -270,7 +289,8 @@ def apa(logp, ref_logp, advantage, lam, p1):
 @triton.jit
 def awr(logp, ref_logp, advantage, lam, log_max_weight):
     """Token objective; the largest weight is given as its log."""
-    weight = tl.exp(tl.minimum(advantage / lam, log_max_weight))
+    exponent = advantage / lam
+    weight = tl.exp(tl.minimum(exponent, log_max_weight, propagate_nan=tl.PropagateNan.ALL))
     return -weight * logp, -weight
 
 
@@ -279,7 +299,7 @@ class PairObjective(NamedTuple):
 
     fn: Any
     parameters: tuple[str, ...] = ("beta",)
-    """Hyperparameters that become ``p0, p1, p2``."""
+    """Hyperparameters that become ``p0, p1, p2``, or what ``objective_kernel`` makes of them."""
     needs_ref: bool = True
     needs_totals: bool = False
     """Reads ``likelihood``."""
@@ -289,7 +309,7 @@ class PairObjective(NamedTuple):
 PAIR_OBJECTIVES: dict[str, PairObjective] = {
     "dpo": PairObjective(dpo, ("beta", "label_smoothing", "length_alpha"), takes_length_norm=True),
     "f_dpo_js": PairObjective(f_dpo_js),
-    "f_dpo_alpha": PairObjective(f_dpo_alpha, ("beta", "f_alpha_divergence_coef")),
+    "f_dpo_alpha": PairObjective(f_dpo_alpha, ("beta", "exponent")),
     "robust": PairObjective(robust, ("beta", "label_smoothing")),
     "ipo": PairObjective(ipo, takes_length_norm=True),
     "ipo_unified": PairObjective(ipo_unified, takes_length_norm=True),

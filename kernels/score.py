@@ -196,7 +196,7 @@ def score_tokens(
         hidden_states, weight: bf16, fp16 or fp32, both the same, with contiguous rows.
         targets: token ids in ``[0, V)``; another id gives NaN.
         bias: any floating dtype.
-        stats: also entropy, top-1 hits, mean logit and sum of squared probabilities.
+        stats: also entropy, top-1 hits, mean logit and log of the sum of squared probabilities.
         config: tile shapes; None for the table's entry of this device.
         programs: programs of the persistent grid; None for as many as the configuration says.
 

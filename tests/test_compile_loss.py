@@ -8,6 +8,7 @@ import torch
 from fastdaa import LmHead, Objective, TokenSelection, compiled_loss, memory, pair_loss
 from fastdaa.compiled_backward import Saved
 from fastdaa.modules import FusedLinearPairLoss
+from fastdaa.outputs import STATISTICS
 from fastdaa.single_pass_memory import SinglePassRoom
 
 D, V = 8, 33
@@ -173,16 +174,21 @@ def operator(leaves, name, operand, impl="auto", max_bytes=None, wanted=(True, T
     """Arguments of ``fastdaa::pair_loss``."""
     targets = torch.randint(0, V, (N,))
     return (
-        *leaves, targets, torch.tensor(COUNTS), -9 * torch.ones(4), None, None, None, None,
+        *leaves, targets, torch.tensor(COUNTS), -9 * torch.ones(4), None, None, None,
         Objective.parse(name).key, None, None, 3.0, 0.5, 1.0, None, None, operand, impl, "auto",
         max_bytes, True, list(wanted),
     )  # fmt: skip
 
 
+def saved_of(output):
+    """The outputs of ``fastdaa::pair_loss`` behind loss, losses, log-probs and statistics."""
+    return output[3 + STATISTICS :]
+
+
 def gradient_operator(arguments, output):
     """Arguments of ``fastdaa::pair_loss_gradients`` for a call and what it returned."""
-    named, settings = arguments[10], arguments[13:]
-    return (torch.tensor(1.0), *arguments[:4], output[2], *output[6:], named, *settings)
+    named, settings = arguments[9], arguments[12:]
+    return (torch.tensor(1.0), *arguments[:4], output[2], *saved_of(output), named, *settings)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ def test_operators_pass_the_library_check_and_save_no_more_than_an_eager_call(
     torch.library.opcheck(torch.ops.fastdaa.pair_loss.default, arguments, test_utils=checks)
     with torch.no_grad():
         output = torch.ops.fastdaa.pair_loss(*arguments)
-        kept = Saved(*output[6:])
+        kept = Saved(*saved_of(output))
         assert {field for field, t in zip(Saved._fields, kept, strict=True) if t.numel()} == saved
         more = gradient_operator(arguments, output)
         torch.library.opcheck(
@@ -236,7 +242,7 @@ def test_a_frozen_head_saves_its_slopes():
         torch.ops.fastdaa.pair_loss.default, arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
-    kept = Saved(*torch.ops.fastdaa.pair_loss(*arguments)[6:])
+    kept = Saved(*saved_of(torch.ops.fastdaa.pair_loss(*arguments)))
     fields = {field for field, t in zip(Saved._fields, kept, strict=True) if t.numel()}
     assert fields == {"coefficients", "hidden"}
 

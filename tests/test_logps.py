@@ -361,11 +361,12 @@ def test_stats_of_certain_and_of_uniform_predictions():
     torch.testing.assert_close(stats.entropy, torch.tensor([0.0, math.log(4.0)]))
     assert stats.top1.tolist() == [1.0, 1.0]
     assert stats.mean_logit.tolist() == [125.0, 0.0]
+    torch.testing.assert_close(stats.log_sum_sq, torch.tensor([0.0, -math.log(4.0)]))
 
 
 def test_stats_of_no_token():
     logps, stats = token_stats(torch.zeros(0, 4), LmHead(torch.ones(3, 4)), torch.zeros(0).long())
-    assert [t.shape for t in (logps, *stats)] == [(0,)] * 4
+    assert [t.shape for t in (logps, *stats)] == [(0,)] * 5
 
 
 # Sequence sums

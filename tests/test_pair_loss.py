@@ -277,6 +277,11 @@ def test_coupled_losses_take_another_path(within_budget, name):
         made.run(objective, impl="single_pass")
 
 
+def test_advantages_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"advantages: expected shape \[8\], got \[4\]"):
+        batch().run(Objective.parse(["apa", "dpo"]), advantages=torch.zeros(4))
+
+
 def test_advantages_reach_token_level_losses():
     made = batch()
     advantages = torch.randn(len(COUNTS))
@@ -525,8 +530,9 @@ def test_the_memory_test_sees_the_logits_of_plain_torch():
             "completion_lengths: expected an int64 tensor, got torch.float32", id="float-lengths",
         ),
         pytest.param(
-            {"advantages": torch.zeros(4)}, ValueError,
-            r"advantages: expected shape \[8\], got \[4\]", id="advantages",
+            {"advantages": torch.zeros(8)}, ValueError,
+            r"advantages: expected None for dpo\(.*, got some; apa_pairs, awr_pairs do",
+            id="advantages",
         ),
         pytest.param(
             {"impl": "fastest"}, ValueError, "impl: expected one of", id="impl",

@@ -44,6 +44,7 @@ def test_token_stats_by_hand():
     close(stats.entropy, [-sum(x * math.log(x) for x in p), 1.5 * math.log(2.0)])
     close(stats.top1, [1.0, 0.0])
     close(stats.mean_logit, [2.0, math.log(2.0) / 3])
+    close(stats.log_sum_sq, [math.log(sum(x * x for x in p)), math.log(3 / 8)])
 
 
 def test_a_tie_for_the_first_place_is_a_hit():

@@ -20,9 +20,10 @@ def test_pairs_show_their_mean_margin() -> None:
 
 
 def test_statistics_show_their_mean_entropy() -> None:
-    stats = TokenStats(torch.tensor([1.0, 2.0]), torch.zeros(2), torch.zeros(2))
+    stats = TokenStats(torch.tensor([1.0, 2.0]), *torch.zeros(3, 2))
     assert repr(stats) == (
-        "TokenStats(mean entropy 1.5; entropy=float32[2], top1=float32[2], mean_logit=float32[2])"
+        "TokenStats(mean entropy 1.5; entropy=float32[2], top1=float32[2], mean_logit=float32[2], "
+        "log_sum_sq=float32[2])"
     )
 
 

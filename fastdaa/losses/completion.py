@@ -6,10 +6,10 @@ the losses ``[B]``, unreduced, in the dtype of the log-probabilities.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdaa.losses.elementary import sigmoid
 from fastdaa.losses.margin import logratios
 from fastdaa.outputs import PairLogps
 
@@ -21,7 +21,7 @@ def apo_zero(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Tensor:
     APO is anchored preference optimisation, and not APA.
     """
     a, b = logratios(policy, ref)
-    return torch.sigmoid(-beta * a) + torch.sigmoid(beta * b)
+    return sigmoid(-beta * a) + sigmoid(beta * b)
 
 
 def apo_down(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Tensor:
@@ -30,7 +30,7 @@ def apo_down(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Tensor:
     Lowers both, rejected more; for data worse than the reference's own answers.
     """
     a, b = logratios(policy, ref)
-    return torch.sigmoid(beta * a) + torch.sigmoid(-beta * (a - b))
+    return sigmoid(beta * a) + sigmoid(-beta * (a - b))
 
 
 def nca_pair(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.losses.elementary import LARGEST, sigmoid
 from fastdaa.losses.margin import logratios, smoothed_logistic
 from fastdaa.outputs import PairLogps
 
@@ -30,9 +31,10 @@ def kto(
     the data and not on the policy's samples.
     """
     a, b = logratios(policy, ref)
-    baseline = torch.cat([a, b]).detach().mean().clamp(min=0)
-    chosen = desirable_weight * torch.sigmoid(-beta * (a - baseline))
-    rejected = undesirable_weight * torch.sigmoid(-beta * (baseline - b))
+    bounded = torch.cat([a, b]).detach().clamp(-LARGEST, LARGEST)  # a completion that ref excludes
+    baseline = bounded.mean().clamp(min=0)
+    chosen = desirable_weight * sigmoid(-beta * (a - baseline))
+    rejected = undesirable_weight * sigmoid(-beta * (baseline - b))
     return (chosen + rejected) / 2
 
 

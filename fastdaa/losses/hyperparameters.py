@@ -104,6 +104,20 @@ def check_value(loss: Loss, name: str, value: Any) -> None:
         raise ValueError(f"expected {name} of {loss.name} to be {expected}, got {value!r}")
 
 
+def check_advantages(advantages: object, objective: Any) -> None:
+    """Raise ``ValueError`` for advantages beside an objective that reads none.
+
+    What has been given for a purpose would change nothing. A reference that no loss reads is let
+    through, since callers have one whatever they minimise.
+    """
+    if advantages is not None and not objective.has_token_level:
+        readers = ", ".join(name for name, loss in LOSSES.items() if loss.level == "token")
+        raise ValueError(
+            f"advantages: expected None for {objective}, which does not read them, got some; "
+            f"{readers} do"
+        )
+
+
 def check_weighting(losses: Sequence[Loss], ld_alpha: object, use_weighting: object) -> None:
     """Raise ``ValueError`` unless the weightings of an objective have a meaning for ``losses``."""
     names = ", ".join(dict.fromkeys(loss.name for loss in losses))

@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdaa.losses.elementary import LARGEST, expm1, sigmoid
 from fastdaa.outputs import PairLogps
 
 EXPONENT_LIMIT = 30.0
 """Below ``x = -EXPONENT_LIMIT``, ``exp(-x)`` continues as its tangent: finite and never flat."""
+
+SATURATION = 1000.0
+"""``sigmoid(-x)`` is 0 beyond it, in fp64 too."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """Divergences of :func:`f_dpo`, by TRL's names."""
@@ -127,6 +131,8 @@ def robust(
     below, since the second term falls without limit as h grows.
     """
     x = beta * margin(policy, ref)
+    if label_smoothing == 0:
+        return -F.logsigmoid(x)
     clean = (1 - label_smoothing) * F.logsigmoid(x)
     flipped = label_smoothing * F.logsigmoid(-x)
     return (flipped - clean) / (1 - 2 * label_smoothing)
@@ -189,9 +195,10 @@ def exo_pair(
 
     ``label_smoothing`` must be positive: the divergence is infinite at 0.
     """
-    x = beta * margin(policy, ref)
-    chosen = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-label_smoothing))
-    rejected = torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(label_smoothing))
+    # What a probability of 0 is multiplied by must not be infinite.
+    x = (beta * margin(policy, ref)).clamp(-SATURATION, SATURATION)
+    chosen = sigmoid(x) * (F.logsigmoid(x) - math.log1p(-label_smoothing))
+    rejected = sigmoid(-x) * (F.logsigmoid(-x) - math.log(label_smoothing))
     return chosen + rejected
 
 
@@ -204,8 +211,11 @@ def discopop(
     The second product is formed in the exponent, where it cannot overflow for ``tau <= 1``.
     """
     x = beta * margin(policy, ref)
-    logistic = torch.sigmoid(-x / discopop_tau) * -F.logsigmoid(x)
-    return logistic + (F.logsigmoid(x / discopop_tau) - x).exp()
+    scaled, bounded = x / discopop_tau, x.clamp(min=-LARGEST)
+    # log m - x; for x < 0 without the difference of x / tau and x, which are close or infinite.
+    below = (1 / discopop_tau - 1) * bounded + F.logsigmoid(-scaled)
+    exponent = torch.where(x < 0, below, F.logsigmoid(scaled) - x)
+    return sigmoid(scaled) * F.logsigmoid(bounded) - F.logsigmoid(x) + exponent.exp()
 
 
 class MarginFunction(NamedTuple):
@@ -265,7 +275,7 @@ def _truncated_quadratic(x: Tensor) -> Tensor:
 def _power_less_one(x: Tensor) -> Tensor:
     # Near alpha = 1 both powers are nearly 1, which would swallow their difference.
     exponent = x.clamp(max=EXPONENT_LIMIT)
-    return exponent.expm1() + exponent.exp() * torch.relu(x - EXPONENT_LIMIT)
+    return expm1(exponent) + exponent.exp() * torch.relu(x - EXPONENT_LIMIT)
 
 
 def _exponential(x: Tensor) -> Tensor:
@@ -275,7 +285,7 @@ def _exponential(x: Tensor) -> Tensor:
 
 
 def _savage(x: Tensor) -> Tensor:
-    return torch.sigmoid(-x).square()
+    return sigmoid(-x).square()
 
 
 MARGIN_FUNCTIONS: dict[str, MarginFunction] = {

@@ -43,7 +43,7 @@ def slic_hf(
     term with the chosen completion as its target.
     """
     hinge = torch.relu(delta - (policy.chosen - policy.rejected))
-    return hinge - regularization * policy.chosen
+    return hinge - regularization * policy.chosen if regularization else hinge
 
 
 def simpo(
@@ -72,8 +72,8 @@ def cpo(
     totals: BatchTotals | None = None,
 ) -> Tensor:
     """CPO (arXiv 2401.08417): DPO with a uniform reference, plus ``nll_weight`` times ``sft``."""
-    x = beta * (policy.chosen - policy.rejected)
-    return smoothed_logistic(x, label_smoothing) + nll_weight * sft(policy, None, totals=totals)
+    losses = smoothed_logistic(beta * (policy.chosen - policy.rejected), label_smoothing)
+    return losses + nll_weight * sft(policy, None, totals=totals) if nll_weight else losses
 
 
 def orpo(

@@ -33,7 +33,9 @@ def desensitized(token_logps: Tensor, tail: Tensor, alpha: float) -> Tensor:
     arXiv 2409.06411: a token beyond the length of the shorter completion counts ``alpha`` times.
     At 1 that is DPO, at 0 only as many tokens count as both completions have.
     """
-    return torch.where(tail, alpha * token_logps, token_logps)
+    # Tokens that count nothing do so where the reference excludes them, too.
+    weighted = alpha * token_logps if alpha else torch.zeros_like(token_logps)
+    return torch.where(tail, weighted, token_logps)
 
 
 def on_policy_weights(alignments: Tensor, lengths: Tensor) -> Tensor:

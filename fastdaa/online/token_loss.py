@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdaa.chunks import Chunk
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps
+from fastdaa.outputs import TokenStats
 from fastdaa.single_pass import plan_loss, single_pass
 from fastdaa.tiles import blocks
 
@@ -58,7 +59,9 @@ def token_loss(
         losses = objective(logps, slice(0, len(targets)))
         return TokenLoss(losses.sum() / divisor, losses.detach(), logps.detach())
 
-    def evaluate(token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        token_logps: Tensor, chunk: Chunk, stats: TokenStats | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = token_logps.detach().requires_grad_()
             losses = objective(leaf, chunk.tokens)

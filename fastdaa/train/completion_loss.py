@@ -45,7 +45,7 @@ def completion_loss(
         rows: ``[N, D]`` hidden states that predict ``targets``.
         head: the LM head.
         targets: ``[N]`` int64.
-        stats: also entropy, top-1 hits and mean logit of every token.
+        stats: also the :class:`fastdaa.TokenStats` of every token.
         impl, engine, max_bytes: as in :func:`fastdaa.pair_loss`.
     """
     plan = plan_loss(rows, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes)
@@ -59,6 +59,6 @@ def completion_loss(
     return CompletionLoss(loss, logps, TokenStats(*columns) if stats else None)
 
 
-def _negative(token_logps: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+def _negative(token_logps: Tensor, chunk: Chunk, stats: TokenStats | None) -> tuple[Tensor, Tensor]:
     """Losses of the tokens and their derivatives by the log-probs."""
     return -token_logps, torch.full_like(token_logps, -1.0)

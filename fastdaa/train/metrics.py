@@ -87,7 +87,8 @@ def token_metrics(stats: TokenStats, lengths: Tensor, counts: Sequence[int]) -> 
     """
     chosen, rejected = float(sum(counts[::2])), float(sum(counts[1::2]))
     # unsafe skips a check of the lengths that would wait for the device.
-    sequences = torch.segment_reduce(torch.stack(stats, dim=1), "sum", lengths=lengths, unsafe=True)
+    columns = torch.stack([stats.entropy, stats.top1, stats.mean_logit], dim=1)
+    sequences = torch.segment_reduce(columns, "sum", lengths=lengths, unsafe=True)
     (entropy, top1, logit), (rejected_entropy, _, rejected_logit) = sequences.view(-1, 2, 3).sum(0)
     return Sums(
         ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"),

@@ -53,6 +53,8 @@ def run_policy(
     """
     core = causal_lm(model)
     selection = selection_from(pack)
+    # Losses on pairs alone may train on data that has them.
+    advantages = pack.get("advantages") if objective.has_token_level else None
 
     def task(hidden_states: Tensor) -> tuple[PairLossOutput, Tensor | None]:
         with head_in_force(core) as head:
@@ -60,7 +62,7 @@ def run_policy(
                 hidden_states, head, selection, objective,
                 ref_logps=None if ref is None else ref.sequence_logps,
                 ref_token_logps=None if ref is None else ref.token_logps,
-                completion_lengths=pack["completion_lengths"], advantages=pack.get("advantages"),
+                completion_lengths=pack["completion_lengths"], advantages=advantages,
                 totals=totals, stats=args.log_token_stats,
                 impl=args.impl, engine=args.head_engine, max_bytes=args.head_max_bytes,
             )  # fmt: skip

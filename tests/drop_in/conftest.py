@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,22 @@ from datasets import Dataset
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+SAMPLED = {
+    "num_generations": 2, "max_completion_length": 6, "temperature": 0.7,
+    # Adam would make steps of full size from gradients that are nothing but rounding.
+    "adam_epsilon": 1e-4,
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DPO": {"beta": 0.3, **IN_ORDER}, "KTO": {"beta": 0.3, **IN_ORDER}, "SFT": IN_ORDER,
+    "GRPO": SAMPLED, "RLOO": SAMPLED,
+}  # fmt: skip
+"""What each trainer has beside the settings that are common to all."""
 
 
 @pytest.fixture(scope="session")
-def trl() -> Any:
-    """The package, if it is one that the drop-in trainer fits."""
+def trl() -> Iterator[Any]:
+    """The package, if it is one that the drop-in trainers fit."""
     pytest.importorskip("trl", reason="TRL is not installed")
     version = importlib.metadata.version("trl")
     if version.split(".")[:2] != ["1", "16"]:
@@ -29,8 +42,19 @@ def trl() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import trl
-        from trl import DPOConfig, DPOTrainer  # noqa: F401 - loaded here, where warnings are off
-    return trl
+        from trl.trainer import (  # noqa: F401 - loaded here, where warnings are off
+            DPOTrainer,
+            GRPOTrainer,
+            KTOTrainer,
+            RLOOTrainer,
+            SFTTrainer,
+        )
+    # Every trainer collects garbage before it trains. Over all modules that would take longer
+    # than a test's training.
+    gc.collect()
+    gc.freeze()
+    yield trl
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,40 +106,77 @@ def new_model() -> Callable[..., transformers.PreTrainedModel]:
     return build
 
 
+def even_share(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that asks for words of even numbers."""
+    words = [[int(word[1:]) for word in text.split() if word[:1] == "w"] for text in completions]
+    return [sum(number % 2 == 0 for number in row) / max(len(row), 1) for row in words]
+
+
+@pytest.fixture(scope="session")
+def data(texts: Dataset) -> dict[str, Dataset]:
+    """What each trainer learns from, by its name."""
+    prompts = texts.select_columns(["prompt"])
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in texts
+        for side in ("chosen", "rejected")
+    ]
+    # Of unequal weight, so that both sides of a loss show.
+    unpaired = Dataset.from_list(rows).select([i for i in range(24) if i % 6 != 3])
+    answers = unpaired.remove_columns("label")
+    return {"DPO": texts, "KTO": unpaired, "SFT": answers, "GRPO": prompts, "RLOO": prompts}
+
+
 @pytest.fixture
-def make_dpo(
+def make_trainer(
     trl: Any,
     tokenizer: transformers.PreTrainedTokenizerFast,
-    texts: Dataset,
+    data: dict[str, Dataset],
     new_model: Callable[..., transformers.PreTrainedModel],
     tmp_path: Path,
 ) -> Callable[..., Any]:
-    """``make_dpo(trainer_class, model=None, settings={}, **options)``: a trainer on 12 pairs."""
+    """``make_trainer(name, trainer_class, model=None, settings={}, **options)``: any trainer."""
 
-    def make(trainer_class: Any, model: Any = None, settings: Any = None, **options: Any) -> Any:
+    def make(
+        name: str, trainer_class: Any, model: Any = None, settings: Any = None, **options: Any
+    ) -> Any:
         config = {
             "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "beta": 0.3,
+            "per_device_eval_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2,
             "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none",
             "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
             "dataloader_pin_memory": False, "disable_tqdm": True,
-            "train_sampling_strategy": "sequential", **(settings or {}),
+            **SETTINGS[name], **(settings or {}),
         }  # fmt: skip
+        if name in ("GRPO", "RLOO"):
+            options = {"reward_funcs": even_share, **options}
         return trainer_class(
             new_model() if model is None else model,
-            args=trl.DPOConfig(**config),
-            **{"train_dataset": texts, "processing_class": tokenizer, **options},
+            args=getattr(trl, f"{name}Config")(**config),
+            **{"train_dataset": data[name], "processing_class": tokenizer, **options},
         )
 
     return make
 
 
-@pytest.fixture(scope="session")
-def ours(trl: Any) -> Any:
-    """The drop-in's trainer."""
-    from fastdaa.drop_in.trl import DPOTrainer
+@pytest.fixture
+def make_dpo(make_trainer: Callable[..., Any]) -> Callable[..., Any]:
+    """``make_dpo(trainer_class, model=None, settings={}, **options)``: a trainer on 12 pairs."""
+    return functools.partial(make_trainer, "DPO")
 
-    return DPOTrainer
+
+@pytest.fixture(scope="session")
+def drop_in(trl: Any) -> Any:
+    """The module with the drop-in's trainers."""
+    import fastdaa.drop_in.trl
+
+    return fastdaa.drop_in.trl
+
+
+@pytest.fixture(scope="session")
+def ours(drop_in: Any) -> Any:
+    """The drop-in's trainer for pairs."""
+    return drop_in.DPOTrainer
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_full_training_is_that_of_trl(make_dpo, trl, ours, saved, loss):
-    trainer = compare(make_dpo, trl, ours, lambda: {"model": saved(), "settings": LOSSES[loss]})
+    trainer = compare(
+        make_dpo, trl.DPOTrainer, ours, lambda: {"model": saved(), "settings": LOSSES[loss]}
+    )
     margins = [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
     assert margins[0] == 0 and abs(margins[-1]) > 1e-2
 
@@ -44,11 +46,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_of_trl_work(make_dpo, trl, ours, saved, options):
-    compare(make_dpo, trl, ours, lambda: {"model": saved(), "settings": OPTIONS[options]})
+    compare(
+        make_dpo, trl.DPOTrainer, ours, lambda: {"model": saved(), "settings": OPTIONS[options]}
+    )
 
 
 def test_another_reference_model(make_dpo, trl, ours, new_model):
-    trainer = compare(make_dpo, trl, ours, lambda: {"ref_model": new_model(seed=1)})
+    trainer = compare(make_dpo, trl.DPOTrainer, ours, lambda: {"ref_model": new_model(seed=1)})
     assert abs(trainer.state.log_history[0]["rewards/margins"]) > 1e-2
 
 
@@ -62,7 +66,17 @@ def test_another_reference_model(make_dpo, trl, ours, new_model):
     ids=["softcap", "scale", "tied"],
 )
 def test_heads_of_other_families(make_dpo, trl, ours, saved, family, config):
-    compare(make_dpo, trl, ours, lambda: {"model": saved(family=family, **config)})
+    compare(make_dpo, trl.DPOTrainer, ours, lambda: {"model": saved(family=family, **config)})
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5, 0.0], ids=["of-the-model", "own", "none"])
+def test_mixture_of_experts(make_dpo, trl, ours, saved, coefficient):
+    sizes = {"family": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    settings = {"router_aux_loss_coef": coefficient}
+    trainer = compare(
+        make_dpo, trl.DPOTrainer, ours, lambda: {"model": saved(**sizes), "settings": settings}
+    )
+    assert ("aux_loss" in trainer.state.log_history[0]) == (coefficient != 0)
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["online", "precomputed"])
@@ -76,7 +90,7 @@ def test_new_adapter(make_dpo, trl, ours, precompute):
         )  # fmt: skip
         return {"peft_config": lora, "settings": {"precompute_ref_log_probs": precompute}}
 
-    trainer = compare(make_dpo, trl, ours, options)
+    trainer = compare(make_dpo, trl.DPOTrainer, ours, options)
     # The adapter starts at random numbers, so the reference is the model without it.
     assert abs(trainer.state.log_history[0]["rewards/margins"]) > 1e-3
 
@@ -91,7 +105,7 @@ def test_adapter_trained_further(make_dpo, trl, ours, new_model):
         torch.manual_seed(3)
         return {"model": peft.get_peft_model(new_model(), config)}
 
-    trainer = compare(make_dpo, trl, ours, options)
+    trainer = compare(make_dpo, trl.DPOTrainer, ours, options)
     assert "ref" in trainer.model.peft_config
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 

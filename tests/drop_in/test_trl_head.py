@@ -1,4 +1,4 @@
-"""The head of the drop-in trainer: its products, its outputs, and what stays TRL's."""
+"""The head of the drop-in trainers: its products, its memory, and what stays TRL's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from drop_in.trl_runs import compare
 from head_products import HeadProducts
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,7 +88,7 @@ def test_what_offloading_would_send_to_the_host_is_not_kept(
 def test_products_with_weighting(make_dpo, ours, saved, even_texts):
     settings = {"use_weighting": True, "f_divergence_type": "forward_kl"}
     trainer = make_dpo(ours, model=saved(), settings=settings, train_dataset=even_texts)
-    assert head_units(trainer) == 4 + 1
+    assert head_units(trainer) == 3 + 1
 
 
 def test_products_of_a_frozen_head(make_dpo, ours, new_model, even_texts):
@@ -116,17 +117,31 @@ def test_a_batch_that_does_not_fit_is_not_kept(
 
     monkeypatch.setattr(head, "head_logps_and_stats", recorded)
     budgeted = functools.partial(ours, head_max_bytes=budget)
-    compare(make_dpo, trl, budgeted, lambda: {"model": saved()})
+    compare(make_dpo, trl.DPOTrainer, budgeted, lambda: {"model": saved()})
     assert taken == {path, "NoneType"}
 
 
-def test_trl_keeps_its_own_head_after_an_error(make_dpo, trl, ours):
-    from trl.trainer import dpo_trainer, utils
+@pytest.mark.parametrize("name", ["DPO", "KTO", "SFT", "GRPO", "RLOO"])
+def test_an_accumulated_step_keeps_one_batch_at_a_time(
+    make_trainer, drop_in, saved, monkeypatch, name
+):
+    from fastdaa import kept_logps
 
-    with pytest.raises(ValueError, match="train_dataset"):
-        make_dpo(ours, train_dataset=None)
-    assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
-    assert dpo_trainer.hash_module is utils.hash_module
+    waiting, calls, real = [], [], kept_logps.keep_logps
+
+    def recorded(*args, **options):
+        calls.append(sum(not storage.expired() for storage in waiting))
+        values, state, kept = real(*args, **options)
+        waiting.append(StorageWeakRef(kept.dz.untyped_storage()))
+        calls.append(sum(not storage.expired() for storage in waiting))
+        return values, state, kept
+
+    monkeypatch.setattr(kept_logps, "keep_logps", recorded)
+    settings = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2,
+    }  # fmt: skip
+    make_trainer(name, getattr(drop_in, f"{name}Trainer"), saved(), settings).train()
+    assert calls == [0, 1] * 6
 
 
 def test_other_calls_of_the_model_are_as_before(make_dpo, ours, saved):
@@ -153,44 +168,3 @@ def test_a_copy_of_the_model_has_its_own_weights(trl, new_model):
         model.lm_head.weight.zero_()
     assert torch.equal(kept(input_ids=ids).logits, before)
     assert not model(input_ids=ids).logits.any()
-
-
-def test_nothing_scored_gives_a_gradient_of_zero(trl, new_model):
-    from fastdaa.drop_in.trl.head import add_head
-
-    model = new_model()
-    add_head(model, ("log_probs", "entropy", "mean_logits", "is_top1"))
-    ids = torch.tensor([[5, 9, 3]])
-    out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
-    out.log_probs.sum().backward()
-    assert out.loss == 0 and not model.lm_head.weight.grad.any()
-
-
-def test_outputs_of_the_head_are_those_of_the_logits(trl, new_model):
-    from fastdaa.drop_in.trl.head import add_head
-
-    model = new_model("Gemma2", final_logit_softcapping=3.0, head_dim=8).double()
-    ids = torch.tensor([[5, 9, 3, 8], [1, 7, 7, 0]])
-    labels = ids.masked_fill(torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]]) == 1, -100)
-    logits = model(input_ids=ids).logits[:, :-1]
-    add_head(model, ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
-    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    scored = labels[:, 1:] != -100
-    expected = logits.log_softmax(-1)
-    chosen = expected.gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(out.log_probs, chosen * scored)
-    entropy = -(expected.exp() * expected).sum(-1)
-    torch.testing.assert_close(out.entropy, entropy * scored, check_dtype=False)
-    torch.testing.assert_close(out.mean_logits, logits.mean(-1) * scored, check_dtype=False)
-    torch.testing.assert_close(out.log_sum_sq_probs, (2 * expected).logsumexp(-1) * scored)
-    assert out.log_probs.requires_grad and not out.log_sum_sq_probs.requires_grad
-    assert torch.equal(out.is_top1, (logits.argmax(-1) == ids[:, 1:]) & scored)
-    torch.testing.assert_close(out.loss, -chosen[scored].mean())
-    assert out.label_mask.equal(scored)
-
-
-def test_a_head_with_more_outputs_is_refused(trl, new_model):
-    from fastdaa.drop_in.trl.head import add_head
-
-    with pytest.raises(ValueError, match="outputs: expected some of log_probs"):
-        add_head(copy.deepcopy(new_model()), ("log_probs", "logits"))

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import sys
 
 import pytest
-from drop_in.trl_runs import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_liger_kernel": True}, "use_liger_kernel: expected False with fastdaa"),
-        ({"torch_compile": True}, "torch_compile: expected False with fastdaa"),
-    ],
-    ids=["liger", "compile"],
-)
-def test_settings_that_are_refused(make_dpo, ours, settings, message):
+NAMES = ("DPO", "KTO", "SFT", "GRPO", "RLOO")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("setting", ["use_liger_kernel", "torch_compile"])
+def test_settings_that_are_refused(make_trainer, drop_in, name, setting):
+    message = (
+        f"{setting}: expected False with fastdaa.drop_in.trl.{name}Trainer, got True; "
+        f"trl.{name}Trainer serves it"
+    )
+    trainer_class = getattr(drop_in, f"{name}Trainer")
     with pytest.raises(ValueError, match=message):
-        make_dpo(ours, settings=settings)
+        make_trainer(name, trainer_class, settings={setting: True})
 
 
-def test_a_weighted_auxiliary_loss_is_refused_and_none_is_served(make_dpo, trl, ours, saved):
-    sizes = {"family": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    with pytest.raises(ValueError, match="router_aux_loss_coef: expected 0 for a mixture"):
-        make_dpo(ours, model=saved(**sizes))
-    compare(
-        make_dpo, trl, ours,
-        lambda: {"model": saved(**sizes), "settings": {"router_aux_loss_coef": 0.0}},
-    )  # fmt: skip
+def test_losses_of_sft_that_trl_takes_from_the_logits_are_refused(make_trainer, drop_in):
+    make = functools.partial(make_trainer, "SFT", drop_in.SFTTrainer)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0 with .* got 0\.1"):
+        make(settings={"label_smoothing_factor": 0.1})
+    with pytest.raises(ValueError, match=r"compute_loss_func: expected None with .* a function"):
+        make(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.loss)
+    dft = {"label_smoothing_factor": 0.1, "loss_type": "dft"}  # which does not read it
+    make(settings=dft)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_trl_are_put_back_after_an_error(trl, make_trainer, drop_in, name):
+    module = importlib.import_module(f"trl.trainer.{name.lower()}_trainer")
+    names = ("add_fused_lm_head", "hash_module")
+    before = [getattr(module, each, None) for each in names]
+    trainer_class = getattr(drop_in, f"{name}Trainer")
+    with pytest.raises(ValueError, match="train_dataset"):
+        make_trainer(name, trainer_class, train_dataset=None)
+    assert [getattr(module, each, None) for each in names] == before
+    assert before[0].__module__ == "trl.trainer.utils"
 
 
 def test_a_processor_is_refused(make_dpo, ours, tokenizer):
@@ -62,37 +76,36 @@ def test_a_budget_of_nothing_is_refused_at_construction(make_dpo, ours, budget):
 def test_what_is_known_late_is_refused_too(ours, changed):
     from types import SimpleNamespace
 
-    from fastdaa.drop_in.trl.trainer import _check_trainer
+    from fastdaa.drop_in.trl.refusals import check_trainer
 
     accelerator = SimpleNamespace(state=None, parallelism_config=None)
     state = {
-        "_is_vlm": False, "aux_loss_enabled": False, "is_fsdp_enabled": False,
-        "is_deepspeed_enabled": False, "accelerator": accelerator,
+        "_is_vlm": False, "is_fsdp_enabled": False, "is_deepspeed_enabled": False,
+        "accelerator": accelerator,
     }  # fmt: skip
-    _check_trainer(SimpleNamespace(**state))
+    check_trainer("DPOTrainer", SimpleNamespace(**state))
     name, message = changed
     with pytest.raises(ValueError, match=message):
-        _check_trainer(SimpleNamespace(**{**state, name: True}))
+        check_trainer("DPOTrainer", SimpleNamespace(**{**state, name: True}))
 
 
 def test_parallelism_is_refused(ours):
     from types import SimpleNamespace
 
-    from fastdaa.drop_in.trl.trainer import _check_trainer
+    from fastdaa.drop_in.trl.refusals import check_trainer
 
     accelerator = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)),
         parallelism_config=SimpleNamespace(tp_size=1, cp_size=2, sp_size=1),
     )
     trainer = SimpleNamespace(
-        _is_vlm=False, aux_loss_enabled=False, is_fsdp_enabled=False, is_deepspeed_enabled=False,
-        accelerator=accelerator,
+        _is_vlm=False, is_fsdp_enabled=False, is_deepspeed_enabled=False, accelerator=accelerator
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"cp_size: expected 1 with .* got 2"):
-        _check_trainer(trainer)
+        check_trainer("KTOTrainer", trainer)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match=r"deepspeed: expected ZeRO stage 0, 1 or 2 .* got 3"):
-        _check_trainer(trainer)
+        check_trainer("KTOTrainer", trainer)
 
 
 def test_a_trl_that_does_not_ask_for_a_head_is_noticed(trl, ours, monkeypatch):

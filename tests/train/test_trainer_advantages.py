@@ -43,3 +43,12 @@ def test_the_loss_is_that_of_the_advantages(make_trainer, pairs, losses_of, loss
             tokens += len(logps)
     assert losses_of(trainer)[0] == pytest.approx(total / tokens, rel=1e-4)
     assert Objective.parse(loss).has_token_level
+
+
+def test_losses_on_pairs_train_on_data_with_advantages(make_trainer, pairs, losses_of):
+    found = []
+    for data in (pairs(4), with_advantages(pairs, 4)):
+        trainer = make_trainer(data=data, loss_type=["dpo"], per_device_train_batch_size=4)
+        trainer.train()
+        found.append(losses_of(trainer))
+    assert found[0] == found[1]

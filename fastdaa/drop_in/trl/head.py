@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
+from fastdaa.drop_in.trl.entropy_gradient import with_gradient
 from fastdaa.head import LmHead
-from fastdaa.logps import head_logps_and_stats, sharper_logps
+from fastdaa.logps import head_logps_and_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LABEL_NOT_SCORED = -100
-_STATS = ("entropy", "mean_logits", "is_top1")
-_SUM_SQ = "log_sum_sq_probs"
+_STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def add_head(
     model: PreTrainedModel,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     keep: bool = False,
@@ -34,8 +38,11 @@ def add_head(
 
     Args:
         model: a causal language model, below any PEFT wrapper.
+        temperature: divisor of the logits.
+        cast_lm_head_to_fp32: hidden states in fp32, outside autocast.
         outputs: what is wanted of ``"log_probs"``, ``"entropy"``, ``"mean_logits"``, ``"is_top1"``,
-            ``"log_sum_sq_probs"``; the last one costs a product of the head more.
+            ``"log_sum_sq_probs"``. Log-probs and entropy are differentiable; see
+            :mod:`fastdaa.drop_in.trl.entropy_gradient`.
         keep: gradients of the logits of a trained head wait for the loss where they fit in memory
             (3U in place of 4U, whatever the loss).
         max_bytes: memory of a call, as in :func:`fastdaa.plan_head`.
@@ -43,17 +50,17 @@ def add_head(
     Raises:
         ValueError: an output that this head does not have, or a head that it cannot reproduce.
     """
-    unknown = sorted(set(outputs) - {"log_probs", *_STATS, _SUM_SQ})
+    unknown = sorted(set(outputs) - {"log_probs", *_STATS})
     if unknown:
-        known = ", ".join(("log_probs", *_STATS, _SUM_SQ))
+        known = ", ".join(("log_probs", *_STATS))
         raise ValueError(f"outputs: expected some of {known}, got {unknown}")
-    LmHead.from_model(model)  # raises now rather than in the first step
+    LmHead.from_model(model, temperature=temperature)  # raises now rather than in the first step
     # Of the class, unless somebody has wrapped it: a bound one would stay that of this model in a
     # copy of it.
     wrapped = model.__dict__.get("forward")
     stats = any(name in outputs for name in _STATS)
     options = {"stats": stats, "keep": keep, "max_bytes": max_bytes, "selected": True}
-    wanted = _Wanted(_SUM_SQ in outputs, options)
+    wanted = _Wanted(temperature, cast_lm_head_to_fp32, options)
 
     @functools.wraps(type(model).forward)  # `generate` reads the names of the arguments
     def forward(
@@ -78,7 +85,8 @@ def add_head(
 class _Wanted(NamedTuple):
     """What is asked of every call of a head."""
 
-    sum_sq: bool
+    temperature: float
+    in_fp32: bool
     options: dict[str, Any]
     """Of :func:`fastdaa.logps.head_logps_and_stats`."""
 
@@ -87,27 +95,58 @@ def _score(
     model: PreTrainedModel, labels: Tensor, wanted: _Wanted, *args: Any, **kwargs: Any
 ) -> FusedCausalLMOutput:
     """Log-probs of ``labels [S, T]`` as ``[S, T - 1]``, 0 where nothing is scored."""
+    text_config = model.config.get_text_config()
     kwargs["use_cache"] = False
-    states = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+    if getattr(text_config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
     # Looked up now: inside `disable_adapter()` and the like another weight is in force.
-    head = LmHead.from_model(model)
-    states = states.to(head.weight.device)
+    head = LmHead.from_model(model, temperature=wanted.temperature)
+    states = backbone.last_hidden_state[:, :-1].to(head.weight.device)
     targets = labels[:, 1:].to(states.device)
     scored = targets != LABEL_NOT_SCORED
-    rows, tokens = states[scored], targets[scored]
-    logps, stats = head_logps_and_stats(rows, head, tokens, **wanted.options)
+    with _precision(wanted.in_fp32, states.device):
+        rows = states[scored].float() if wanted.in_fp32 else states[scored]
+        per_token = _per_token(rows, head, targets[scored], wanted)
 
     def spread(values: Tensor) -> Tensor:
         # Scattering keeps the graph where no token is scored: a gradient of 0, and no error.
         return values.new_zeros(scored.shape).masked_scatter(scored, values)
 
-    per_token = {"log_probs": spread(logps)}
+    loss, aux_loss = -per_token["log_probs"].sum() / scored.sum().clamp(min=1), None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _aux_loss(backbone, text_config, kwargs.get("attention_mask"))
+        loss = loss + getattr(text_config, "router_aux_loss_coef", 0.0) * aux_loss
+    values = {name: spread(values) for name, values in per_token.items()}
+    return FusedCausalLMOutput(loss=loss, label_mask=scored, aux_loss=aux_loss, **values)
+
+
+def _per_token(rows: Tensor, head: LmHead, tokens: Tensor, wanted: _Wanted) -> dict[str, Tensor]:
+    """What TRL reads of every scored token, ``[N]`` each, by name."""
+    max_bytes = wanted.options["max_bytes"]
+    logps, stats = head_logps_and_stats(rows, head, tokens, **wanted.options)
+    found = {"log_probs": logps}
     if stats is not None:
-        per_token["entropy"] = spread(stats.entropy)
-        per_token["mean_logits"] = spread(stats.mean_logit)
-        per_token["is_top1"] = spread(stats.top1) > 0
-    if wanted.sum_sq:
-        sharper = sharper_logps(rows, head, tokens, max_bytes=wanted.options["max_bytes"])
-        per_token[_SUM_SQ] = spread(2 * logps.detach() - sharper)
-    loss = -logps.sum() / scored.sum().clamp(min=1)
-    return FusedCausalLMOutput(loss=loss, label_mask=scored, **per_token)
+        found["entropy"] = with_gradient(stats.entropy, rows, head, max_bytes)
+        found["mean_logits"] = stats.mean_logit
+        found["is_top1"] = stats.top1 > 0
+        found["log_sum_sq_probs"] = stats.log_sum_sq
+    return found
+
+
+def _precision(in_fp32: bool, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if in_fp32 else contextlib.nullcontext()
+
+
+def _aux_loss(backbone: Any, text_config: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture of experts, as its own forward computes it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts = getattr(text_config, "num_experts", None)
+    if experts is None:  # gpt-oss before transformers 5.6
+        experts = text_config.num_local_experts
+    loss = load_balancing_loss_func(
+        backbone.router_logits, experts, text_config.num_experts_per_tok, attention_mask
+    )
+    assert isinstance(loss, Tensor)  # it is 0 without router logits
+    return loss
