@@ -44,8 +44,9 @@ class Verdict:
     """What is wrong, in one clause."""
     errors: dict[str, Any]
     """``logps``: largest, in nats; ``logps_rms``; ``sequence``: root mean square over sums of 512
-    tokens, in nats; ``loss``: absolute; ``dh``, ``dw``: relative; ``dh_row``, ``dw_row``: the worst
-    row; ``limit``: those that the status follows from."""
+    tokens, in nats, and ``sequence_max`` the largest of them; ``loss``: absolute; ``dh``, ``dw``:
+    relative; ``dh_row``, ``dw_row``: the worst row; ``limit``: those that the status follows
+    from."""
 
 
 class Gate:
@@ -108,6 +109,7 @@ class Gate:
             if whole:
                 sums = difference[:whole].view(-1, SUM_TOKENS).sum(dim=1)
                 errors["sequence"] = float(sums.square().mean().sqrt())
+                errors["sequence_max"] = _largest(sums)
         if outputs.loss is not None and truth.loss is not None:
             errors["loss"] = abs(float(outputs.loss.double() - truth.loss))
         for name in ("dh", "dw"):

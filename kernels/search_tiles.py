@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,17 +30,22 @@ class ProductConfig(NamedTuple):
     lanes: int = 1
     """Tiles in memory at a time, each on its own stream."""
 
+    @property
+    def held(self) -> int:
+        """Bytes of these tiles."""
+        return 4 * self.rows * self.columns * self.lanes
+
 
 def product_candidates() -> Iterator[ProductConfig]:
     """What the planner takes with 8192 tokens, and tiles of 8 to 98 MiB."""
     yield ProductConfig(1024, SPLIT_V)
     # 132 multiprocessors of an H200 work on tiles of 128 x 256: 1024 x 4224 are one wave of them.
-    for columns in (4224, 8448, 12544, 16896):
+    # Two tiles of 1024 x 6272 take what one of the planner's does; together they need no waves.
+    for columns in (4224, 6272, 8448, 12544, 16896):
         for rows in (512, 1024, 2048):
             for lanes in (1, 2):
                 config = ProductConfig(rows, columns, lanes)
-                held = 4 * rows * columns * lanes
-                if config != (1024, SPLIT_V, 1) and held <= 100 << 20:
+                if config != (1024, SPLIT_V, 1) and config.held <= 100 << 20:
                     yield config
 
 
@@ -77,6 +83,23 @@ def score_through_tiles(
     )
 
 
+def multiply_tiles(hidden_states: Tensor, weight: Tensor, config: ProductConfig) -> None:
+    """The same products on one stream and nothing else: statistics and waits come on top."""
+    buffer = torch.empty(config.rows, config.columns, device=hidden_states.device)
+    for start in range(0, hidden_states.shape[0], config.rows):
+        hidden = hidden_states[start : start + config.rows]
+        for first in range(0, weight.shape[0], config.columns):
+            columns = weight[first : first + config.columns]
+            _multiply(hidden, columns, buffer[: hidden.shape[0], : columns.shape[0]])
+
+
+def multiply_whole(hidden_states: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The bare products ``[N, V]`` in the dtype of the factors, ``out [r, V]`` at a time: 1U."""
+    for start in range(0, hidden_states.shape[0], out.shape[0]):
+        hidden = hidden_states[start : start + out.shape[0]]
+        torch.mm(hidden, weight.T, out=out[: hidden.shape[0]])
+
+
 def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if hidden.dtype == torch.float32:
         torch.mm(hidden, weight.T, out=out)
@@ -90,11 +113,17 @@ def _streams(device: torch.device, lanes: int) -> list[Any]:
         if lanes > 1:
             raise RuntimeError(f"{lanes} streams: expected a CUDA device, got {device}")
         return [None]
-    current = torch.cuda.current_stream(device)
-    others = [torch.cuda.Stream(device) for _ in range(lanes - 1)]
+    current, others = torch.cuda.current_stream(device), _side_streams(device, lanes - 1)
     for stream in others:
         stream.wait_stream(current)
     return [current, *others]
+
+
+@cache
+def _side_streams(device: torch.device, count: int) -> tuple[Any, ...]:
+    """The same in every call: a library allocates its workspace anew for each stream that it meets,
+    in the middle of what is timed."""
+    return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 def _on(stream: Any) -> AbstractContextManager[Any]:

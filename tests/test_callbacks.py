@@ -153,7 +153,7 @@ def interrupt(args: TrainingArguments) -> Any:
     callback.restore()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_saves_and_stops(
     interrupt: Interrupt, args: TrainingArguments, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +169,33 @@ def test_first_signal_saves_and_stops(
     control.should_evaluate = True
     interrupt.on_epoch_end(args, state_at(2), control)
     assert not control.should_evaluate
+
+
+def test_a_closed_terminal_ends_no_run(interrupt: Interrupt) -> None:
+    """Writing to it would be an error, before the checkpoint is saved."""
+    kept, (terminal, standard_error) = os.dup(2), os.openpty()
+    os.dup2(standard_error, 2)
+    os.close(standard_error)
+    os.close(terminal)
+    try:
+        with pytest.raises(OSError):
+            os.write(2, b"lost")
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.write(2, b"nowhere")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def test_nohup_is_respected(args: TrainingArguments) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    callback = Interrupt()
+    try:
+        callback.on_train_begin(args, state_at(0), TrainerControl())
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        callback.restore()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_signal_stops_at_once(interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from word_files import write_checkpoint
 
 from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
-from fastdaa.cli.runs import continuation, log_lines
+from fastdaa.cli.runs import continuation, log_lines, print_continuation
 from fastdaa.cli.summary import ALIGNMENT, last_values, print_summary
 from fastdaa.train.checkpoints import last_complete
 from fastdaa.train.run_record import new_record, write_record
@@ -362,10 +364,7 @@ def test_errors_before_training(
 
 
 def checkpoint(out: Path, step: int, state: str) -> Path:
-    folder = out / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text(state)
-    return folder
+    return write_checkpoint(out / f"checkpoint-{step}", state)
 
 
 def test_last_complete(tmp_path: Path) -> None:
@@ -540,3 +539,27 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
     with subprocess.Popen(command, **pipes) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_a_second_ctrl_c_while_the_process_ends_leaves_no_traceback():
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from fastdaa.cli import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main(['study', 'nonsense']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_said_to_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = checkpoint(tmp_path, 3, '{"global_step": 3}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (last / name).unlink()
+    print_continuation("train", ["--save_only_model"], str(tmp_path), "step 3")
+    said = capsys.readouterr().out
+    assert f"saved: {last}, which holds the model alone, as --save_only_model saves it" in said
+    assert "To continue" not in said

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from word_files import write_checkpoint
 
 from fastdaa.cli import doctor
 from fastdaa.cli.paths import check_model, check_paths
@@ -36,10 +37,7 @@ def check(model: Path, tmp_path: Path) -> Any:
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
+    return write_checkpoint(folder / f"checkpoint-{step}", json.dumps({"global_step": step}))
 
 
 def test_a_new_run_keeps_out_of_the_folder_of_another(check: Any, tmp_path: Path) -> None:

@@ -235,5 +235,19 @@ def test_what_needs_the_whole_vocabulary_says_so(monkeypatch):
             call()
 
 
+@pytest.mark.interpreter
+def test_an_even_split_needs_no_widest_slice_with_kernels_either(monkeypatch):
+    """A group of one process: its slice is an even split of all."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    gather = lambda everyone, states, group: everyone[0].copy_(states)  # noqa: E731
+    monkeypatch.setattr(dist, "all_gather", gather)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, D, generator=generator) for n in (N, V))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    alone = head_logps(hidden, LmHead(weight), targets, engine="triton")
+    shared = LmHead(weight, shard=VocabShard(0, V))
+    assert torch.equal(head_logps(hidden, shared, targets, engine="triton"), alone)
+
+
 if __name__ == "__main__":
     worker(*sys.argv[1:])

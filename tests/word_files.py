@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +40,16 @@ def write_pairs_and_reward(folder: Path) -> None:
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "reward.py").write_text(REWARD)
+
+
+def write_checkpoint(folder: Path, state: str) -> Path:
+    """A checkpoint of the Trainer, as far as one can tell without loading it."""
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text(state)
+    return folder
 
 
 def write_pairs(path: Path, count: int) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ are summed in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastdaa.benchmarks.cases import Case
@@ -44,6 +46,12 @@ class FusedHead(TokenScorer):
     def cost(self, case: Case, device: str) -> Cost | None:
         """See :mod:`fastdaa.benchmarks.cost_model`."""
         return vocabulary_chunks(case, device)
+
+    def scorer(self, inputs: HeadInputs) -> Callable[[Tensor, Tensor], Tensor]:
+        """Its trainers' modules are imported here: on a slow disk that takes longer than a run."""
+        import trl.trainer.utils  # noqa: F401
+
+        return super().scorer(inputs)
 
     def score_tokens(self, hidden: Tensor, weight: Tensor, inputs: HeadInputs) -> Tensor:
         """See :class:`TokenScorer`."""

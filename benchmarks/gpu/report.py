@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from fastdaa.benchmarks import wording
 from fastdaa.benchmarks.contenders.fastdaa import LESS_BYTES
 from fastdaa.benchmarks.gpu import questions as asked
-from fastdaa.benchmarks.gpu.scaling import Point, fit_line, growth
-from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT, TARGETS, Judged, judge
-from fastdaa.benchmarks.reading import Result, latest
+from fastdaa.benchmarks.gpu.answers import Answers
+from fastdaa.benchmarks.gpu.limits import accuracies, other_limits, shape_of, token_points
+from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT
+from fastdaa.benchmarks.reading import Result
 from fastdaa.benchmarks.roof import Roof
-from fastdaa.benchmarks.rows import alike
 
 _PATH_OF = {name: path for path in asked.PATHS for name in asked.ours(path)}
-
-
-class Answers:
-    """The newest row of every contender on every case of one run's sizes and device.
-
-    Rows of other code, libraries or devices than the newest row's answer nothing: what fails by now
-    would be shown as it was.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]], size: str, device: str):
-        self.size, self.device = asked.SIZES[size], device
-        given = list(rows)
-        newest = max(given, key=lambda row: str(row.get("time")), default={})
-        chosen = [row for row in given if alike(row, newest)]
-        self.left_out = len(given) - len(chosen)
-        self.results = {(r.kind, r.case, r.contender): r for r in latest(chosen)}
-
-    def of(self, path: str, name: str, **changes: Any) -> Result | None:
-        """A contender on the case of a path, with other sizes if given."""
-        case = asked.case_of(path, replace(self.size.case, **changes))
-        return self.results.get(("loss" if case.is_loss else "head", case.id, name))
-
-    def ours(self, path: str, **changes: Any) -> list[Result]:
-        """fastdaa's contenders there that have a row."""
-        found = (self.of(path, name, **changes) for name in asked.ours(path))
-        return [result for result in found if result is not None]
-
-    def judged(self) -> list[Judged]:
-        """Every target."""
-        return [judge(t, self.ours(t.path), self.of(t.path, "trl")) for t in TARGETS]
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -64,6 +32,7 @@ def sections(answers: Answers) -> dict[str, list[str]]:
     """Tables and words by title, the targets first; a part without rows is left out."""
     found = {
         _title(answers): _targets(answers),
+        "Other limits": _other_limits(answers),
         "Engines": _engines(answers),
         f"Asked for {LESS_BYTES >> 20} MiB": _less(answers),
         "From few tokens to many": _scaling(answers),
@@ -117,6 +86,14 @@ def _targets(answers: Answers) -> list[str]:
         *_roofs(answers),
         *sorted(said), *_left_out(answers.left_out),
     ]  # fmt: skip
+
+
+def _other_limits(answers: Answers) -> list[str]:
+    cells = [
+        [verdict.question, verdict.subject.removeprefix("fastdaa-"), verdict.found, verdict.verdict]
+        for verdict in other_limits(answers)
+    ]
+    return table(["asked", "of", "found", "verdict"], cells)
 
 
 def _roofs(answers: Answers) -> list[str]:
@@ -195,34 +172,16 @@ def _less(answers: Answers) -> list[str]:
 
 
 def _scaling(answers: Answers) -> list[str]:
-    sizes = sorted({answers.size.case.tokens, *answers.size.tokens})
-    cells = []
+    sizes, cells = answers.token_counts(), []
     for path in asked.PATHS:
         for name in asked.ours(path):
-            found = {n: answers.of(path, name, tokens=n) for n in sizes}
-            right = {n: r for n, r in found.items() if r is not None and r.ok and r.median}
-            if not set(right) - {answers.size.case.tokens}:
-                continue
-            times = [wording.duration(right[n].median) if n in right else "-" for n in sizes]
-            points = [Point(n, r.median or 0.0, r.peak or 0) for n, r in right.items()]
-            cells.append([name.removeprefix("fastdaa-"), *times, *_shape(points, answers)])
+            points = token_points(answers, path, name)
+            times = {point.tokens: wording.duration(point.seconds) for point in points}
+            if set(times) - {answers.size.case.tokens}:
+                shown = [times.get(n, "-") for n in sizes]
+                cells.append([name.removeprefix("fastdaa-"), *shown, *shape_of(points, answers)])
     headings = ["contender", *(f"N = {n}" for n in sizes), "time", "memory"]
     return table(headings, cells) if cells else []
-
-
-def _shape(points: Sequence[Point], answers: Answers) -> tuple[str, str]:
-    """Linear or not, flat or not, with the numbers behind it."""
-    try:
-        line = fit_line(points)
-        word = "linear" if line.linear else "NOT linear"
-        time = f"{word}: {line.slope * 1e6:.3g} us a token, off by {line.deviation:.0%} at most"
-    except ValueError:
-        time = "not enough points"
-    try:
-        memory = growth(points, answers.size.case.tokens).words(answers.size.case.hidden)
-    except ValueError:
-        memory = "not enough points"
-    return time, memory
 
 
 def _vocabularies(answers: Answers) -> list[str]:
@@ -246,30 +205,13 @@ def _vocabularies(answers: Answers) -> list[str]:
 
 def _accuracy(answers: Answers) -> list[str]:
     """The contract: sums of log-probs, and gradients beside those of materialised fp32 logits."""
-    cells = []
-    for (kind, case, name), result in answers.results.items():
-        if kind != "accuracy" or not (result.ours and result.measured):
-            continue
-        plain = answers.results.get((kind, case, "pytorch-fp32-logits"))
-        pairs = [
-            (result.errors.get(what), plain.errors.get(what) if plain else None)
-            for what in ("dh", "dw")
-        ]
-        total = result.errors.get("sequence")
-        missed = ["sum"] * (total is not None and not total <= SUM_LIMIT)
-        missed += [w for w, (e, least) in zip(("dH", "dW"), pairs, strict=True) if _above(e, least)]
-        cells.append([
+    cells = [
+        [
             case, name.removeprefix("fastdaa-"), wording.error(total),
-            *(f"{wording.error(e)} / {wording.error(least)}" for e, least in pairs),
-            f"missed: {', '.join(missed)}" if missed else "met",
-        ])  # fmt: skip
-    headings = ["case", "contender", f"sum of 512 (at most {SUM_LIMIT:g} nat)",
+            *(f"{wording.error(e)} / {wording.error(least)}" for e, least in gradients), verdict,
+        ]
+        for case, name, total, gradients, verdict in accuracies(answers)
+    ]  # fmt: skip
+    headings = ["case", "contender", f"largest sum of 512 (at most {SUM_LIMIT:g} nat)",
                 "dH / with fp32 logits", "dW / with fp32 logits", "verdict"]  # fmt: skip
     return table(headings, cells) if cells else []
-
-
-def _above(error: float | None, other: float | None) -> bool:
-    """In the two digits that are shown; the rest is chance."""
-    if error is None or other is None:
-        return False
-    return not float(f"{error:.1e}") <= float(f"{other:.1e}")

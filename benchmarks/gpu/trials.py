@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ from fastdaa.benchmarks.gpu.processes import written_rows
 
 # Compiled for the same types and divisibilities as the paths' own number of tokens, in less time.
 _TOKENS = 2048
+SECONDS = 70.0
+"""Of one trial, imports and compilers included."""
 _TAIL_LINES = 12
 _ABSENT = 3
 _RUNS = "run "
@@ -43,8 +46,8 @@ class Trial:
     path: str
     contender: str
     status: str
-    """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time with less
-    than a third of it to run in, or too many on the device at a time: nothing is known of it.
+    """``"ok"``, ``"absent"``, ``"failed"``, ``"hung"``; ``"unfinished"``: out of time, but no run
+    took half of it, or too many on the device at a time: nothing is known of it.
     """
     seconds: float
     said: list[str]
@@ -58,9 +61,13 @@ def read_trials(path: Path) -> list[Trial]:
 
 
 def failed_names(trials: Sequence[Trial]) -> list[str]:
-    """Contenders that failed or hung on some path."""
-    names = (t.contender for t in trials if t.status in ("failed", "hung"))
-    return list(dict.fromkeys(names))
+    """Contenders that hung on some path, or failed on one and were right on none: an error on one
+    of its paths alone ends nothing, and is a row of that path."""
+    fine = {t.contender for t in trials if t.status == "ok"}
+    bad = (t for t in trials if t.status in ("failed", "hung"))
+    return list(
+        dict.fromkeys(t.contender for t in bad if t.status == "hung" or t.contender not in fine)
+    )
 
 
 def run_all(wanted: Sequence[tuple[str, str]], options: argparse.Namespace) -> list[Trial]:
@@ -72,7 +79,7 @@ def run_all(wanted: Sequence[tuple[str, str]], options: argparse.Namespace) -> l
         trial = _run(path, name, options)
         with lock, options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
-            last = "" if trial.status == "ok" or not trial.said else f": {trial.said[-1]}"
+            last = "" if trial.status == "ok" or not trial.said else f": {_cause(trial.said)}"
             print(f"  {path:12} {name:32} {trial.status} {trial.seconds:.0f} s{last}", flush=True)
         return trial
 
@@ -81,6 +88,11 @@ def run_all(wanted: Sequence[tuple[str, str]], options: argparse.Namespace) -> l
         return [future.result() for future in [pool.submit(one, *each) for each in wanted]]
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C no other one begins
+
+
+def _cause(said: Sequence[str]) -> str:
+    """The line that says why; advice often comes after it."""
+    return next((line for line in reversed(said) if "Error" in line), said[-1])
 
 
 def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
@@ -94,21 +106,23 @@ def _run(path: str, name: str, options: argparse.Namespace) -> Trial:
         killer = threading.Timer(options.seconds, process.kill)
         killer.start()
         assert process.stdout is not None
-        said, running = deque[str](maxlen=_TAIL_LINES), math.inf
+        said, step_began = deque[str](maxlen=_TAIL_LINES), math.inf
         for line in filter(None, map(str.rstrip, process.stdout)):
             said.append(line)
             if line.startswith(_RUNS):
-                running = min(running, time.monotonic())
+                step_began = time.monotonic()
         code = process.wait()
         late = not killer.is_alive() and code < 0
         killer.cancel()
     status = {0: "ok", _ABSENT: "absent"}.get(code, "failed")
     if late:
         # Imports and compilers of all at once are slow; a kernel that hangs takes what is left.
-        enough = time.monotonic() - running > options.seconds / 3
+        enough = time.monotonic() - step_began > options.seconds / 2
         status = "hung" if enough else "unfinished"
     elif code < 0:
         said.append(f"ended by signal {-code}")
+        # The first two are said to all processes of a part whose time is up.
+        status = "unfinished" if -code in (signal.SIGINT, signal.SIGTERM) else "failed"
     elif status == "failed" and any(word in line for line in said for word in _CROWDED):
         status = "unfinished"
     return Trial(path, name, status, round(time.monotonic() - began, 1), list(said))
@@ -138,6 +152,8 @@ def try_one(path: str, name: str, size: str, device: str) -> int:
     for number in (1, 2):
         print(f"{_RUNS}{number} begins", flush=True)
         outputs: dict[str, Any] = run()._asdict()
+        # Compilers are done; what waits for the device from here on waits for its kernels.
+        print(f"{_RUNS}{number} is launched", flush=True)
         for what, values in outputs.items():
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise ArithmeticError(f"{what}: expected finite numbers, got others")
@@ -151,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of one process")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of one process")
     parser.add_argument("--path", choices=asked.PATHS, help="one trial: of this path")
     parser.add_argument("--contender", help="... and of this contender")
     options = parser.parse_args(argv)
@@ -162,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [
         (path, name) for path in asked.PATHS for name in ("trl", *asked.ours(path))
     ]  # fmt: skip
-    trials = run_all(wanted, options)
+    try:
+        trials = run_all(wanted, options)
+    except KeyboardInterrupt:
+        print("interrupted: finished trials are kept")
+        return 130
     bad = [
         t for t in trials if t.status in ("failed", "hung") and t.contender.startswith("fastdaa")
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _fail(f"fastdaa {command}", f"error: {missing_package(error) or one_line(error)}")
+    finally:
+        _end_silently()
 
 
 def available() -> dict[str, str]:
@@ -82,6 +86,19 @@ def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks, for one line of output."""
     # A KeyError or an assertion may come without words.
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _end_silently() -> None:
+    """Has Ctrl-C end the process at once, without a traceback, while it is ending anyway.
+
+    What libraries do at the exit of a process takes a while.
+    """
+    atexit.unregister(_take_ctrl_c_as_the_system)
+    atexit.register(_take_ctrl_c_as_the_system)  # the last to be registered is called first
+
+
+def _take_ctrl_c_as_the_system() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

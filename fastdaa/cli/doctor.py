@@ -52,8 +52,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--search-kernels",
         metavar="N,V,D",
-        help="time other tile shapes of the score kernel for this problem on the CUDA device (a "
-        "minute or two) and print which is the fastest; nothing is changed",
+        help="time other tile shapes of the kernels for this problem on the CUDA device (up to "
+        "three minutes), and say which way to scores is the fastest and how to have it; nothing "
+        "is changed",
     )
     options = parser.parse_args(list(argv))
     # What follows may need what the first table finds missing.

@@ -17,8 +17,8 @@ from fastdaa.cli.options import option_parser, read_options
 from fastdaa.cli.runs import command_run
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_file import check_output, write_facts
-from fastdaa.train.evaluation_processes import be_quiet, meet, run_together
 from fastdaa.train.options import check_count
+from fastdaa.train.processes import be_quiet, meet, run_together
 from fastdaa.train.quantization import QuantizationOptions
 from fastdaa.train.shown import shown_as
 

@@ -40,7 +40,18 @@ def run(argv: Sequence[str]) -> int:
 
 
 def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
-    """One run of the loop, from its options to its saved policy."""
+    """One run of the loop, from its options to its saved policy.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    from fastdaa.train.full_disk import full_disk_named
+
+    with full_disk_named(str(config.output_dir), "what the run writes"):
+        return _train_online(arguments, config, argv)
+
+
+def _train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
     checkpoint = check_paths(arguments, config)
     trainer = build(arguments, config, checkpoint)
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastdaa.cli.quantization import check_quantized
 from fastdaa.cli.runs import hold_folder
 from fastdaa.data.sources import parse_source
-from fastdaa.train.checkpoints import complete, is_complete, to_continue
+from fastdaa.train.checkpoints import check_files, complete, is_complete, to_continue
 
 if TYPE_CHECKING:
     from fastdaa.cli.arguments import ModelArguments
@@ -230,6 +230,7 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
             f"resume_from_checkpoint: expected a complete checkpoint, {given} has no readable "
             "trainer_state.json, which is written last"
         )
+    check_files(given)
     if Path(given).resolve().parent != Path(output_dir).resolve():
         _check_fresh(output_dir)
     return given

@@ -100,21 +100,24 @@ def _train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Se
 
     from fastdaa.train.interrupt import was_interrupted
 
+    at_once = False
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        interrupted = was_interrupted(trainer)
     except KeyboardInterrupt:
-        interrupted = True
+        at_once = True
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OSError(
             f"the memory of the device is full after step {trainer.state.global_step}: expected a "
             f"--tokens_per_pack that fits (now {trainer.args.tokens_per_pack or 'a whole batch'}), "
             f"--activation_checkpointing, or --use_peft; {error}"
         ) from error
-    if interrupted:
+    if at_once or was_interrupted(trainer):
         if trainer.is_world_process_zero():
             folder, step = str(trainer.args.output_dir), trainer.state.global_step
             print_continuation(command, argv, folder, f"step {step}")
+        if not at_once:
+            # Or a launcher would end the process that prints with the first of the others.
+            trainer.accelerator.wait_for_everyone()
         return INTERRUPTED
     trainer.save_model()
     return 0
@@ -122,15 +125,23 @@ def _train_and_save(command: str, trainer: Any, checkpoint: str | None, argv: Se
 
 def print_continuation(command: str, argv: Sequence[str], output_dir: str, where: str) -> None:
     """Says where a run was interrupted, and the command that continues it."""
+    from fastdaa.train.checkpoint_files import defect
     from fastdaa.train.checkpoints import last_complete
 
     checkpoint = last_complete(output_dir)
+    why = None if checkpoint is None else defect(checkpoint)
     launcher = " with the same launcher" if _launched() else ""
+    if why is not None:
+        print(
+            f"\nInterrupted at {where}; saved: {checkpoint}, which {why}: the run cannot go on "
+            "from it, but a new one can start with it as its --model"
+        )
+        return
     if checkpoint is None:
         print(f"\nInterrupted at {where}, before any checkpoint.\nTo start again{launcher}:")
     else:
         print(f"\nInterrupted at {where}; saved: {checkpoint}\nTo continue{launcher}:")
-    print(f"  {continuation(command, argv, checkpoint)}")
+    print(f"  {continuation(command, argv, checkpoint)}", flush=True)
 
 
 def continuation(command: str, argv: Sequence[str], checkpoint: str | None) -> str:

@@ -27,12 +27,17 @@ def run_stage(
             what is built before the trainer, and the trainer's configuration.
         make_trainer: from both of these to the trainer and the checkpoint to resume from.
     """
-    parser = option_parser(command, kinds, what, title=title)
-    (arguments,), values = read_options(parser, kinds, argv)
-    config = trainer_config(kinds[1], values, arguments)
-    with command_run(main_process=config.process_index == 0):
-        trainer, checkpoint = make_trainer(arguments, config)
-        code = train_and_save(command, trainer, checkpoint, argv)
-        if code == 0 and trainer.is_world_process_zero():
-            print_run(trainer, STAGE)
-        return code
+    from fastdaa.train.processes import run_together
+
+    def run() -> int:
+        parser = option_parser(command, kinds, what, title=title)
+        (arguments,), values = read_options(parser, kinds, argv)
+        config = trainer_config(kinds[1], values, arguments)
+        with command_run(main_process=config.process_index == 0):
+            trainer, checkpoint = make_trainer(arguments, config)
+            code = train_and_save(command, trainer, checkpoint, argv)
+            if code == 0 and trainer.is_world_process_zero():
+                print_run(trainer, STAGE)
+            return code
+
+    return run_together(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
+    from fastdaa.train.processes import run_together
+
+    return run_together(functools.partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     from fastdaa.cli.arguments import parse
 
     arguments, config = parse(argv)

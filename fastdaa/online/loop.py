@@ -19,6 +19,7 @@ from fastdaa.online.critic import Critic
 from fastdaa.online.experience import collect
 from fastdaa.online.models import prepare_models
 from fastdaa.online.progress import Progress
+from fastdaa.online.prompts import prompts_fact
 from fastdaa.online.record import Record
 from fastdaa.online.rewards import RunningStd
 from fastdaa.online.seeds import Purpose, prompts_of, seed_of
@@ -103,6 +104,7 @@ class OnlineTrainer:
         asked = [*prompts, *getattr(evaluate, "prompts", ())]
         self.models = prepare_models(policy, reference, critic, config, max(map(len, asked)))
         self._reference_fact = weights_fact(self.models.reference)
+        self._prompts_fact = prompts_fact(prompts)
         self.updater = Updater(policy, self.models.critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":
@@ -245,6 +247,7 @@ class OnlineTrainer:
             "monitor": self.monitor.state_dict(),
             "metrics": self._metrics if underway is None else underway.metrics,
             "reference": self._reference_fact,
+            "prompts": self._prompts_fact,
             "underway": None,
         }
         if underway is not None:
@@ -270,7 +273,9 @@ class OnlineTrainer:
             if output_dir is not None:
                 remove_record(output_dir)
             return
-        folder = last if resume is True else resume
+        folder: str | Path | None = resume if resume is not True else None
+        if resume is True and output_dir is not None:
+            folder = checkpoints.to_continue(output_dir)
         if folder is None:
             return
         self.place, state, experience = load_checkpoint(folder, self.config, self.models)
@@ -278,6 +283,12 @@ class OnlineTrainer:
             raise ValueError(
                 f"resume: expected the reference of {folder}, {state['reference']}, got another, "
                 f"{self._reference_fact}; give the model (and ref_model) that the run began with"
+            )
+        if state.get("prompts", self._prompts_fact) != self._prompts_fact:
+            raise ValueError(
+                f"resume: expected the prompts of {folder}, {state['prompts']}, got others, "
+                f"{self._prompts_fact}; give the data that the run began with, or choose another "
+                "output_dir for a new run"
             )
         self.updater.load_state_dict(state["updater"])
         self.controller.load_state_dict(state["controller"])

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdaa.data.tokenise_prompts import TokenizedPrompt, tokenize_prompts
 
 logger = logging.getLogger(__name__)
+_SAMPLED = 256
+
+
+def prompts_fact(prompts: Sequence[Tensor]) -> str:
+    """The number of prompts and a digest of some, spread over all: which data a run is of.
+
+    Args:
+        prompts: ``[n]`` int64 each.
+    """
+    places = np.unique(np.linspace(0, len(prompts) - 1, _SAMPLED).astype(np.int64))
+    digest = hashlib.sha256()
+    for place in places:
+        ids = np.asarray(prompts[place], dtype=np.int64)
+        digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
+    return f"{len(prompts)} prompts {digest.hexdigest()[:12]}"
 
 
 class Ending(NamedTuple):

@@ -39,6 +39,7 @@ from fastdaa.study.preferences import TRAIN_SEED, preference_pairs
 from fastdaa.study.presets import ModelSize, Preset, size_of
 from fastdaa.study.sampling import sample_responses
 from fastdaa.study.sft import Reference, make_reference
+from fastdaa.study.whole_file import check_writable
 from fastdaa.study.world import World, make_world
 from fastdaa.study.world_training import train_in_world
 from fastdaa.train.backbone import backbone_of
@@ -220,6 +221,7 @@ def run_estimators(
     _check_counts(samples, repeats)
     world, size = make_world(preset, seed, language), size_of(size)
     given = [load_policy(folder) for folder in policy_folders]
+    check_writable(output)
     reference = make_reference(world, size, seed, Path(output) / REFERENCES)
     records, lines = [], []
     for policy in given or trained_policies(world, reference, seed=seed):

@@ -29,6 +29,7 @@ from fastdaa.study.pool import worker_count
 from fastdaa.study.progress import bars
 from fastdaa.study.sweep import sweep
 from fastdaa.study.table import read_table
+from fastdaa.study.whole_file import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +92,7 @@ def run_full(
 
     Raises:
         ValueError: no seeds, or a folder with other settings.
+        OSError: the folder cannot be written to.
         KeyboardInterrupt: after Ctrl-C; finished steps and runs are kept.
     """
     if not seeds:
@@ -100,6 +102,7 @@ def run_full(
     study = Study(Path(output), planned, tuple(seeds), workers, console)
     for run in planned:
         is_done(run, study.output)  # raises for other settings, before anything is written
+    check_writable(study.output)
     steps = all_steps() if steps is None else steps
     record = _read_record(study.output / STUDY_FILE)
     record["settings"] = {"seeds": list(seeds), "runs": [run.id for run in planned]}

@@ -18,6 +18,7 @@ from fastdaa.study.json_file import write_json
 from fastdaa.study.pool import outcomes, worker_count
 from fastdaa.study.progress import bars
 from fastdaa.study.table import read_table, write_table
+from fastdaa.study.whole_file import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,6 +80,7 @@ def complete(
 
     Raises:
         ValueError: no runs, or a run of the folder that was done under other settings.
+        OSError: the folder cannot be written to.
         KeyboardInterrupt: after Ctrl-C; what is finished is kept, in ``points.jsonl`` too.
     """
     began = time.perf_counter()
@@ -86,6 +88,8 @@ def complete(
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     pending = [run for run in runs if not is_done(run, output)]
+    if pending:
+        check_writable(output)
     failed: dict[str, str] = {}
     try:
         if pending:

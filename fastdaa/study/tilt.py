@@ -38,7 +38,7 @@ from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, draw_pairs, lab
 from fastdaa.study.presets import PRESETS, ModelSize, Preset, size_of
 from fastdaa.study.reward_model import response_rewards, train_reward_model
 from fastdaa.study.sft import Reference, make_reference
-from fastdaa.study.whole_file import whole_file
+from fastdaa.study.whole_file import check_writable, whole_file
 from fastdaa.study.world import World, make_world
 
 TILT_FILE = "tilt.jsonl"
@@ -152,6 +152,7 @@ def run_tilt(
     """
     file, size = Path(output) / TILT_FILE, size_of(size)
     kept = _rows_by_settings(file)
+    check_writable(output)
     lines = []
     for seed in seeds:
         for preset in presets() if settings is None else settings:

@@ -20,15 +20,17 @@ from fastdaa.train.adapters import is_adapted, saving_own_adapters
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.best_model import best_model, say_best_model
 from fastdaa.train.callbacks import restore_signals, was_interrupted
+from fastdaa.train.evaluation_batches import every_row_once
 from fastdaa.train.finite import check_weights
 from fastdaa.train.folder_lock import FolderLock, lock_folder
 from fastdaa.train.full_disk import full_disk_named
+from fastdaa.train.missed_evaluation import make_up_last_evaluation
 from fastdaa.train.packed_config import PackedConfig
 from fastdaa.train.prepare import config_values, dropout_values
 from fastdaa.train.quantization import check_adapted, quantization_of
 from fastdaa.train.rounding import warn_of_rounding
 from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
-from fastdaa.train.steps_left import check_steps, say_plan, steps_of
+from fastdaa.train.steps_left import check_steps, say_plan, sharing_processes, steps_of
 
 
 class PairTrainer(Trainer):
@@ -74,13 +76,15 @@ class PairTrainer(Trainer):
         """The loader of an evaluation set: one of the trainer's by name, or any set of pairs."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | PairRows):
             eval_dataset = self.rows_of(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        with every_row_once(self):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The loader of any set of pairs."""
         if not isinstance(test_dataset, PairRows):
             test_dataset = self.rows_of(test_dataset, "test_dataset")
-        return super().get_test_dataloader(test_dataset)
+        with every_row_once(self):
+            return super().get_test_dataloader(test_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -126,8 +130,13 @@ class PairTrainer(Trainer):
         try:
             with config_values(causal_lm(self.model).config, off):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            if was_interrupted(self):
+                # A launcher ends all processes when the first one ends, and one may still write.
+                self.accelerator.wait_for_everyone()
         finally:
             restore_signals(self)
+        if checkpoint is not None and self._first_step is None:
+            make_up_last_evaluation(self)
         self._end_run()
         return output
 
@@ -144,7 +153,7 @@ class PairTrainer(Trainer):
 
     def _check_batches(self) -> None:
         args, rows = self.args, self.train_dataset
-        needed = args.train_batch_size * args.world_size
+        needed = args.train_batch_size * sharing_processes(args)
         have = len(rows) if isinstance(rows, Sized) else needed
         if args.dataloader_drop_last and have < needed:
             raise ValueError(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdaa.train.checkpoint_files import defect
 from fastdaa.train.run_record import (
     RUN_FILE,
     RunRecord,
@@ -67,14 +68,28 @@ def last_complete(output_dir: str | Path) -> str | None:
 
 
 def to_continue(output_dir: str | Path) -> str | None:
-    """:func:`last_complete`, for a run that is to go on.
+    """:func:`last_complete`, for a run that is to go on: the last whose files are not damaged.
 
     Raises:
-        ValueError: there are checkpoints, but of other runs alone.
+        ValueError: there are checkpoints, but of other runs alone, or none that can be used.
     """
-    last, found = last_complete(output_dir), complete(output_dir)
-    record = read_record(output_dir)
+    found, record = complete(output_dir), read_record(output_dir)
     others = [path.name for step, path in found if record is not None and step not in record.steps]
+    own = [path for _, path in found if path.name not in others]
+    last, passed = None, []
+    for path in reversed(own):
+        why = defect(path)
+        if why is None:
+            last = str(path)
+            break
+        passed.append(f"{path.name}, which {why}")
+    if passed and last is None:
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint that can be continued in {output_dir}, "
+            f"got {'; '.join(passed)}; its weights, if it has them, can be the --model of a new run"
+        )
+    if passed:
+        logger.warning("%s: passed over %s", output_dir, "; ".join(passed))
     if record is not None and others and last is None:
         raise ValueError(
             "resume_from_checkpoint: expected a checkpoint of the run that was started last in "
@@ -115,13 +130,37 @@ def begin(
                 f"resume_from_checkpoint: expected a complete checkpoint, {checkpoint} has no "
                 "readable trainer_state.json, which is written last"
             )
-    record = new_record(facts)
+        check_files(checkpoint)
+    record = new_record(facts)._replace(steps=_half_written(output_dir))
     if checkpoint is not None:
         check_same_run(checkpoint, facts)
         record = _continued(Path(output_dir), Path(checkpoint), record)
     if rotates:
         check_rotation(output_dir, record.steps)
     return checkpoint, record
+
+
+def check_files(checkpoint: str | Path) -> None:
+    """Look at the files of a checkpoint that was named.
+
+    Raises:
+        ValueError: one is missing or damaged.
+    """
+    why = defect(checkpoint)
+    if why is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint that can be continued, {checkpoint} "
+            f"{why}"
+        )
+
+
+def _half_written(output_dir: str | Path) -> list[int]:
+    """Steps of checkpoints that the run of before was killed in; they may be written over."""
+    before = read_record(output_dir)
+    found = (
+        [] if before is None else [step for step, path in _all(output_dir) if step in before.steps]
+    )
+    return sorted(step for step in found if not is_complete(folder(output_dir, step)))
 
 
 def _continued(output_dir: Path, checkpoint: Path, new: RunRecord) -> RunRecord:

@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.callbacks import Curves, MetricsWriter
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_models import check_same_tokens, tokens_in
-from fastdaa.train.evaluation_processes import check_others, meet
-from fastdaa.train.metrics import MetricStore, Sums, peak_gib
+from fastdaa.train.pooled_metrics import PooledStore
+from fastdaa.train.processes import check_others, meet
 from fastdaa.train.trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class EvaluationStore(MetricStore):
-    """Sums of a whole evaluation in fp64, in which every pair or token counts the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = MetricStore()
-
-    def end_batch(self, batch: Mapping[str, Any]) -> None:
-        """Close the micro-batch."""
-        for sums in self.batch.values():
-            self.pool.add(sums._replace(totals=sums.totals.double()))
-        super().end_batch(batch)
-        self.rows = []
+class EvaluationStore(PooledStore):
+    """Sums of an evaluation whose processes wait for each other by ways of their own."""
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages over all pairs of all processes; starts a new evaluation.
-
-        Every process has to call it, and waits here for the others. One that had no batch does not
-        know the names of the metrics, so sums are gathered by name.
-        """
-        rows, self.pool = [*self.pool.batch.values()], MetricStore()
-        own = {
-            name: (total, count)
-            for sums in rows
-            for name, total, count in zip(
-                sums.names, sums.totals.tolist(), sums.counts, strict=True
-            )
-        }
+        """The averages over all pairs of all processes; starts a new evaluation."""
         meet()
-        parts = gather_object([(own, self.throughput.counts(), peak_gib())])
-        found: dict[str, list[tuple[float, float]]] = {}
-        for sums_of, _, _ in parts:
-            for name, pair in sums_of.items():
-                found.setdefault(name, []).append(pair)
-        values = {name: _mean(pairs) for name, pairs in found.items()}
-        counts = [sum(column) for column in zip(*(part[1] for part in parts), strict=True)]
-        values |= self.throughput.read(*counts)
-        return values | {"memory/peak_gib": max(peak for *_, peak in parts)}
-
-
-def _mean(sums: list[tuple[float, float]]) -> float:
-    total, count = (sum(column) for column in zip(*sums, strict=True))
-    return total / count if count > 0 else float("nan")
+        return super().read(accelerator)
 
 
 class EvaluationTrainer(PreferenceTrainer):
@@ -94,8 +56,6 @@ class EvaluationTrainer(PreferenceTrainer):
     ):
         self._ref_tokenizer = ref_tokenizer
         self._ref_rows: int | None = None
-        # Or pairs would be repeated until all processes have as many.
-        args.accelerator_config.even_batches = False  # type: ignore[union-attr]
         super().__init__(
             model, ref_model, args, eval_dataset=eval_dataset, processing_class=processing_class
         )
@@ -121,22 +81,7 @@ class EvaluationTrainer(PreferenceTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Nothing: there is one row, which :meth:`evaluate` returns."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Mean loss of a batch, which is noted among its metrics, by its pairs."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss: Tensor = found[0] if return_outputs else found
-        pairs = float(len(inputs["row_ids"]))
-        self._stores["eval"].add(Sums(("loss",), loss.detach().double().view(1) * pairs, (pairs,)))
-        return found
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, None, None]:  # type: ignore[override]
-        """Metrics of a batch; the Trainer would gather a loss, which not every process has."""
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Metrics of a batch, unless another process has failed."""
         check_others()
-        super().prediction_step(*args, **kwargs)
-        return None, None, None
+        return super().prediction_step(*args, **kwargs)

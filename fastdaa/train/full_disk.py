@@ -11,11 +11,13 @@ from pathlib import Path
 
 from fastdaa.train.checkpoints import last_complete
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# torch and safetensors have errors of their own for a file that could not be written.
+# The last is that of a file that would exceed `ulimit -f`.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch, safetensors and tokenizers have errors of their own for a file that could not be written.
 _SAID = re.compile(
-    r"No space left|os error 28|Disk quota|inline_container|PytorchStreamWriter|iostream error"
+    r"No space left|os error 2[78]\b|Disk quota|inline_container|PytorchStreamWriter|iostream error"
 )
+_GONE = re.compile(r"Parent directory .* does not exist|os error 2\b")
 
 
 class FullDiskError(OSError):
@@ -32,12 +34,18 @@ def full_disk_named(output_dir: str | Path, what: str) -> Iterator[None]:
 
     Raises:
         FullDiskError: the disk is full.
+        FileNotFoundError: somebody has removed the folder.
     """
     try:
         yield
     except FullDiskError:
         raise
-    except (OSError, RuntimeError, _safetensors_error()) as error:
+    except Exception as error:  # of no other class, where tokenizers raises it
+        if _GONE.search(str(error)):
+            raise FileNotFoundError(
+                f"output_dir: expected {output_dir} to stay while the run lives, but a folder was "
+                f"removed while {what} was written ({' '.join(str(error).split())})"
+            ) from error
         if not is_full_disk(error):
             raise
         raise FullDiskError(_message(error, Path(output_dir), what)) from error
@@ -78,7 +86,7 @@ def _message(error: BaseException, output_dir: Path, what: str) -> str:
     return (
         f"output_dir: expected room on the disk for {what}, writing into {place} failed with "
         f"{_free(output_dir)} left on its disk ({' '.join(str(error).split())}); {kept}. Make "
-        "room, or keep fewer checkpoints (--save_total_limit, --save_only_model)"
+        "room, or keep fewer checkpoints (--save_total_limit)"
     )
 
 
@@ -87,9 +95,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"
     except OSError:
         return "an unknown amount"
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

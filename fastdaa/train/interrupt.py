@@ -1,9 +1,14 @@
-"""Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop; a second time: stop at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: finish the step, save a checkpoint, stop.
+
+A second time: stop at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import stat
 import threading
 import time
 from types import FrameType
@@ -15,11 +20,12 @@ from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SAME_REQUEST_SECONDS = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOPPING = b"\n[fastdaa] stopping after this step, with a checkpoint; again: stop at once\n"
 
 
 class Interrupt(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a checkpoint and a clean end.
 
     The signal handlers are in place from the beginning of training to its end; call ``restore``
     where training ends with an exception. With several processes, all of them stop at the same
@@ -46,7 +52,9 @@ class Interrupt(TrainerCallback):
         self._flag = SharedFlag(args.device) if args.world_size > 1 else None
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             # transformers' own answer to SIGTERM, where the user asked for it.
             if number == signal.SIGTERM and getattr(args, "enable_jit_checkpoint", False):
                 continue
@@ -94,8 +102,21 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
         self._requested, self._asked_at = True, now
         if self._speaks:
-            # print() is not safe here: the signal may have come in the middle of another one.
-            os.write(2, _STOPPING)
+            with contextlib.suppress(OSError):  # a closed terminal
+                # print() is not safe here: the signal may have come in the middle of another one.
+                os.write(2, _STOPPING)
+        if number == signal.SIGHUP:
+            _leave_terminal()
+
+
+def _leave_terminal() -> None:
+    """What is still to be said goes nowhere: writing to a terminal that is gone is an error, which
+    would end the run before its checkpoint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 class SharedFlag:

@@ -97,6 +97,16 @@ def truncate_metrics(path: Path, step: int) -> None:
     _replace(path, "".join(kept))
 
 
+def forget_evaluation(path: Path, step: int) -> None:
+    """Removes the rows of evaluations at ``step`` from the file at once."""
+    rows = [
+        (line, row.get("step") == step and any(name.startswith("eval_") for name in row))
+        for line, row in _lines(path)
+    ]
+    if any(evaluation for _, evaluation in rows):
+        _replace(path, "".join(line for line, evaluation in rows if not evaluation))
+
+
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         return

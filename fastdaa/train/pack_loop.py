@@ -20,8 +20,11 @@ from fastdaa.train.base import PairTrainer
 from fastdaa.train.best_metric import check_best_metric, running_metrics
 from fastdaa.train.callbacks import default_callbacks, use_progress
 from fastdaa.train.compilation import compile_backbone, take_over_compilation
+from fastdaa.train.evaluation_batches import BatchesInStep
 from fastdaa.train.finite import check_row
-from fastdaa.train.metrics import MetricStore
+from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.missed_evaluation import make_up_evaluation
+from fastdaa.train.pooled_metrics import PooledStore
 from fastdaa.train.positions import check_length, longest, positions_of
 from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
 from fastdaa.train.sharding import check_parallelism, settle_ddp
@@ -46,7 +49,7 @@ class PackLoop(PairTrainer):
     :meth:`check_policy` and :meth:`settle_layout`.
     """
 
-    store_type: ClassVar[type[MetricStore]] = MetricStore
+    store_type: ClassVar[type[PooledStore]] = PooledStore
     """Of an evaluation."""
     draws_curves: ClassVar[bool] = True
     """Whether ``curves.png`` is drawn."""
@@ -59,7 +62,7 @@ class PackLoop(PairTrainer):
         for name in _UNUSED:
             if options.get(name) is not None:
                 raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
-        self._stores = {"train": MetricStore(), "eval": self.store_type()}
+        self._stores: dict[str, MetricStore] = {"train": MetricStore(), "eval": self.store_type()}
         if "args" in options:
             settle_ddp(options["args"], model)
         own = default_callbacks(curves=self.draws_curves)
@@ -137,6 +140,10 @@ class PackLoop(PairTrainer):
             return pack
         return {**pack, "segments": {**pack["segments"], "backend": self.args.attention}}
 
+    def items_of(self, pack: Mapping[str, Any]) -> int:
+        """How many items a pack has, by which a mean loss is taken: pairs; known on the host."""
+        return len(pack["counts"]) // 2
+
     def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What packs have to know of their whole batch, added to the inputs of each."""
         return {}
@@ -152,6 +159,7 @@ class PackLoop(PairTrainer):
         """
         if self._first_step is None:
             self._first_step = self.state.global_step
+            make_up_evaluation(self)
         try:
             return self._train_on(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
@@ -204,16 +212,24 @@ class PackLoop(PairTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Loss and metrics of an evaluation batch."""
+    ) -> tuple[None, None, None]:
+        """Metrics of an evaluation batch, the loss among them.
+
+        The Trainer gets no loss: it would weigh batches alike, whatever they hold.
+        """
         inputs = self._prepare_inputs(inputs)
-        self._stores["eval"].begin_batch()
+        store = self._stores["eval"]
+        store.begin_batch()
         packs, facts = inputs["packs"], self.batch_facts(inputs)
-        whole = {**inputs, **facts, "packs": self._evened(packs), "counted": len(packs)}
+        counted = inputs.get("counted", len(packs))
+        whole = {**inputs, **facts, "packs": self._evened(packs), "counted": counted}
         with torch.no_grad(), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, whole)
-        self._stores["eval"].end_batch(inputs)
-        return loss.detach(), None, None
+        if counted:
+            items = float(sum(map(self.items_of, packs)))
+            store.add(Sums(("loss",), loss.detach().double().view(1) * items, (items,)))
+            store.end_batch(inputs)
+        return None, None, None
 
     def evaluation_loop(
         self,
@@ -223,12 +239,16 @@ class PackLoop(PairTrainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> Any:
-        """The Trainer's loop, with this library's metrics beside the loss."""
+        """The Trainer's loop, for this library's metrics of every row once."""
         began = time.perf_counter()
         store = self._stores["eval"] = self.store_type()
         kwargs["metric_key_prefix"] = metric_key_prefix
-        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        batches: Any = dataloader
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            batches = BatchesInStep(dataloader, self.accelerator)
+        output: Any = super().evaluation_loop(batches, description, *args, **kwargs)
         values = self._named(store.read(self.accelerator))
+        values = {"loss": values.pop("loss"), **values}
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
         self.leave_out(time.perf_counter() - began)
         return output

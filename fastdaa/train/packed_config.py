@@ -138,6 +138,16 @@ class PackedConfig(PackOptions, TrainingArguments):
         }
 
     @property
+    def device(self) -> torch.device:
+        """The device of this process; of a CPU without a number.
+
+        With several processes accelerate calls it ``cpu:0``, where ``torch.load`` can put nothing,
+        and older releases of transformers load the optimizer's state onto this device.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def sampling_seed(self) -> int:
         """What decides the order of data: ``data_seed``, or else ``seed``."""
         return self.seed if self.data_seed is None else self.data_seed

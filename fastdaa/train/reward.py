@@ -129,10 +129,6 @@ class RewardTrainer(StageTrainer):
         """What an evaluation tells about rewards; the balance of experts is not logged."""
         return [*REWARD_METRICS]
 
-    def items_of(self, pack: Mapping[str, Any]) -> int:
-        """Pairs."""
-        return len(pack["counts"]) // 2
-
     def run_pack(self, model: nn.Module, pack: Mapping[str, Any], store: MetricStore) -> Tensor:
         """Bradley-Terry losses of the pairs of a pack, added up."""
         core = causal_lm(model)

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.metrics import MetricStore
 from fastdaa.train.pack_loop import PackLoop
 from fastdaa.train.packed_config import PackedConfig
 from fastdaa.train.prepare import each, padding_token
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-class PooledStore(MetricStore):
-    """Metrics of an evaluation, in which every token or pair counts the same."""
-
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages over all micro-batches as one."""
-        for sums in self.rows:
-            self.add(sums)
-        self.rows, self.batch = [*self.batch.values()], {}
-        return super().read(accelerator)
 
 
 class StageTrainer(PackLoop):
@@ -48,7 +34,6 @@ class StageTrainer(PackLoop):
 
     # compute_loss divides by the items of the whole step.
     loss_is_scaled_for_ga = True
-    store_type = PooledStore
     draws_curves = False
 
     def __init__(
@@ -78,10 +63,6 @@ class StageTrainer(PackLoop):
 
     def make_collator(self, pad_token_id: int) -> Any:
         """From rows to a batch of packs, in ``self.layout``."""
-        raise NotImplementedError
-
-    def items_of(self, pack: Mapping[str, Any]) -> int:
-        """How many losses a pack has, from numbers on the host."""
         raise NotImplementedError
 
     def run_pack(self, model: nn.Module, pack: Mapping[str, Any], store: MetricStore) -> Tensor:
@@ -118,8 +99,6 @@ class StageTrainer(PackLoop):
         for index, pack in enumerate(map(self.with_backend, packs)):
             repeated = index >= counted
             total = self.run_pack(model, pack, MetricStore() if repeated else store)
-            if not (model.training or repeated):
-                store.add(Sums(("loss",), total.detach().view(1), (float(self.items_of(pack)),)))
             losses.append(0.0 * total if repeated else total)
         loss = torch.stack(losses).sum() / divisor
         return (loss, {}) if return_outputs else loss

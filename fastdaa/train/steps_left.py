@@ -46,9 +46,15 @@ def steps_of(args: PackedConfig, rows: int) -> int:
     return math.ceil(args.num_train_epochs * _steps_of_epoch(args, rows))
 
 
+def sharing_processes(args: PackedConfig) -> int:
+    """How many batches of ``args.train_batch_size`` are trained on at once."""
+    split = getattr(args.accelerator_config, "split_batches", False)
+    return 1 if split else args.world_size
+
+
 def _steps_of_epoch(args: PackedConfig, rows: int) -> int:
     """Optimiser steps of one pass over ``rows`` rows."""
-    batches = rows / (args.train_batch_size * args.world_size)
+    batches = rows / (args.train_batch_size * sharing_processes(args))
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
@@ -60,7 +66,7 @@ def say_plan(args: PackedConfig, rows: int, unit: str, model: nn.Module) -> None
         unit: what rows are called.
     """
     steps = steps_of(args, rows)
-    accumulated, processes = args.gradient_accumulation_steps, args.world_size
+    accumulated, processes = args.gradient_accumulation_steps, sharing_processes(args)
     product = str(args.train_batch_size)
     product += f" x {accumulated} accumulated" if accumulated > 1 else ""
     product += f" x {processes} processes" if processes > 1 else ""

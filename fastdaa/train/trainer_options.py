@@ -71,9 +71,14 @@ def check_after(args: PackedConfig) -> None:
             "accelerator_config: expected dispatch_batches off, since packs cannot be cut into the "
             "parts of processes, got true"
         )
+    started = launched_processes()
+    if started > 1 and not getattr(args.accelerator_config, "even_batches", True):
+        raise ValueError(
+            "accelerator_config: expected even_batches on, since in training all processes need as "
+            "many batches, got false; evaluations count every pair once anyway"
+        )
     _check_trackers(args.report_to)
     _check_schedule(args)
-    started = launched_processes()
     if started > 1 and args.world_size == 1:
         raise ValueError(
             f"use_cpu: expected it, or devices that {started} processes can share, got "

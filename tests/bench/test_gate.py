@@ -184,6 +184,16 @@ def test_a_gradient_where_none_is_right() -> None:
     assert gate.check(right._replace(dh=zero + 1e-3)).status == "wrong"
 
 
+def test_the_largest_sum_of_a_sequence_is_an_error_of_its_own() -> None:
+    """One of two sums is off by 512 * 1e-4 nat, the other one is right."""
+    inputs = make_inputs(Case("tiny", 1024, "score"))
+    gate = Gate(inputs)
+    off = torch.cat([torch.full((512,), 1e-4), torch.zeros(512)]).double()
+    errors = gate.check(Outputs(None, gate.truth.answer.logps + off, None, None)).errors
+    assert errors["sequence_max"] == pytest.approx(0.0512)
+    assert errors["sequence"] == pytest.approx(0.0512 / 2**0.5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_logits_pass_and_show_their_error(dtype: str) -> None:
     inputs = make_inputs(Case("tiny", 512, dtype=dtype))
@@ -197,6 +207,8 @@ def test_rounded_logits_pass_and_show_their_error(dtype: str) -> None:
     assert rounded.status == wide.status == "ok"
     assert rounded.errors["logps"] > 100 * wide.errors["logps"]
     assert rounded.errors["sequence"] > 100 * wide.errors["sequence"]
+    # One sum of 512 tokens: the largest is the only one.
+    assert rounded.errors["sequence_max"] == pytest.approx(rounded.errors["sequence"])
     # A tenth of the weight's gradient is beyond any rounding.
     outputs = next(c for c in ALL if c.name == "pytorch").prepare(inputs)()
     assert gate.check(outputs._replace(dw=0.9 * outputs.dw)).status == "wrong"

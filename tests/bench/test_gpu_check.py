@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from fastdaa.benchmarks import gpu_check
 from fastdaa.benchmarks.gpu import measure
+from fastdaa.benchmarks.gpu.answers import Answers
 from fastdaa.benchmarks.gpu.measure import LOST
 from fastdaa.benchmarks.gpu.processes import (
     _GRACE_SECONDS,
@@ -21,7 +23,7 @@ from fastdaa.benchmarks.gpu.processes import (
     written_rows,
 )
 from fastdaa.benchmarks.gpu.questions import SIZES, case_of
-from fastdaa.benchmarks.gpu.report import Answers, as_lines, sections
+from fastdaa.benchmarks.gpu.report import as_lines, sections
 from fastdaa.benchmarks.roof import Roof
 
 ROW = '{{"status": "{}"}}\\n'
@@ -165,26 +167,6 @@ def test_parts_compute_fp32_in_fp32(log: Log, monkeypatch: pytest.MonkeyPatch) -
     assert run_part(_part("paths", line), 20.0, log).said == ["TF32 False"]
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("echo '1980 MHz, 1980 MHz, 76 W, 700 W, 31, 0 MiB, Default'", "mode): 1980 MHz, 1980 MHz"),
-        ("echo 'Failed to initialize NVML' >&2; exit 9", "mode): Failed to initialize NVML"),
-        (None, "nvidia-smi: FileNotFoundError"),
-    ],
-    ids=["one", "broken", "none"],
-)
-def test_the_log_says_how_the_device_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | None, said: str
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if line is not None:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
-        program.chmod(0o755)
-    assert said in gpu_check.state_of_the_device()
-
-
 def test_tables_are_kept_after_every_part(tmp_path: Path, log: Log) -> None:
     kept: list[int] = []
     found = [_part("paths", "pass"), _part("scaling", "raise SystemExit(1)")]
@@ -212,6 +194,38 @@ def test_tables_of_another_machine_need_no_device(
     assert "1.10 x 1U" in said and "missed: time" in said
     assert "bfloat16 742 TFLOP/s, copies 4.21 TB/s" in said
     assert (tmp_path / "gpu_check.md").exists()
+
+
+def test_a_limit_that_is_missed_counts_where_its_part_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--only paths` is no failure of the numbers of tokens that it never measures."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "check", lambda found, log, left, after: [])
+    monkeypatch.setattr(gpu_check, "Watch", lambda: contextlib.nullcontext())
+    codes = []
+    for unmet, only in (([], "paths"), (["scaling"], "paths"), (["scaling"], "scaling")):
+        report = gpu_check.Report([], [], set(unmet))
+        monkeypatch.setattr(gpu_check, "make_report", lambda *_, report=report: report)
+        codes.append(gpu_check.main(["--results", str(tmp_path), "--only", only]))
+    assert codes == [0, 0, 3]
+
+
+def test_tables_that_fail_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*given: object) -> None:
+        raise KeyError("flops")
+
+    monkeypatch.setattr(gpu_check, "make_report", broken)
+    monkeypatch.setattr(gpu_check, "_chosen", lambda parser, options: [_part("paths", "pass")])
+    words = ["--device", "cpu", "--selection", "tiny", "--results", str(tmp_path)]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_check.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("the tables failed: KeyError: 'flops'") == 3 and "paths        ok" in said
 
 
 def test_a_budget_ends_a_part_before_its_limit() -> None:

@@ -10,7 +10,9 @@ import pytest
 from fastdaa.benchmarks.contenders import ALL
 from fastdaa.benchmarks.contenders.fastdaa import Fastdaa
 from fastdaa.benchmarks.gpu import questions as asked
-from fastdaa.benchmarks.gpu.report import Answers, as_lines, sections, table
+from fastdaa.benchmarks.gpu.answers import Answers
+from fastdaa.benchmarks.gpu.limits import other_limits
+from fastdaa.benchmarks.gpu.report import as_lines, sections, table
 from fastdaa.benchmarks.gpu.scaling import Point, fit_line, growth
 from fastdaa.benchmarks.gpu.targets import TARGETS, judge
 from fastdaa.benchmarks.reading import Result
@@ -162,6 +164,59 @@ def test_the_report_holds_every_table() -> None:
     assert "4U 43.6 ms" in text and "3.40 GiB" in text
     assert "linear: " in text and "flat (x 1.00)" in text
     assert "256000, softcap 30" in text
+
+
+def _scaled(path: str, name: str, bytes_at: dict[int, int]) -> list[dict[str, Any]]:
+    sizes = (512, 2048, 8192, 32768, 65536)
+    return [
+        row(path, name, n * 1.1 * U / 8192, tokens=n, peak_bytes=bytes_at.get(n, 30 * MIB))
+        for n in sizes
+    ]  # fmt: skip
+
+
+def _verdicts(rows: list[dict[str, Any]], path: str) -> dict[tuple[str, str], str]:
+    found = other_limits(Answers(rows, "gpu", "cuda"))
+    return {(v.part, v.question.split()[0]): v.verdict for v in found if path in v.subject}
+
+
+def test_the_other_limits_have_verdicts_too() -> None:
+    less = [row("score", name, 2 * U, peak_bytes=299 * MIB) for name in asked.less("score")]
+    rows = [*less, *_scaled("score", "fastdaa-score-triton", {})]
+    assert _verdicts(rows, "score") == {
+        ("paths", "at"): "met", ("scaling", "time"): "met", ("scaling", "memory"): "met",
+    }  # fmt: skip
+    grown = _scaled("score", "fastdaa-score-triton", {65536: 34 * MIB})
+    less[0]["peak_bytes"] = 301 * MIB
+    assert _verdicts([*less, *grown], "score") == {
+        ("paths", "at"): "missed", ("scaling", "time"): "met", ("scaling", "memory"): "missed",
+    }  # fmt: skip
+
+
+def test_limits_of_what_was_not_measured_are_open() -> None:
+    first, *_ = (row("score", name, 2 * U) for name in asked.less("score"))
+    rows = [first, *_scaled("score", "fastdaa-score", {})[:-1]]
+    assert _verdicts(rows, "score") == {
+        ("paths", "at"): "not measured: fastdaa-score-triton-280mib",
+        ("scaling", "time"): "not measured: N = 65536",
+        ("scaling", "memory"): "not measured: N = 65536",
+    }  # fmt: skip
+    assert _verdicts(rows, "frozen")["scaling", "time"].startswith("not measured: N = 512, ")
+    assert _verdicts(rows, "recompute")["accuracy", "sums"] == "not measured: no row"
+
+
+@pytest.mark.parametrize(
+    ("total", "dw", "verdict"),
+    [(9e-4, 1.6e-3, "met"), (1.1e-3, 1.6e-3, "missed: sum"), (1e-4, 1.7e-3, "missed: dW")],
+)
+def test_accuracy_is_a_limit(total: float, dw: float, verdict: str) -> None:
+    def accuracy(name: str, **errors: float) -> dict[str, Any]:
+        return {**row("recompute", name, U), "kind": "accuracy", "case": "c", "error": errors}
+
+    rows = [
+        accuracy("pytorch-fp32-logits", sequence_max=5e-4, dh=1.6e-3, dw=1.6e-3),
+        accuracy("fastdaa-recompute", sequence=1e-5, sequence_max=total, dh=1.6e-3, dw=dw),
+    ]
+    assert _verdicts(rows, "recompute, c") == {("accuracy", "sums"): verdict}
 
 
 def test_a_table_has_columns_of_one_width() -> None:

@@ -229,3 +229,25 @@ def test_prompts_and_how_a_chat_template_closes():
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(ValueError, match="takes a question and its answer"):
         chat_ending(tokenizer)
+
+
+def test_other_prompts_are_another_run(files, tmp_path, capsys):
+    folder = tmp_path / "out"
+    given = {"reward": f"{files}/reward.py:count", "iterations": 1}
+    assert main(arguments(files, folder, **given)) == 0
+    lines = (files / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(lines[:-1]))
+    given |= {"dataset": tmp_path / "fewer.jsonl", "iterations": 2}
+    assert main([*arguments(files, folder, **given), "--resume_from_checkpoint"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "expected the prompts of" in error and "12 prompts" in error and "11 prompts" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_one_line(files, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    assert main(arguments(files, folder, reward=f"{files}/reward.py:count")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastdaa online: error: output_dir: expected room on the disk for what")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 from rich.console import Console
 
 from fastdaa.cli import main
+from fastdaa.study import estimators, pool, tilt
 from fastdaa.study.full import STUDY_FILE, Step, all_steps, run_full
 from fastdaa.study.plan import grid
 
@@ -164,3 +166,32 @@ def test_a_dry_run_checks_the_workers_too(action, tmp_path, capsys):
     arguments = ["study", action, "--dry_run", "--workers", "0", "--output_dir", str(tmp_path)]
     assert main(arguments) == 2
     assert "workers: expected at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["sweep"], ["full"], ["online"], ["estimators"], ["world"]], ids=" ".join
+)
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(
+    argv, tmp_path, capsys, monkeypatch
+):
+    for module, name in ((pool, "_attempt"), (estimators, "make_reference"), (tilt, "make_world")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("work was begun"))
+    _make_read_only(monkeypatch)
+    assert main(["study", *argv, "--output_dir", str(tmp_path / "study")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"output_dir: expected a folder to write to, {tmp_path}/study cannot be" in error
+    assert error.endswith("Read-only file system")
+
+
+def _make_read_only(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("fastdaa.study.whole_file.tempfile.mkdtemp", refuse)
+
+
+def test_a_tree_whose_file_cannot_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastdaa.study.exact.run_exact", lambda *_: pytest.fail("work was begun"))
+    _make_read_only(monkeypatch)
+    assert main(["study", "tree", "--output", str(tmp_path / "tree.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

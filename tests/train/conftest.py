@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import multiprocessing
+import multiprocessing.connection
 import runpy
 import socket
 from collections.abc import Callable, Iterator
@@ -212,20 +213,27 @@ def run(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) -> Callabl
 
 
 @pytest.fixture
-def run_two(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) -> Callable[..., Any]:
-    """``run_two(folder, **options)``: the same with two processes over gloo; both exit codes."""
+def run_several(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) -> Callable[..., Any]:
+    """``run_several(count, folder, **options)``: the same with several processes over gloo; all
+    their exit codes."""
 
-    def run_to_the_end(folder: Path, **options: Any) -> list[int]:
+    def run_to_the_end(count: int, folder: Path, **options: Any) -> list[int]:
         own = {k: options.pop(k) for k in RUN_OPTIONS & options.keys()}
         rows = own.pop("pairs", None) or pairs(24).to_list()
-        env = {**own.pop("env", {}), **_two_ranks()}
+        launcher = own.pop("launcher", False)
+        env = {**own.pop("env", {}), **_ranks(count)}
         processes = [
             start_run(
                 **run_options(folder, rows, dict(own), {"ddp_backend": "gloo", **options}),
                 env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
-            for rank in range(2)
+            for rank in range(count)
         ]
+        if launcher:
+            # As torchrun does: where one process ends with an error, it ends all.
+            multiprocessing.connection.wait([process.sentinel for process in processes], 60)
+            for process in processes:
+                process.terminate()
         for process in processes:
             process.join(90)
         codes = [process.exitcode for process in processes]
@@ -237,19 +245,28 @@ def run_two(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) -> Cal
     return run_to_the_end
 
 
-def _two_ranks() -> dict[str, str]:
+@pytest.fixture
+def run_two(run_several: Callable[..., Any]) -> Callable[..., Any]:
+    """``run_two(folder, **options)``: the same with two processes."""
+    return functools.partial(run_several, 2)
+
+
+def _ranks(count: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
 
 
-RUN_OPTIONS = {"pairs", "reshard", "end", "resume", "adapter", "lora", "eval", "model", "env"}
+RUN_OPTIONS = {
+    *("pairs", "reshard", "end", "resume", "adapter", "lora", "eval", "model", "env"),
+    *("launcher", "slow_end"),
+}
 
 
 def run_options(

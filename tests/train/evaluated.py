@@ -1,4 +1,4 @@
-"""One of several processes of ``fastdaa evaluate``.
+"""One of several processes of a command, such as ``fastdaa evaluate``.
 
 Run with the global ``OPTIONS``: ``argv`` of the command, ``env``, ``log`` (the file for all that it
 says), and ``end`` (what happens in the second batch of this process).
@@ -22,29 +22,26 @@ os.dup2(said, 2)
 import torch  # noqa: E402
 
 from fastdaa.cli import main  # noqa: E402
-from fastdaa.train.evaluation import EvaluationTrainer  # noqa: E402
+from fastdaa.train.trainer import PreferenceTrainer  # noqa: E402
 
 torch.set_num_threads(1)
 gc.freeze()  # the imports are no garbage, and the Trainer would look through all of them
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Ending(EvaluationTrainer):
-    """Fails, or is interrupted, in its second batch."""
+compute_loss, batches = PreferenceTrainer.compute_loss, iter(range(100))
 
-    batches = 0
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        self.batches += 1
-        if self.batches == 2 and OPTIONS["end"] == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        if self.batches == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return super().compute_loss(*args, **kwargs)
+def ending(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Fails, or is interrupted, in the second batch."""
+    second = next(batches) == 1
+    if second and OPTIONS["end"] == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    if second:
+        os.kill(os.getpid(), signal.SIGINT)
+    return compute_loss(self, *args, **kwargs)
 
 
 if OPTIONS["end"]:
-    import fastdaa.train.evaluation
-
-    fastdaa.train.evaluation.EvaluationTrainer = Ending  # type: ignore[misc]
+    PreferenceTrainer.compute_loss = ending  # type: ignore[method-assign]
 sys.exit(main(OPTIONS["argv"]))

@@ -2,8 +2,9 @@
 
 Run by the fixture ``start_run`` with the global ``OPTIONS``: ``settings`` of the config, ``model``
 (configuration of a tiny Llama), ``pairs``, ``adapter`` (folder of one to continue), ``resume``,
-``end`` (where and how the process ends) and ``env``. Writes the final weights to
-``final.safetensors`` in the output folder. With ``argv`` it is the command line that runs.
+``end`` (where and how the process ends), ``slow_end`` (whether the first process takes long after
+its last step) and ``env``. Writes the final weights to ``final.safetensors`` in the output folder.
+With ``argv`` it is the command line that runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ class End(TrainerCallback):
     def send(self, step: int, rank: int) -> None:
         if step == self.step and self.rank in (None, rank):
             os.kill(os.getpid(), self.number)
+
+
+class SlowEnd(TrainerCallback):
+    """Writes a file after the last step, which takes long, as that of curves may."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            time.sleep(1.0)
+            Path(args.output_dir, "ended").touch()
 
 
 def kill(*_: Any, **__: Any) -> None:
@@ -112,11 +123,13 @@ def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # the imports are no garbage, and the Trainer would look through all of them
     end = dict(options.get("end") or {})
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
     if "place" in end:
         killed_while_saving(end["step"], end["place"])
     elif end:
         callbacks.append(End(**end))
+    if options.get("slow_end"):
+        callbacks.append(SlowEnd())
     data = Dataset.from_list(options["pairs"])
     torch.manual_seed(0)
     lora = options.get("lora")

@@ -1,4 +1,4 @@
-"""``fastdaa evaluate`` over several processes: what one process finds, and how they end."""
+"""``fastdaa evaluate`` over several processes: what one process finds, and how commands end."""
 
 from __future__ import annotations
 
@@ -152,6 +152,28 @@ def test_an_error_of_all_is_said_once(files, together, tmp_path, options, messag
     codes, said = together(argv(files, 9, **{"output": tmp_path / "x.json", **options}))
     assert codes == [2, 2], said
     assert "".join(said).count("error:") == "".join(said).count(message) == 1
+
+
+def training(files, folder, command="train", **options):
+    given = {"model": files / "start", "dataset": files / "9.jsonl", "report_to": "none"}
+    given |= {"per_device_train_batch_size": 2, "output_dir": folder, **options}
+    return [command, "--use_cpu", *(f"--{k}={v}" for k, v in given.items())]
+
+
+def test_an_error_of_one_ends_a_training(files, together, tmp_path):
+    """The other one only notices that somebody has gone."""
+    codes, said = together(training(files, tmp_path / "out"), end={1: "memory"})
+    assert codes == [2, 2], said
+    assert "".join(said).count("error:") == said[1].count("the memory of the device is full") == 1
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_an_error_of_all_in_training_is_said_once(files, together, tmp_path, command):
+    arguments = training(files, tmp_path / "out", command, dataset=tmp_path / "none.jsonl")
+    codes, said = together(arguments)
+    assert codes == [2, 2], said
+    assert "".join(said).count("error:") == "".join(said).count("none.jsonl") == 1
 
 
 def test_sharded_models_are_refused(files, together, tmp_path, monkeypatch):

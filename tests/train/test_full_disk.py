@@ -23,8 +23,14 @@ SAFETENSORS = "Error while serializing: I/O error: No space left on device (os e
         SafetensorError(SAFETENSORS),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded", "/data/out/metrics.jsonl"),
+        Exception("No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        OSError(errno.EFBIG, "File too large"),
     ],
-    ids=["torch", "torch stream", "safetensors", "system", "quota"],
+    ids=[
+        *("torch", "torch stream", "safetensors", "system", "quota", "tokenizers"),
+        *("file size, safetensors", "file size"),
+    ],
 )
 def test_errors_of_a_full_disk(tmp_path, error):
     with pytest.raises(FullDiskError) as caught, full_disk_named(tmp_path, "the model"):
@@ -47,6 +53,22 @@ def test_other_errors_stay(tmp_path, error):
     with pytest.raises(type(error)) as caught, full_disk_named(tmp_path, "the model"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Parent directory /data/out/checkpoint-3 does not exist."),
+        SafetensorError("I/O error: No such file or directory (os error 2)"),
+    ],
+    ids=["torch", "safetensors"],
+)
+def test_a_folder_that_was_removed(tmp_path, error):
+    with (
+        pytest.raises(FileNotFoundError, match="to stay while the run lives, but a folder was"),
+        full_disk_named(tmp_path, "the model"),
+    ):
+        raise error
 
 
 def test_a_checkpoint_names_itself_and_the_one_before(make_trainer, tmp_path, monkeypatch):

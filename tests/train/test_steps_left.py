@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdaa.train import PreferenceConfig
+from fastdaa.train.steps_left import steps_of
+
 
 @pytest.fixture
 def started(make_trainer):
@@ -41,6 +44,16 @@ def test_fewer_steps_than_are_done(started, tmp_path, fewer, message):
     with pytest.raises(ValueError, match=message):
         started(True, **fewer)
     assert not (tmp_path / "out" / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize(("split", "steps"), [(False, 2), (True, 3)], ids=["each", "shared"])
+def test_steps_where_processes_share_a_batch(tmp_path, monkeypatch, split, steps):
+    args = PreferenceConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, use_cpu=True,
+        accelerator_config={"split_batches": split},
+    )  # fmt: skip
+    monkeypatch.setattr(PreferenceConfig, "world_size", 2)
+    assert steps_of(args, 12) == steps
 
 
 def test_a_finished_run_has_nothing_left(started, tmp_path, caplog):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from word_files import command_line, word_tokenizer, write_pairs_and_reward
+
+from fastdaa.cli.runs import train_and_save
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,24 @@ def test_interrupted_and_continued_as_the_command_says(fastdaa, files, tmp_path)
     assert code == 0
     got, expected = (load_file(f / "model.safetensors") for f in (folder, whole))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+class Stop(TrainerCallback):
+    """Sends this process a SIGTERM in the middle of a step."""
+
+    def on_optimizer_step(self, *_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_all_is_said_before_other_processes_end(make_trainer, monkeypatch, capfd):
+    """Since a launcher ends all of them when the first one ends."""
+    trainer = make_trainer(max_steps=2, callbacks=[Stop()])
+    said = []
+    monkeypatch.setattr(
+        trainer.accelerator, "wait_for_everyone", lambda: said.append(capfd.readouterr().out)
+    )
+    assert train_and_save("train", trainer, None, []) == 130
+    assert "Interrupted at step 1; saved: " in said[-1] and "--resume_from_checkpoint" in said[-1]
 
 
 def test_what_is_saved_is_an_ordinary_model(make_trainer, pairs, files, tmp_path):

@@ -105,6 +105,15 @@ def test_a_signal_to_one_process_stops_both(run_two, tmp_path, sharding):
     assert steps == sorted(set(steps)) and len(steps) == 6
 
 
+def test_a_launcher_ends_no_process_that_still_writes(run_two, tmp_path):
+    end = {"step": 3, "number": signal.SIGTERM, "rank": 1}
+    options = {"save_steps": 100, "launcher": True, "slow_end": True}
+    codes = run_two(tmp_path, end=end, **options)
+    assert 130 in codes and set(codes) <= {130, -signal.SIGTERM}
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert (tmp_path / "ended").exists()
+
+
 SHARDED = {
     "plain": {},
     "head cut up after the forward": {"reshard": True},

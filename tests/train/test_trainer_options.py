@@ -91,6 +91,15 @@ def test_fp16_as_accelerate_launch_asks(config, monkeypatch):
         config()
 
 
+def test_as_many_batches_for_all_processes(config, monkeypatch):
+    """One with fewer than the others would let them wait for ever."""
+    uneven = {"even_batches": False}
+    assert not config(accelerator_config=uneven).accelerator_config.even_batches
+    monkeypatch.setattr(trainer_options, "launched_processes", lambda: 2)
+    with pytest.raises(ValueError, match="accelerator_config: expected even_batches on"):
+        config(accelerator_config=uneven)
+
+
 def test_a_tracker_that_is_not_installed(config, monkeypatch):
     from transformers.integrations import integration_utils
 
@@ -99,6 +108,14 @@ def test_a_tracker_that_is_not_installed(config, monkeypatch):
         config(report_to=["comet_ml"])
     monkeypatch.setattr(integration_utils, "is_comet_available", lambda: True)
     assert config(report_to=["comet_ml"]).report_to == ["comet_ml"]
+
+
+def test_a_device_that_checkpoints_can_be_read_onto(config, tmp_path):
+    """accelerate gives the CPU of several processes a number, which torch.load does not know."""
+    args = config()
+    vars(args)["_setup_devices"] = torch.device("cpu", 0)
+    torch.save(torch.ones(1), tmp_path / "optimizer.pt")
+    assert torch.load(tmp_path / "optimizer.pt", map_location=args.device).device.type == "cpu"
 
 
 def test_processes_that_would_run_alone(config, monkeypatch):

@@ -200,3 +200,77 @@ def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
             json.dumps({"global_step": step})
         )
     assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_killed_in_its_first_checkpoint_a_run_with_a_limit_starts_again(run, whole, tmp_path):
+    options = {"save_total_limit": 1}
+    assert run(tmp_path, end={"step": 2, "place": "optimizer"}, **options) == KILLED
+    assert last_complete(tmp_path) is None and (tmp_path / "checkpoint-2").is_dir()
+    assert (
+        run(tmp_path, resume=True, end={"step": 1, "number": signal.SIGKILL}, **options) == KILLED
+    )
+    assert run(tmp_path, resume=True, **options) == 0
+    assert_equal(tmp_path, whole())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+PLATEAU = {
+    "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.5}, "load_best_model_at_end": True,
+    "disable_dropout": False, "model": {"attention_dropout": 0.2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plateau(pairs):
+    return {**PLATEAU, "eval": pairs(6, seed=1).to_list()}
+
+
+def evaluated(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["Ctrl-C", "Ctrl-C, and killed behind it"])
+def test_an_evaluation_before_which_a_run_was_stopped_is_made_up(
+    run, plateau, tmp_path, whole_folder, killed
+):
+    """Or its row would be missing, the learning rate another one, and maybe the best model."""
+    expected = whole_folder / "plateau"
+    if not expected.exists():
+        assert run(expected, **plateau) == 0
+    assert run(tmp_path, end={"step": 4, "number": signal.SIGINT}, **plateau) == 130
+    if killed:
+        # It is made up, and the process dies before it has a checkpoint that knows.
+        end = {"step": 5, "number": signal.SIGKILL}
+        assert run(tmp_path, resume=True, end=end, **plateau) == KILLED
+    assert run(tmp_path, resume=True, **plateau) == 0
+    assert_equal(tmp_path, (load_file(expected / "final.safetensors"), losses(expected)))
+    assert [step for step, _ in evaluated(tmp_path)] == [2, 4, 6]
+    assert evaluated(tmp_path) == evaluated(expected)
+    assert read_record(tmp_path).best == read_record(expected).best
+
+
+def test_an_evaluation_of_an_epoch_is_made_up(run, pairs, tmp_path, whole_folder):
+    options = {"eval_strategy": "epoch", "save_steps": 3, "eval": pairs(6, seed=1).to_list()}
+    expected = whole_folder / "epoch"
+    assert run(expected, **options) == 0
+    assert run(tmp_path, end={"step": 3, "number": signal.SIGINT}, **options) == 130
+    assert run(tmp_path, resume=True, **options) == 0
+    assert [step for step, _ in evaluated(tmp_path)] == [3, 6]
+    assert evaluated(tmp_path) == evaluated(expected)
+
+
+def test_an_evaluation_behind_the_last_checkpoint_is_made_up_once(run, pairs, tmp_path):
+    """A process that is killed in it has no step left to train."""
+    options = {"eval_strategy": "epoch", "save_steps": 3, "eval": pairs(6, seed=1).to_list()}
+    assert run(tmp_path, **options) == 0
+    expected = evaluated(tmp_path)
+    assert [step for step, _ in expected] == [3, 6]
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if '"step": 6, "eval_loss"' not in row]
+    (tmp_path / "metrics.jsonl").write_text("".join(kept))
+    assert run(tmp_path, resume=True, **options) == 0
+    assert evaluated(tmp_path) == expected
+    assert run(tmp_path, resume=True, **options) == 0
+    assert evaluated(tmp_path) == expected

@@ -6,6 +6,7 @@ moves mass to answers outside the data, and bandits whose solutions are known in
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 HELP = "exact small problems: null space, tree with one pair, closed forms"
@@ -40,12 +41,14 @@ def run(options: argparse.Namespace) -> int:
     from fastdaa.study.json_file import write_json
     from fastdaa.study.pool import cores
     from fastdaa.study.tree import TreeSettings
+    from fastdaa.study.whole_file import check_writable
 
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {options.workers}")
     settings = TreeSettings(
         losses=tuple(options.losses), betas=tuple(options.betas), seeds=options.seeds
     )
+    check_writable(Path(options.output).parent)
     tasks = len(settings.pairs) * settings.seeds
     workers = min(options.workers or cores(), tasks)
     console = Console()

@@ -46,9 +46,11 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastdaa.study.tilt import TILT_FILE, presets, run_tilt
+    from fastdaa.study.whole_file import check_writable
 
     # Matrices this small are slower with more threads.
     torch.set_num_threads(1)
+    check_writable(options.output_dir)
     console = Console()
     shown = options.preset or "H"
     wanted = [preset for preset in presets() if options.preset in (None, preset.name)]

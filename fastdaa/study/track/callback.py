@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from fastdaa.online.generation import end_tokens
 from fastdaa.study.track.answers import Subject, answer, share_of_rank
@@ -126,8 +127,10 @@ class TrackQuality(TrainerCallback):
                 self._last = rows[-1]["checkpoint"]
                 self._began -= rows[-1].get("seconds") or 0.0
         self._last = broadcast_object_list([self._last])[0]
-        # A run that was interrupted at a due step has not been measured there.
-        if step == 0 or self._steps is None or step % self._steps == 0:
+        # A run that was interrupted at a due step has not been measured there. That it was
+        # interrupted makes none due: the rows are those of a run that nothing stops.
+        due = _saves(args, state) if self._steps is None else step % self._steps == 0
+        if step == 0 or due:
             self._measure(state, control, strict=step == 0)
 
     def on_step_end(
@@ -220,6 +223,15 @@ class TrackQuality(TrainerCallback):
         should_log = control.should_log
         self._trainer.log(logged(row))
         control.should_log = should_log
+
+
+def _saves(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a run that nothing stops has a checkpoint of this step."""
+    if args.save_strategy == SaveStrategy.STEPS:
+        return state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps
+    if args.save_strategy == SaveStrategy.EPOCH:
+        return float(state.epoch or 0.0).is_integer()
+    return args.save_strategy != SaveStrategy.NO
 
 
 def _ends(state: TrainerState, control: TrainerControl) -> bool:

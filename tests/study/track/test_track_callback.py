@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from fastdaa.study.table import read_table
 from fastdaa.study.track import TrackQuality, TrackSettings
 from fastdaa.study.track.reward_function import RewardFunction
 from fastdaa.study.track.scoring import ScorerError
+from fastdaa.train.callbacks import was_interrupted
 from fastdaa.train.metrics_writer import read_metrics
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
@@ -153,6 +157,34 @@ def test_what_was_interrupted_at_a_due_step_is_measured_when_it_continues(tracke
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert steps(tmp_path / "out") == [0, 2, 4]
     assert json.loads(table.read_text().splitlines()[1])["kl"] == json.loads(kept[1])["kl"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"save_strategy": "steps", "save_steps": 2}, {"save_strategy": "epoch"}],
+    ids=["steps", "epoch"],
+)
+def test_that_a_run_was_interrupted_adds_no_row(tracked, tmp_path, options):
+    trainer, _ = tracked(folder="whole", run="run", **options)
+    trainer.train()
+    trainer, _ = tracked(run="run", **options)
+    trainer.add_callback(CtrlC(step=3))
+    trainer.train()
+    assert was_interrupted(trainer) and (tmp_path / "out" / "checkpoint-3").is_dir()
+    trainer, _ = tracked(run="run", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps(tmp_path / "out") == steps(tmp_path / "whole")
+
+
+class CtrlC(TrainerCallback):
+    """Pressed during a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_resuming_with_other_settings_is_refused(tracked, tmp_path):

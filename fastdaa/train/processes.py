@@ -1,4 +1,4 @@
-"""Several processes of one evaluation: they wait for each other, and one speaks for all.
+"""Several processes of one command: they wait for each other, and one speaks for all.
 
 What one of them has to say to the others goes through the key-value store by which their launcher
 brought them together: unlike a collective, waiting there can be interrupted, has no timeout, and
@@ -32,7 +32,7 @@ class OtherProcessFailed(RuntimeError):
     """Another process has failed and says why; this one ends with the same exit code."""
 
     def __init__(self, code: int):
-        super().__init__("another process of this evaluation has failed")
+        super().__init__("another process of this command has failed")
         self.code = code
 
 
@@ -72,7 +72,8 @@ def check_others() -> None:
 def run_together(work: Callable[[], int]) -> int:
     """The exit code of ``work``, or of the process that failed first.
 
-    Of the errors of all processes only the first is raised; the others return its exit code.
+    Of the errors of all processes only the first is raised; the others, which often only say that
+    somebody has gone, are dropped for an exit code.
     """
     try:
         return work()
@@ -113,4 +114,4 @@ def _store() -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.TCPStore(host, port, is_master=False, timeout=_ANSWER)
-    return dist.PrefixStore(f"fastdaa/evaluate/{attempt}", store)
+    return dist.PrefixStore(f"fastdaa/{attempt}", store)
