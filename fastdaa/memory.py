@@ -18,6 +18,7 @@ from fastdaa.slices import (
     STATISTICS_BYTES,
     STATISTICS_ROWS,
     Slices,
+    adds_halves,
     least_columns,
     logit_columns,
     plan_slices,
@@ -114,8 +115,10 @@ class Room:
 
     @property
     def product(self) -> int:
-        """The same where products add to sums: fp16 scales them, picked rows have no place."""
-        return self.result if self.size.operand == torch.float16 or self.size.sparse else 0
+        """The same where products add to sums: fp16 scales them, picked rows have no place, and
+        old versions of torch do not add products of half-precision factors."""
+        apart = self.size.operand == torch.float16 or self.size.sparse
+        return self.result if apart or (self.size.half and not adds_halves()) else 0
 
     def leaves_room(self, sums: int) -> bool:
         """Beside ``sums`` there is enough for tiles, a sixteenth of the budget."""

@@ -197,7 +197,8 @@ def _after(room: Room, tokens: int, last: int) -> int:
     size = room.size
     factor = room.held(tokens, size.narrow * size.hidden_size)
     picked = room.result // 2 if size.sparse else 0  # no place of their own to be rounded in
-    return room.result + max(factor, last) + picked
+    joining = held_by_target_rows(tokens, size.hidden_size, size.wide, room.engine)
+    return max(room.result + max(factor, last) + picked, joining)
 
 
 def _kept_part(room: Room) -> Tiles:

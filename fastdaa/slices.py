@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
+
 from fastdaa.call_size import CallSize, gradient_entry
 
 ROW_MULTIPLE = 16
@@ -22,6 +24,7 @@ PRODUCT_BYTES = 32 << 20
 # A product with so many results fills a GPU four times over, so none of their sums is split: parts
 # would be added in half precision (torch's allow_bf16_reduced_precision_reduction).
 UNSPLIT_ENTRIES = 1 << 24
+_ADDS_HALVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 # Rows and bytes of logits whose statistics the Triton engine takes at a time. 1024 rows of 12544
 # columns are 392 tiles of 128 x 256 of their product, and three for each multiprocessor of an H200
 # are 396; with fewer rows columns are more: no library has a reason to split the sums.
@@ -29,6 +32,11 @@ STATISTICS_ROWS = 1024
 STATISTICS_BYTES = 49 << 20
 # CPU products give a row the same bits in any block whose height is a multiple of this.
 CPU_ROW_MULTIPLE = 16
+
+
+def adds_halves() -> bool:
+    """Whether ``torch.addmm`` takes an fp32 summand with half-precision factors."""
+    return _ADDS_HALVES
 
 
 def logit_columns(engine: str, rows: int, width: int) -> int:
@@ -93,18 +101,26 @@ def _at_once(size: CallSize, engine: str, budget: int, columns: int) -> Iterator
     entry = gradient_entry(size, engine) * size.tokens + size.slice_copy * size.hidden_size
     if not size.tokens:
         return
-    # Results wait for their rounding, a slice of the product at a time, or the product rounds them.
     rounded = size.head_grad and size.own_weight.itemsize != size.wide
-    result = size.wide * size.hidden_size * rounded
-    own = whole_columns(min(columns, budget // entry))
-    if size.own_weight == size.operand and own * size.hidden_size >= UNSPLIT_ENTRIES:
-        result = 0
-    most = max(budget // (entry + result), (budget - PRODUCT_BYTES) // entry)
-    if most < 1:
-        return
-    columns = whole_columns(min(columns, most))
-    held = entry * columns + min(result * columns, PRODUCT_BYTES)
-    yield Slices(size.tokens, columns, held + size.tokens * size.row_copy, 1 / columns)
+
+    def held(columns: int) -> int:
+        """Results wait for their rounding, a slice of the product at a time, or a product that is
+        large enough rounds them. The last slice of the vocabulary may be too narrow for it."""
+        found = []
+        for width in (columns, size.width % columns):
+            entries = width * size.hidden_size
+            waits = rounded and not (size.own_weight == size.operand and entries >= UNSPLIT_ENTRIES)
+            found.append(entry * width + waits * min(size.wide * entries, PRODUCT_BYTES))
+        return max(found)
+
+    own = whole_columns(max(min(columns, budget // entry), 0))
+    if held(own) > budget:
+        result = size.wide * size.hidden_size * rounded
+        most = max(budget // (entry + result), (budget - PRODUCT_BYTES) // entry)
+        if most < 1:
+            return
+        own = whole_columns(min(columns, most))
+    yield Slices(size.tokens, own, held(own) + size.tokens * size.row_copy, 1 / own)
 
 
 def _summed(

@@ -50,7 +50,7 @@ def add_target_rows(
 
         targets, order = rows.targets.sort(stable=True)
         source = order if active is None else active[order]
-        add_sorted_rows(out, hidden.contiguous(), targets, source, rows.own[order])
+        add_sorted_rows(out, hidden, targets, source, rows.own[order])
         return
     groups = _Groups(rows.targets)
     own, source = rows.own[groups.order, None], groups.order
@@ -83,7 +83,7 @@ def finish_hidden(
         return
     few = max(_PART_BYTES // (result.element_size() * max(result.shape[1], 1)), 1)
     for start in range(0, result.shape[0], few):
-        some = slice(start, start + few)
+        some = slice(start, min(start + few, result.shape[0]))
         these, ours = rows.pick(some), result[some]
         ours.mul_(these.coefficients[:, None])
         ours.addcmul_(these.own[:, None], weight[these.targets])

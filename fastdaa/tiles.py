@@ -29,12 +29,11 @@ from fastdaa.slices import (
     PRODUCT_BYTES,
     ROW_MULTIPLE,
     UNSPLIT_ENTRIES,
+    adds_halves,
     logit_columns,
 )
 
 _HALVES = (torch.float16, torch.bfloat16)
-# torch.addmm takes an fp32 summand with half-precision factors.
-_ADDS_HALVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _SMALLEST_COEFFICIENT = 2.0**-100
 # A slice of a product is a multiple of 128 rows.
 _SLICE_ROWS = 128
@@ -129,7 +128,7 @@ def add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     A product of its own and an addition move 16 bytes an entry instead of 8; before torch 2.10
     there is no other way.
     """
-    if _ADDS_HALVES:
+    if adds_halves():
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return
     for rows in product_slices(total):

@@ -127,8 +127,8 @@ def _targets(name: str, out: str, hidden: str, m: str = ":16") -> list[Entry]:
         "column_blocks": "i32", **dict.fromkeys(("D", "stride_ov", "stride_hn"), f"i32{m}"),
     }  # fmt: skip
     return _each(
-        f"target_rows/{name}", _add_target_rows_kernel, arguments, {}, ROW_CONFIGS["target_rows"],
-        ("BLOCK_N", "BLOCK_V"),
+        f"target_rows/{name}", _add_target_rows_kernel, arguments,
+        {"stride_od": 1, "stride_hd": 1}, ROW_CONFIGS["target_rows"], ("BLOCK_N", "BLOCK_V"),
     )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def _hidden(name: str, dtype: str, places: bool = False, m: str = ":16") -> list
         **({"places_ptr": "*i64"} if places else {}),
     }  # fmt: skip
     constants = {"HAS_PLACES": places, **({} if places else {"places_ptr": None})}
+    constants |= dict.fromkeys(("stride_pd", "stride_wd", "stride_od"), 1)
     return _each(
         f"hidden_rows/{name}", _finish_hidden_rows_kernel, arguments, constants,
         ROW_CONFIGS["hidden_rows"],

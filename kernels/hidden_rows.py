@@ -26,24 +26,26 @@ def _finish_hidden_rows_kernel(
     targets_ptr,  # [rows] int64
     places_ptr,  # [rows] int64 rows of out, or None for all in their order
     out_ptr,  # [N, D]
-    V, D, column_blocks, stride_pn, stride_wv, stride_on,
+    V, D, column_blocks, stride_pn, stride_pd, stride_wv, stride_wd, stride_on, stride_od,
     HAS_PLACES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # One axis of programs: the second one of a grid ends at 65535.
     row = (tl.program_id(0) // column_blocks).to(tl.int64)
     columns = (tl.program_id(0) % column_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < D
+    columns = columns.to(tl.int64)  # a transposed weight's columns lie V entries apart
     factor, own = tl.load(factors_ptr + row), tl.load(own_ptr + row)
     target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < V)
     target = tl.where(valid, target, 0)
     own = tl.where(valid, own, 0.0)
-    product = tl.load(product_ptr + row * stride_pn + columns, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + target * stride_wv + columns, mask=inside, other=0.0)
+    product = tl.load(product_ptr + row * stride_pn + columns * stride_pd, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + target * stride_wv + columns * stride_wd, mask=inside, other=0.0)
     total = factor * product + own * weight.to(tl.float32)
     if HAS_PLACES:
         row = tl.load(places_ptr + row)
-    tl.store(out_ptr + row * stride_on + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    out = out_ptr + row * stride_on + columns * stride_od
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def finish_hidden_rows(
@@ -60,20 +62,14 @@ def finish_hidden_rows(
     """``out[places] = factors * product + own * weight[targets]``, each entry rounded once.
 
     Args:
-        product: ``[r, D]`` fp32; ``out`` may be the same memory.
+        product: ``[r, D]`` fp32, any strides; ``out`` may be the same memory.
         factors, own: ``[r]`` fp32.
-        weight: ``[V, D]`` bf16, fp16 or fp32.
+        weight: ``[V, D]`` bf16, fp16 or fp32, any strides.
         targets: ``[r]`` int64; those outside ``[0, V)`` add nothing.
-        out: ``[N, D]`` of one of these dtypes.
+        out: ``[N, D]`` of one of these dtypes, any strides.
         places: ``[r]`` int64 different rows of ``out``; None for its first rows.
         config: block sizes; None for the table's.
-
-    Raises:
-        ValueError: columns of ``product``, ``weight`` or ``out`` that are not contiguous.
     """
-    for name, t in (("product", product), ("weight", weight), ("out", out)):
-        if t.stride(1) != 1 and t.numel():
-            raise ValueError(f"{name}: expected contiguous columns, got strides {list(t.stride())}")
     config = config or row_config("hidden_rows", out.device)
     rows, columns = product.shape
     column_blocks = triton.cdiv(columns, config.block_v)
@@ -82,8 +78,8 @@ def finish_hidden_rows(
     with on_device(out):
         _finish_hidden_rows_kernel[(rows * column_blocks,)](
             product, factors.contiguous(), own.contiguous(), weight, targets.contiguous(),
-            places, out,
-            *weight.shape, column_blocks, product.stride(0), weight.stride(0), out.stride(0),
+            None if places is None else places.contiguous(), out,
+            *weight.shape, column_blocks, *product.stride(), *weight.stride(), *out.stride(),
             HAS_PLACES=places is not None, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -28,13 +28,14 @@ def _add_target_rows_kernel(
     ends_ptr,  # [rows] int64: where the target's rows end
     sources_ptr,  # [rows] int64 rows of hidden
     factors_ptr,  # [rows] fp32
-    V, D, column_blocks, stride_ov, stride_hn,
+    V, D, column_blocks, stride_ov, stride_od, stride_hn, stride_hd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # One axis of programs: the second one of a grid ends at 65535.
     first = tl.program_id(0) // column_blocks
     columns = (tl.program_id(0) % column_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < D
+    columns = columns.to(tl.int64)  # a transposed weight's columns lie V entries apart
     target = tl.load(targets_ptr + first)
     before = tl.load(targets_ptr + first - 1, mask=first > 0, other=-1)
     # A target outside the vocabulary has no row.
@@ -45,11 +46,11 @@ def _add_target_rows_kernel(
             at = start + tl.arange(0, BLOCK_N)
             source = tl.load(sources_ptr + at, mask=at < end, other=0)
             factor = tl.load(factors_ptr + at, mask=at < end, other=0.0)
-            offsets = source[:, None] * stride_hn + columns[None, :]
+            offsets = source[:, None] * stride_hn + columns[None, :] * stride_hd
             mask = (at < end)[:, None] & inside[None, :]
             hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0)
             acc += factor[:, None] * hidden.to(tl.float32)
-        out = out_ptr + target * stride_ov + columns
+        out = out_ptr + target * stride_ov + columns * stride_od
         total = tl.load(out, mask=inside, other=0.0).to(tl.float32) + tl.sum(acc, axis=0)
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -66,29 +67,24 @@ def add_sorted_rows(
     """``out[targets] += factors * hidden[sources]``, the rows of a target summed in their order.
 
     Args:
-        out: ``[V, D]`` bf16, fp16 or fp32; each of its entries is rounded once.
-        hidden: ``[N, D]`` of any of these dtypes.
+        out: ``[V, D]`` bf16, fp16 or fp32, any strides; each of its entries is rounded once.
+        hidden: ``[N, D]`` of any of these dtypes, any strides.
         targets: ``[a]`` int64, ascending; those outside ``[0, V)`` are left out.
         sources: ``[a]`` int64 rows of ``hidden``.
         factors: ``[a]`` fp32.
         config: block sizes; None for the table's.
-
-    Raises:
-        ValueError: columns of ``out`` or ``hidden`` that are not contiguous.
     """
-    for name, t in (("out", out), ("hidden", hidden)):
-        if t.stride(1) != 1 and t.numel():
-            raise ValueError(f"{name}: expected contiguous columns, got strides {list(t.stride())}")
     config = config or row_config("target_rows", out.device)
     rows, columns = targets.shape[0], out.shape[1]
     column_blocks = triton.cdiv(columns, config.block_v)
     if rows * column_blocks == 0:
         return
+    targets = targets.contiguous()
     ends = torch.searchsorted(targets, targets, right=True)
     with on_device(out):
         _add_target_rows_kernel[(rows * column_blocks,)](
-            out, hidden, targets, ends, sources, factors,
-            *out.shape, column_blocks, out.stride(0), hidden.stride(0),
+            out, hidden, targets, ends, sources.contiguous(), factors.contiguous(),
+            *out.shape, column_blocks, *out.stride(), *hidden.stride(),
             BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -50,12 +50,12 @@ def planned(leaves, engine="auto", coupled=False):
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """``in_chunks()``: batches no longer fit; chunks keep 10 tokens, tiles have 4."""
+    """``in_chunks()``: batches no longer fit; chunks keep 10 tokens or as told, tiles have 4."""
 
-    def start():
+    def start(kept=10):
         monkeypatch.setattr(memory, "CPU_ROW_MULTIPLE", 2)
         monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 4, 0))
-        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * 10)
+        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * kept)
         monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
 
     return start
@@ -92,6 +92,26 @@ def test_losses_are_those_of_chunks_and_gradients_those_of_fp64(
     ):
         assert got.dtype == leaf.dtype
         assert relative(got, want) < limit and relative(other, want) < limit
+
+
+@pytest.mark.parametrize("objective", [{}, {"use_weighting": True}], ids=["plain", "weighted"])
+def test_statistics_of_pairs_beyond_the_budget(half_factors, in_chunks, objective):
+    """Their tiles are made twice, for the loss and for the gradient, and told once."""
+    leaves, selection = tensors(torch.bfloat16)
+    half_factors(torch.bfloat16)
+    call = (leaves, selection, Objective.parse("dpo", **objective))
+    whole, grads = run(*call, stats=True)
+    in_chunks(kept=6)
+    assert (
+        planned(leaves).kept_tokens
+        == 6
+        < max(map(sum, zip(COUNTS[::2], COUNTS[1::2], strict=True)))
+    )
+    parts, others = run(*call, stats=True)
+    assert torch.equal(parts.losses, whole.losses)
+    assert all(torch.equal(a, b) for a, b in zip(parts.stats, whole.stats, strict=True))
+    for a, b in zip(grads, others, strict=True):
+        assert relative(a, b.double()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("peak", [1.0, 10.0, 40.0])

@@ -98,13 +98,17 @@ SIZES_OF_ONE = """if True:
     from fastdaa.kernels.row_statistics import take_row_statistics
     from fastdaa.kernels.row_gradient import write_row_gradient
     from fastdaa.kernels.row_slopes import take_row_slopes
+    from fastdaa.kernels.hidden_rows import finish_hidden_rows
     from fastdaa.kernels.score import score_tokens
+    from fastdaa.kernels.target_rows import add_sorted_rows
 
     z, target = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
     state = take_row_statistics(z, target, stats=True)[:3]
     write_row_gradient(z, target, *state, torch.ones(1), dtype=torch.float32)
     take_row_slopes(z, target, torch.zeros(1, 1, dtype=torch.bfloat16), stats=True)
     score_tokens(torch.zeros(1, 1), torch.zeros(1, 1), target, stats=True)
+    add_sorted_rows(z, z, target, target, torch.ones(1))
+    finish_hidden_rows(z, torch.ones(1), torch.ones(1), z, target, z, target)
 """
 DIVERGENCE = """if True:
     from fastdaa.kernels.divergence import HeadOptions, token_divergences
@@ -162,6 +166,8 @@ OBJECTIVE = """if True:
                 "_finish_row_slopes_kernel": 1,
                 "_score_tiles_kernel": 1,
                 "_merge_splits_kernel": 1,
+                "_add_target_rows_kernel": 1,
+                "_finish_hidden_rows_kernel": 1,
             },
             id="sizes-of-one",
         ),

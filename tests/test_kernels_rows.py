@@ -761,6 +761,18 @@ def test_slopes_of_targets_however_unlikely(poisoned, below, head):
     assert (error <= 1.01 * 2.0**-7 * truth[finite].abs() + 1e-30).all()
 
 
+def test_slopes_of_unlikely_targets_are_those_by_the_raw_products():
+    """A row that is written once more has the slope of its logits, too."""
+    z, targets, _ = rows_of(4, 203)
+    z[1, targets[1]] = z[1].amax() - 20.0
+    out, options = torch.empty_like(z, dtype=torch.bfloat16), {"logit_scale": 3.0}
+    rows, factors = take_row_slopes(z, targets, out, config=SMALL, **options)
+    assert rows.logps[1] < -32 and factors[1] == 1.0
+    truth = slopes_truth(z, targets, **options)
+    error = (factors.double()[:, None] * out.double() - truth).abs()
+    assert (error <= 1.01 * 2.0**-7 * truth.abs() + 1e-30).all()
+
+
 @pytest.mark.parametrize("columns", [1, 63, 64, 130])
 def test_slopes_of_the_first_columns_alone(poisoned, columns):
     z, targets, options = rows_of(5, 203, "everything")

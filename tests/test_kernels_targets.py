@@ -78,10 +78,26 @@ def test_few_rows(n):
     assert torch.allclose(out.double(), want, atol=1e-6)
 
 
-def test_columns_that_are_not_contiguous_are_refused():
-    out, hidden, *rest = problem(3, 6, torch.float32, TARGETS["one"])
-    with pytest.raises(ValueError, match=r"hidden: expected contiguous columns, got strides \[2,"):
-        add_sorted_rows(out[:, :3], hidden[:, ::2].as_strided((6, 3), (2, 2)), *rest)
+def test_nothing_is_read_before_the_first_row_or_of_rows_that_are_not_asked_for():
+    out, hidden, targets, _, factors = problem(9, 20, torch.float32, TARGETS["groups"])
+    # In memory, another row of the same target comes before the first one.
+    targets = torch.cat([targets[:1], targets])[1:]
+    factors = torch.cat([factors, factors.new_full((1,), float("inf"))])[:-1]
+    sources = torch.arange(9, device=DEVICE) + 1
+    hidden[0] = hidden[10:] = float("nan")
+    want = exact(out, hidden, targets, sources, factors)
+    add_sorted_rows(out, hidden, targets, sources, factors, config=SMALL)
+    assert torch.allclose(out.double(), want, atol=1e-5)
+
+
+def test_rows_may_have_any_strides():
+    """As the gradient of a transposed weight, and vectors that are columns of a table."""
+    out, hidden, *vectors = made = problem(9, 37, torch.float32, TARGETS["groups"])
+    want = exact(*made)
+    out, hidden = out.T.contiguous().T, hidden.repeat_interleave(2, dim=1)[:, ::2]
+    vectors = [torch.stack([t, torch.zeros_like(t)], dim=1)[:, 0] for t in vectors]
+    add_sorted_rows(out, hidden, *vectors, config=SMALL)
+    assert torch.allclose(out.double(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("picked", [False, True], ids=["all", "active"])
@@ -142,8 +158,16 @@ def test_hidden_rows_are_finished_in_place():
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_columns_of_products_have_to_be_contiguous():
-    t = torch.zeros(4, 6)
-    vector = torch.zeros(4)
-    with pytest.raises(ValueError, match="weight: expected contiguous columns, got strides"):
-        finish_hidden_rows(t[:, :2], vector, vector, t[:, ::3], vector.long(), t[:, :2])
+def test_hidden_rows_may_have_any_strides():
+    generator = torch.Generator().manual_seed(3)
+    n, d = 9, 33
+    product, weight, out = (
+        torch.randn(d, m, generator=generator).to(DEVICE).T for m in (n, V, 2 * n)
+    )
+    factors, own = torch.randn(n, 2, generator=generator).to(DEVICE).T
+    table = torch.stack([torch.randint(V, (n,), generator=generator), torch.arange(n) * 2], dim=1)
+    targets, places = table.to(DEVICE).T
+    want = factors[:, None] * product + own[:, None] * weight[targets]
+    config = ROW_CONFIGS["hidden_rows"][90]._replace(block_v=16)
+    finish_hidden_rows(product, factors, own, weight, targets, out, places, config=config)
+    assert torch.allclose(out[places], want, atol=1e-5)

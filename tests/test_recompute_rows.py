@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from head_products import HeadProducts
 
 from fastdaa import (
     LmHead,
@@ -14,6 +15,8 @@ from fastdaa import (
     token_entropy,
     token_logps,
 )
+from fastdaa.call_size import CallSize
+from fastdaa.memory import Room
 from fastdaa.plan_call import plan_call
 
 N, D, V = 200, 48, 61
@@ -98,7 +101,6 @@ def test_scarce_memory_gives_the_gradients_of_plenty(name, dtype, head_grad, bia
 @pytest.mark.parametrize("engine", ["torch", "triton"])
 def test_half_precision_products_are_as_good_as_with_plenty(half_factors, dtype, head_grad, engine):
     """As on a GPU; the truth is the call in fp64 on the same values."""
-    half_factors(dtype)
     ids = targets()[:SOME]
 
     def some(head_grad):
@@ -109,6 +111,7 @@ def test_half_precision_products_are_as_good_as_with_plenty(half_factors, dtype,
         return token_logps(hidden, weight, ids, softcap=9.0, **options).sin().sum()
 
     truths = gradients(call, [t.detach().double().requires_grad_() for t in some(True)])
+    half_factors(dtype)
 
     def errors(head_grad, **options):
         found = gradients(call, some(head_grad), engine=engine, **options)
@@ -118,6 +121,22 @@ def test_half_precision_products_are_as_good_as_with_plenty(half_factors, dtype,
     assert len(scarce) == 1 + head_grad
     for ours, plenty in zip(scarce, errors(True, impl="recompute"), strict=False):
         assert ours <= 1.1 * plenty + 1e-4 and ours < 5e-3
+
+
+@pytest.mark.parametrize("few", [{}, {"max_bytes": FEW}], ids=["plenty", "scarce"])
+def test_the_gradient_of_a_bias_has_its_true_size_in_fp16(half_factors, few):
+    """Tiles are scaled up into the range of fp16, and the scale is taken out again."""
+    made = [t.detach().requires_grad_() for t in leaves(torch.float16, True, bias=True)]
+    wide = [t.detach().double().requires_grad_() for t in made]
+
+    def call(hidden, weight, bias, **options):
+        options |= {"bias": bias, "impl": "recompute", "logit_scale": -1.5}
+        return 1e-4 * token_logps(hidden, weight, targets(), **options).sum()
+
+    truth = gradients(call, wide)
+    half_factors(torch.float16)
+    for got, want in zip(gradients(call, made, **few), truth, strict=True):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
 
 
 def test_what_a_frozen_head_needs_is_said_and_true():
@@ -157,3 +176,67 @@ def test_gradients_pass_gradcheck():
 
     assert plan_call(some, LmHead(weight), max_bytes=3 * 8 * V).hidden_rows > 0
     torch.autograd.gradcheck(call, some)
+
+
+def plan_of_scarce_memory(vocab_size, **options):
+    return plan_head(
+        vocab_size, "cuda", hidden_grad=True, engine="torch", operand=torch.bfloat16, **options
+    )
+
+
+def test_wide_sums_take_a_quarter_and_tiles_no_more_than_the_vocabulary():
+    call = {"head_grad": True, "impl": "recompute", "max_bytes": 16 << 20}
+    plan = plan_of_scarce_memory(128256, tokens=512, hidden_size=16384, **call)
+    assert plan.hidden_rows == (4 << 20) // (4 * 16384)
+    plan = plan_of_scarce_memory(500, tokens=8192, hidden_size=4096, **call)
+    assert plan.hidden_rows and plan.hidden_columns == 500
+
+
+def test_a_single_pass_without_a_gradient_of_the_head_costs_two_products():
+    plan = plan_of_scarce_memory(
+        50304, head_grad=False, loss_inside=True, impl="single_pass", tokens=512, hidden_size=64
+    )
+    assert (plan.path, plan.gemms) == ("single_pass", 2)
+
+
+@pytest.mark.parametrize("call", [logps, entropies])
+def test_tokens_of_coefficient_0_are_left_out_of_products(call):
+    made, kept = leaves(torch.float64, head_grad=True), torch.arange(0, N, 4)
+
+    def value(hidden, weight, rows):
+        values = (
+            token_entropy(hidden[rows], weight)
+            if call is entropies
+            else token_logps(hidden[rows], weight, targets()[rows], impl="recompute")
+        )
+        coefficients = torch.zeros(N, dtype=torch.float64).index_fill_(0, kept, 1.0)[rows]
+        return (coefficients * values).sum()
+
+    whole = value(*made, torch.arange(N))
+    with HeadProducts(V) as products:
+        found = torch.autograd.grad(whole, made)
+    # Logits again and both gradients, of a quarter of the tokens.
+    assert products.flop == 3 * 2 * len(kept) * V * D
+    for got, want in zip(found, torch.autograd.grad(value(*made, kept), made), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_least_budget_of_a_frozen_head_is_rounded_up():
+    call = {"head_grad": False, "tokens": 1001, "hidden_size": 4097}
+    least = -(-16 * 4 * 1001 * 4097 // 15)
+    assert 16 * 4 * 1001 * 4097 % 15
+    with pytest.raises(ValueError, match=f"expected {least} or more for impl='frozen'"):
+        plan_of_scarce_memory(1000, impl="frozen", max_bytes=least - 1, **call)
+    assert plan_of_scarce_memory(1000, impl="frozen", max_bytes=least, **call).path == "frozen"
+
+
+def test_divergences_keep_their_slopes_whatever_the_budget():
+    call = {"head_grad": False, "tokens": 8192, "hidden_size": 4096, "max_bytes": 16 << 20}
+    assert plan_of_scarce_memory(1000, divergence=True, **call).path == "frozen"
+    assert plan_of_scarce_memory(1000, **call).path == "recompute"
+
+
+def test_tiles_take_what_sums_leave_or_a_quarter():
+    room = Room(CallSize(1000), "torch", on_cpu=False, max_bytes=16000)
+    assert [room.beside(sums, 9000) for sums in (0, 10000, 15000)] == [9000, 6000, 1000]
+    assert [room.beside(sums, 9000) for sums in (15001, 20000)] == [4000, 4000]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdaa import target_rows, token_logps
-from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
+from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
 
 N, V, D = 60, 11, 7  # every target several times
 
@@ -58,6 +58,20 @@ def test_column_sums_and_the_entries_of_targets(monkeypatch, columns):
     want.index_add_(0, rows.targets, rows.own.double())
     add_column_sums(out, dz, rows)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [4 << 20, 4 * D * 7], ids=["at-once", "in-parts"])
+@pytest.mark.parametrize("where", ["in-place", "first-rows", "places"])
+def test_rows_of_hidden_states_are_finished_where_they_belong(monkeypatch, where, part):
+    monkeypatch.setattr(target_rows, "_PART_BYTES", part)
+    rows, weight, result = rows_of(), torch.randn(V, D), torch.randn(N, D)
+    want = rows.coefficients[:, None] * result + rows.own[:, None] * weight[rows.targets]
+    out = None if where == "in-place" else torch.zeros(2 * N, D)
+    places = 2 * torch.randperm(N) + 1 if where == "places" else None
+    finish_hidden(result, rows, weight, out, places)
+    got = result if out is None else out[:N] if places is None else out[places]
+    assert torch.allclose(got, want, atol=1e-6)
+    assert out is None or out.any(dim=1).sum() == N
 
 
 def eager(hidden, weight, targets):
