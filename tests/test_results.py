@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,18 @@ def test_the_page_names_device_versions_and_commit(page: str) -> None:
             assert row["status"] not in ("wrong", "failed")
             machine = row["machine"]
             assert machine["torch"] in page and machine["commit"] in page and not machine["dirty"]
+
+
+def test_the_page_of_drop_ins_has_the_measured_times() -> None:
+    page = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    rows = [
+        json.loads(line)
+        for line in (RESULTS / "trl_trainers" / "cpu.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 8
+    for row in rows:
+        times = row["median_s"]
+        cells = f"{times['fastdaa']:.2f} | {times['trl']:.2f} |"
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{row['case']}` |"))
+        assert line.endswith(cells), (line, cells)
+        assert row["commit"] in page and not row["dirty"]
