@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fastdaa"
 
 FLOORS: list[set[str]] = [
-    {"outputs", "compiled_sizes"},
+    {"outputs", "compiled_sizes", "writable"},
     {"validation", "first_order"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
     {"slices", "head_plan"},

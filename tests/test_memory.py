@@ -92,7 +92,7 @@ GIB = 1024 * MIB
     ("path", "engine", "limit"),
     [
         pytest.param("score", "fused", 64 * MIB, id="score-fused"),
-        pytest.param("score", "triton", 0.5 * GIB, id="score-triton"),
+        pytest.param("score", "triton", 64 * MIB, id="score-triton"),
         *(
             pytest.param(path, engine, limit * GIB, id=f"{path}-{engine}")
             for path, limit in (("frozen", 1.1), ("recompute", 1.1), ("single_pass", 2.1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from fastdaa.cli.quantization import check_quantized
 from fastdaa.cli.runs import hold_folder
 from fastdaa.data.sources import parse_source
 from fastdaa.train.checkpoints import check_files, complete, is_complete, to_continue
+from fastdaa.writable import check_writable
 
 if TYPE_CHECKING:
     from fastdaa.cli.arguments import ModelArguments
@@ -43,7 +43,7 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
         for source in getattr(arguments, name) or ():
             _check_exists(name, parse_source(source).path, _DATA_SUFFIXES)
     folder = Path(output_dir)
-    _check_writable(folder)
+    check_writable(folder)
     _check_other_models(arguments, folder)
     checkpoint = _find_checkpoint(output_dir, resume)
     # The hub is asked last, since it may take its time.
@@ -141,24 +141,6 @@ def _check_exists(name: str, value: str, suffixes: tuple[str, ...]) -> None:
     if suffixes and "," in value:
         hint = " (several are separated by spaces)"
     raise FileNotFoundError(f"{name}: expected a path or a hub id, there is no {value!r}{hint}")
-
-
-def _check_writable(folder: Path) -> None:
-    """Writes where ``folder`` is or will be: neither modes nor mounts tell it as surely."""
-    import tempfile
-
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        is_folder = existing.is_dir()
-        if is_folder:
-            os.rmdir(tempfile.mkdtemp(prefix=".fastdaa-", dir=existing))
-    except OSError as error:
-        raise OSError(
-            f"output_dir: expected a folder to write to, {folder} cannot be written or created: "
-            f"{error.strerror}"
-        ) from error
-    if not is_folder:
-        raise NotADirectoryError(f"output_dir: expected a folder, {existing} is a file")
 
 
 def _check_other_models(arguments: ModelArguments, folder: Path) -> None:

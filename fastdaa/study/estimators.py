@@ -39,10 +39,10 @@ from fastdaa.study.preferences import TRAIN_SEED, preference_pairs
 from fastdaa.study.presets import ModelSize, Preset, size_of
 from fastdaa.study.sampling import sample_responses
 from fastdaa.study.sft import Reference, make_reference
-from fastdaa.study.whole_file import check_writable
 from fastdaa.study.world import World, make_world
 from fastdaa.study.world_training import train_in_world
 from fastdaa.train.backbone import backbone_of
+from fastdaa.writable import check_writable
 
 ESTIMATORS_FILE = "estimators.json"
 NAMES = ("k1", "rb", "k3", "trlx")

@@ -29,7 +29,7 @@ from fastdaa.study.pool import worker_count
 from fastdaa.study.progress import bars
 from fastdaa.study.sweep import sweep
 from fastdaa.study.table import read_table
-from fastdaa.study.whole_file import check_writable
+from fastdaa.writable import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console

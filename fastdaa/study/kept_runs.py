@@ -18,7 +18,7 @@ from fastdaa.study.json_file import write_json
 from fastdaa.study.pool import outcomes, worker_count
 from fastdaa.study.progress import bars
 from fastdaa.study.table import read_table, write_table
-from fastdaa.study.whole_file import check_writable
+from fastdaa.writable import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -38,8 +38,9 @@ from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, draw_pairs, lab
 from fastdaa.study.presets import PRESETS, ModelSize, Preset, size_of
 from fastdaa.study.reward_model import response_rewards, train_reward_model
 from fastdaa.study.sft import Reference, make_reference
-from fastdaa.study.whole_file import check_writable, whole_file
+from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
+from fastdaa.writable import check_writable
 
 TILT_FILE = "tilt.jsonl"
 # In standard deviations of the proxy under the reference: from next to nothing to the far end.

@@ -1,9 +1,8 @@
-"""Files of a study that are there as a whole or not at all, and folders that can take them."""
+"""Files of a study that are there as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,19 +26,3 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make a folder and write into it, before anything is computed that is to be kept there.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix=".fastdaa-", dir=folder))
-    except OSError as error:
-        raise OSError(
-            f"output_dir: expected a folder to write to, {os.fspath(folder)} cannot be written or "
-            f"created: {error.strerror}"
-        ) from error

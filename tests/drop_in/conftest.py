@@ -192,3 +192,16 @@ def saved(
         return model
 
     return build
+
+
+@pytest.fixture
+def adapter() -> Callable[[bool], dict[str, Any]]:
+    """``adapter(wanted)``: arguments of a trainer that make a small LoRA adapter, or none."""
+
+    def arguments(wanted: bool) -> dict[str, Any]:
+        if not wanted:
+            return {}
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        return {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
+
+    return arguments

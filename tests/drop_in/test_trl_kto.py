@@ -92,13 +92,9 @@ def test_precomputed_log_probs_of_trls_head_are_not_read(make_kto, trl, drop_in,
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_products(make_kto, drop_in, saved, lora):
+def test_products(make_kto, drop_in, saved, lora, adapter):
     """3U, or 2U of a frozen head; beside it 1U for the reference, and the same for the baseline."""
-    options = {}
-    if lora:
-        peft = pytest.importorskip("peft", reason="peft is not installed")
-        options = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
-    trainer = make_kto(drop_in.KTOTrainer, saved(), **options)
+    trainer = make_kto(drop_in.KTOTrainer, saved(), **adapter(lora))
     ids = torch.randint(4, 44, (4, 12))
     mask = (torch.arange(12) >= 4).long().expand(4, 12)
     batch = {

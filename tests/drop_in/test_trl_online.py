@@ -134,12 +134,8 @@ def test_evaluation(trainers, saved, data):
     ],
     ids=["full", "lora", "cispo", "entropy-bonus", "lora-entropy-bonus"],
 )
-def test_products(make_trainer, drop_in, lora, settings, units):
-    options = {}
-    if lora:
-        peft = pytest.importorskip("peft", reason="peft is not installed")
-        options = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
-    trainer = make_trainer("GRPO", drop_in.GRPOTrainer, settings=settings, **options)
+def test_products(make_trainer, drop_in, lora, settings, units, adapter):
+    trainer = make_trainer("GRPO", drop_in.GRPOTrainer, settings=settings, **adapter(lora))
     trainer.current_gradient_accumulation_steps = 1
     ids = torch.randint(4, 44, (4, 12))
     ones = torch.ones_like(ids)

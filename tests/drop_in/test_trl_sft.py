@@ -91,12 +91,8 @@ def test_evaluation_with_metrics_of_the_logits(make_sft, trl, drop_in, data):
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_products(make_sft, drop_in, loss_type, lora):
-    options = {}
-    if lora:
-        peft = pytest.importorskip("peft", reason="peft is not installed")
-        options = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
-    trainer = make_sft(drop_in.SFTTrainer, settings={"loss_type": loss_type}, **options)
+def test_products(make_sft, drop_in, loss_type, lora, adapter):
+    trainer = make_sft(drop_in.SFTTrainer, settings={"loss_type": loss_type}, **adapter(lora))
     ids = torch.randint(4, 44, (4, 13))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with HeadProducts(44) as products:

@@ -187,7 +187,7 @@ def _make_read_only(monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("fastdaa.study.whole_file.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("fastdaa.writable.tempfile.mkdtemp", refuse)
 
 
 def test_a_tree_whose_file_cannot_be_written(tmp_path, capsys, monkeypatch):

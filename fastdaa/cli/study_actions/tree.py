@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from fastdaa.study.json_file import write_json
     from fastdaa.study.pool import cores
     from fastdaa.study.tree import TreeSettings
-    from fastdaa.study.whole_file import check_writable
+    from fastdaa.writable import check_writable
 
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {options.workers}")

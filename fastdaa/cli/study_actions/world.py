@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastdaa.study.tilt import TILT_FILE, presets, run_tilt
-    from fastdaa.study.whole_file import check_writable
+    from fastdaa.writable import check_writable
 
     # Matrices this small are slower with more threads.
     torch.set_num_threads(1)
