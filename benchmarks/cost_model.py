@@ -86,7 +86,7 @@ def plan_of(
         tokens=case.tokens, hidden_size=case.hidden,
         operand=getattr(torch, _operand(case, device)), weight_dtype=getattr(torch, case.dtype),
         hidden_dtype=getattr(torch, case.dtype), softcap=case.softcap is not None,
-        selected=case.is_loss,
+        selected=case.is_loss, gathered=case.is_loss,
     )  # fmt: skip
 
 
@@ -131,42 +131,63 @@ def _logit_passes(engine: str, w: int, softcap: bool) -> tuple[int, int, int]:
 
 
 def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
-    """Bytes of the fp32 sums of gradients beside their products."""
+    """Bytes of the sums of gradients beside their products."""
     if path == "score":
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
+    waits = _Waiting(packs=w == 2 and case.dtype == "bfloat16")
     factor = 2 * w  # the hidden states are made one, times coefficients
     kernels = plan.engine == "triton"  # each of these in one read and one write
     # Normalised, and the targets' rows of the weight are copied and added.
     joined = w if kernels else 8 + 8 + 3 * w
     if path == "frozen":
         beside = 8 if kernels else 0  # read and written; in plain torch by normalising
-        return n * d * (beside + joined + 4.0 + w)  # and scaled in backward
+        return n * d * (beside + joined + waits.kept + waits.read + w)  # and scaled in backward
     # Rows of the weight's gradient: in plain torch parts in order, their sums, and these added.
     sorted_rows = 40.0 + 6 * w
     if kernels:
-        sorted_rows = 3.0 * w if plan.kept_whole else 8.0 + w
-    kept = joined + sorted_rows * case.wants_head_grad
+        sorted_rows = 8.0 + w if path == "single_pass" and not plan.kept_whole else 3.0 * w
+    targets = joined + sorted_rows * case.wants_head_grad
+    rounded, add = (2.0 if plan.packs_sum else 4.0) + w, 8.0
+    apart = targets if w == 2 else 0.0  # recompute's, where a factor would round them
     if plan.kept_whole:
         # A product of the weight's size rounds its results itself. Slices of columns that were not
         # kept add to the gradient of the hidden states.
         slices = math.ceil((v - plan.kept_columns) / plan.tile_columns)
-        return n * d * (4.0 + w + factor + kept + 8.0 * slices)
-    # The first product writes a sum, the others read and write it; it is rounded at the end.
-    add, rounded = 8.0, 4.0 + w
+        again = _summed(plan, slices + 1) + apart if slices else 0.0
+        return n * d * (rounded + factor + targets + again)
     if path == "recompute":
-        rounded *= w != 4
         parts = math.ceil(n / plan.tile_rows)
         slices = math.ceil(v / (plan.hidden_columns or plan.tile_columns))
         # The product of a slice and all tokens rounds its results itself.
-        weight = add * (parts - 1) + rounded if parts > 1 else 0.0
-        return n * d * (add * (slices - 1) + rounded) + v * d * weight * case.wants_head_grad
-    # Rounding brings the loss's own gradient, too. Rows are filled with zeros, in case that some
-    # are left out, and written; where gradients are kept, times their coefficients.
+        weight = add * (parts - 1) + (4.0 + w) * (w != 4) if parts > 1 else 0.0
+        hidden = _summed(plan, slices) + rounded * (w != 4) + apart
+        return n * d * hidden + v * d * weight * case.wants_head_grad
+    # Rows are filled with zeros, in case that some are left out, and written; where gradients are
+    # kept, times their coefficients. In the end they get the loss's own gradient. The weight's
+    # first product writes a sum, the others read and write it.
     parts = math.ceil(n / plan.chunk_tokens)
-    hidden = 4 + rounded + (add + factor + kept) * (plan.kept_tokens > 0)
-    weight = add * (parts - 1) + rounded
+    hidden = waits.read + waits.kept + (add + factor + targets) * (plan.kept_tokens > 0)
+    hidden += waits.read + w
+    weight = add * (parts - 1) + waits.kept + waits.read + w
     return n * d * hidden + v * d * weight * case.wants_head_grad
+
+
+class _Waiting:
+    """Bytes an entry of a gradient that waits for backward: in fp16 where it is returned in bf16,
+    else wide."""
+
+    def __init__(self, packs: bool):
+        self.kept = 4.0 + 4 + 2 if packs else 0.0  # its row's largest entry, then itself
+        self.read = 2.0 if packs else 4.0
+
+
+def _summed(plan: HeadPlan, slices: int) -> float:
+    """Bytes an entry of a sum that so many slices of the vocabulary write or add to; in the memory
+    of what is returned it is wide for one slice at a time."""
+    if plan.packs_sum:
+        return 10.0 * slices + (6.0 + 8) * (slices - 1)
+    return 8.0 * (slices - 1)
 
 
 def _online(case: Case) -> int:

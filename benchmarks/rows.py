@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdaa.whole_file import naming
+
 KINDS = ("head", "loss", "step", "memory", "accuracy")
 STATUSES = ("ok", "wrong", "absent", "failed", "skipped")
 Row = dict[str, Any]
@@ -124,7 +126,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in map(_finite, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         file.seek(0)
         before = file.read()
         kept = before[: len(before) - len(_cut_off(before))]

@@ -9,6 +9,16 @@ import torch
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Gradients that are returned in ``dtype`` wait in fp16, see :mod:`fastdaa.waiting_rows`."""
+    return dtype == torch.bfloat16
+
+
+def takes_targets_apart(operand: torch.dtype, dtypes: set[torch.dtype]) -> bool:
+    """``recompute`` leaves targets out of products of these factors, of tensors in ``dtypes``."""
+    return operand in _HALVES and dtypes == {operand}
+
+
 class CallSize(NamedTuple):
     """Sizes and dtypes of one call."""
 
@@ -38,6 +48,8 @@ class CallSize(NamedTuple):
     """A gradient of weight or bias is wanted."""
     entropy: bool = False
     """The gradient is that of entropies: probabilities beside their logs."""
+    gathered: bool = False
+    """Chunks of a single pass gather the selected rows that they need: no copy of all."""
 
     @property
     def wide(self) -> int:
@@ -55,19 +67,34 @@ class CallSize(NamedTuple):
         return self.operand in _HALVES
 
     @property
-    def slopes(self) -> int:
-        """Bytes of a wide ``[N, D]``."""
-        return self.wide * self.tokens * self.hidden_size
-
-    @property
     def hidden_sum(self) -> int:
         """Bytes of a wide gradient ``[N, D]`` of the hidden states, if it is wanted."""
-        return self.slopes * self.hidden_grad
+        return self.wide * self.tokens * self.hidden_size * self.hidden_grad
+
+    @property
+    def own_rows(self) -> int:
+        """Bytes of ``[N, D]`` in the dtype of the hidden states."""
+        return self.own_hidden.itemsize * self.tokens * self.hidden_size
+
+    @property
+    def waiting_hidden(self) -> int:
+        """Bytes of a gradient of the hidden states that waits for backward."""
+        return self.own_rows * self.hidden_grad if packs(self.own_hidden) else self.hidden_sum
+
+    @property
+    def waiting_weight(self) -> int:
+        """The same of the weight."""
+        return self.weight_sum // 2 if packs(self.own_weight) else self.weight_sum
+
+    @property
+    def weight_entries(self) -> int:
+        """Of a gradient ``[V, D]`` of the weight, if it is wanted."""
+        return self.width * self.hidden_size * self.head_grad
 
     @property
     def weight_sum(self) -> int:
-        """Bytes of a wide gradient ``[V, D]`` of the weight, if it is wanted."""
-        return self.wide * self.width * self.hidden_size * self.head_grad
+        """Bytes of that gradient, wide."""
+        return self.wide * self.weight_entries
 
     @property
     def own_hidden(self) -> torch.dtype:
@@ -107,9 +134,14 @@ class CallSize(NamedTuple):
         return self.own_hidden.itemsize * self.hidden_size if self.sparse else 0
 
     @property
+    def gathered_row(self) -> int:
+        """Bytes of a copy of a row of hidden states, where chunks gather theirs."""
+        return self.own_hidden.itemsize * self.hidden_size * self.gathered
+
+    @property
     def selection(self) -> int:
         """Bytes of the copy of the selected rows, and of its gradient."""
-        return self.own_hidden.itemsize * self.tokens * self.hidden_size if self.selected else 0
+        return self.own_rows if self.selected else 0
 
 
 def statistics_entry(size: CallSize, engine: str, *, slope: bool = False) -> int:
@@ -128,9 +160,15 @@ def gradient_entry(size: CallSize, engine: str) -> int:
     return size.wide + max(size.wide * size.softcap, size.narrow * size.half)
 
 
-def gradient_row(size: CallSize, engine: str) -> int:
+def slopes_row(size: CallSize, engine: str) -> int:
     """Bytes of a row of logits whose statistics and gradient are taken one after the other."""
     entry = max(statistics_entry(size, engine, slope=True), gradient_entry(size, engine))
-    if engine == "torch" and size.softcap:  # statistics leave the slope behind
-        entry = max(entry, 2 * size.wide + size.narrow * size.half)
     return size.row_copy + size.width * entry
+
+
+def gradient_row(size: CallSize, engine: str) -> int:
+    """The same where what statistics left is held until the gradient has been a factor."""
+    row = slopes_row(size, engine)
+    if engine == "torch" and size.softcap:
+        row = max(row, size.row_copy + size.width * (2 * size.wide + size.narrow * size.half))
+    return row

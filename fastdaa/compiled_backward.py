@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdaa.compiled_logps import HeadSettings
-from fastdaa.compiled_operators import present, present_fake, wide_dtype
+from fastdaa.compiled_operators import no_slopes, present, present_fake, wide_dtype
 from fastdaa.compiled_sizes import HOST_READS
-from fastdaa.frozen import scaled_slopes
+from fastdaa.gradient_sums import HeadSums, dtypes_of
+from fastdaa.head import LmHead
+from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import Waiting, waiting_gradients
 from fastdaa.kept_products import KeptGradients
 from fastdaa.losses import Objective
@@ -21,6 +23,7 @@ from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
 from fastdaa.tiles import Logits
+from fastdaa.waiting_rows import WaitingRows
 
 
 class Saved(NamedTuple):
@@ -42,10 +45,14 @@ class Saved(NamedTuple):
     log_s: Tensor
     """``[N]`` that goes with ``m``."""
     hidden: Tensor
-    """``[N, D]`` gradient of the hidden states, wide; of a frozen head without ``coefficients``,
-    which are there, too."""
+    """``[N, D]`` gradient of the hidden states, of a frozen head without ``coefficients``, which
+    are there, too: this and the next are :class:`fastdaa.waiting_rows.WaitingRows`."""
+    hidden_scales: Tensor
+    """``[N]`` that goes with it."""
     weight: Tensor
-    """``[V, D]`` gradient of the weight, wide."""
+    """``[V, D]`` gradient of the weight, as the hidden states' is."""
+    weight_scales: Tensor
+    """``[V]`` that goes with it."""
     bias: Tensor
     """``[V]`` gradient of the bias, wide."""
 
@@ -58,18 +65,19 @@ class Saved(NamedTuple):
 
         return Saved(
             empty(), empty(), empty(), empty(dtype=torch.int64),
-            empty(weight.shape[0], dtype=operand), empty(), empty(), empty(rows.shape[1]),
-            empty(weight.shape[1]), empty(),
+            empty(weight.shape[0], dtype=operand), empty(), empty(),
+            *no_slopes(rows, operand), *no_slopes(weight, operand), empty(),
         )  # fmt: skip
 
 
 @torch.library.custom_op("fastdaa::pair_loss_gradients", mutates_args=(), tags=HOST_READS)
 def pair_loss_gradients(
     grad_loss: Tensor,
-    rows: Tensor,
+    hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    positions: Tensor,
     logps: Tensor,
     coefficients: Tensor,
     factors: Tensor,
@@ -79,7 +87,9 @@ def pair_loss_gradients(
     m: Tensor,
     log_s: Tensor,
     hidden_sum: Tensor,
+    hidden_scales: Tensor,
     weight_sum: Tensor,
+    weight_scales: Tensor,
     bias_sum: Tensor,
     objective: str,
     softcap: float | None,
@@ -95,36 +105,57 @@ def pair_loss_gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias from :class:`Saved`; empty where not wanted."""
-    tensors, sums = (rows, weight, bias), (hidden_sum, weight_sum, bias_sum)
+    by_hidden, by_weight = (
+        WaitingRows(hidden_sum, hidden_scales), WaitingRows(weight_sum, weight_scales),
+    )  # fmt: skip
     wants = wanted[0], wanted[1], wanted[2]
     if hidden_sum.numel() and coefficients.numel():
-        by_hidden = scaled_slopes(hidden_sum, coefficients * grad_loss, rows.dtype)
-        return present((by_hidden, None, None), rows)
-    if any(total.numel() for total in sums):
-        grads = tuple(
-            torch.mul(total, grad_loss, out=torch.empty_like(t)) if want and t is not None else None
-            for total, t, want in zip(sums, tensors, wants, strict=True)
-        )
-        return present((grads[0], grads[1], grads[2]), rows)
+        scaled = coefficients * grad_loss
+        slopes = by_hidden.scattered(scaled, hidden_states.dtype, positions, len(hidden_states))
+        return present((slopes, None, None), hidden_states)
+    if any(total.numel() for total in (hidden_sum, weight_sum, bias_sum)):
+        sums = HeadSums(
+            by_hidden if wants[0] else None, by_weight if wants[1] else None,
+            bias_sum if wants[2] else None,
+        )  # fmt: skip
+        dtypes = dtypes_of(hidden_states, weight, bias)
+        grads = sums.scaled(grad_loss, dtypes, positions, len(hidden_states))
+        return present(grads, hidden_states)
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     formula = Objective.by_key(objective)
     plan = plan_call(
-        rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
-        coupled=formula.coupled, sparse=formula.sparse, selected=True, stats=stats, operand=operand,
+        hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
+        coupled=formula.coupled, sparse=formula.sparse, tokens=len(positions), stats=stats,
+        operand=operand,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
-    logits, scaled = Logits(rows, head, operand, plan.engine), coefficients * grad_loss
-    if not factors.shape[0]:
-        state = RowState(m, log_s, logps)
-        return present(head_gradients(logits, targets, scaled, state, plan, wants), rows)
-    some = active if dz.shape[0] < rows.shape[0] else None
-    kept = KeptGradients(dz[:, : weight.shape[0]], factors, own, some)
-    waiting = Waiting(scaled, RowState(m, log_s, logps), kept)
-    return present(waiting_gradients(logits, targets, waiting, plan, wants), rows)
+    logits = selected_logits(hidden_states, head, operand, plan, positions)
+    scaled, state = coefficients * grad_loss, RowState(m, log_s, logps)
+    if factors.shape[0]:
+        some = active if dz.shape[0] < len(positions) else None
+        kept = KeptGradients(dz[:, : weight.shape[0]], factors, own, some)
+        waiting = Waiting(scaled, state, kept)
+        grads = waiting_gradients(logits, targets, waiting, plan, wants)
+    else:
+        grads = head_gradients(logits, targets, scaled, state, plan, wants)
+    rows, *others = grads
+    if rows is not None:
+        rows = torch.zeros_like(hidden_states).index_add_(0, positions, rows)
+    return present((rows, others[0], others[1]), hidden_states)
+
+
+def selected_logits(
+    hidden_states: Tensor, head: LmHead, operand: torch.dtype, plan: HeadPlan, positions: Tensor
+) -> Logits:
+    """Those of the rows at ``positions [N]`` of ``[P, D]``: copied here, or chunk by chunk where
+    the plan has chunks."""
+    if plan.path == "single_pass" and not plan.kept_whole:
+        return Logits(hidden_states, head, operand, plan.engine, positions)
+    return Logits(hidden_states.index_select(0, positions), head, operand, plan.engine)
 
 
 @pair_loss_gradients.register_fake
 def _(
-    grad_loss: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    grad_loss: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return present_fake((rows, weight, bias), rest[-1])
+    return present_fake((hidden_states, weight, bias), rest[-1])

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastdaa.compiled_operators import (
     backward_by,
+    no_slopes,
     only_first_differentiable,
     present,
     present_fake,
+    waiting_fake,
     what_waits,
     wide_dtype,
 )
@@ -82,8 +84,9 @@ def _divergence(
     max_bytes: int | None,
     hidden_grad: bool,
     head_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Divergences ``[N]``, and their slopes ``[N, D]`` where the head is not trained."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences ``[N]``, and the fields of their slopes ``[N, D]`` where the head is not
+    trained."""
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     ref_head = LmHead(ref_weight, ref_bias, ref_softcap, ref_logit_scale, ref_temperature)
     check_pair(hidden_states, head, ref_hidden_states, ref_head)
@@ -93,12 +96,12 @@ def _divergence(
     )  # fmt: skip
     if plan.engine == "fused":
         values = fused_divergences(hidden_states, head, ref_hidden_states, ref_head, kind, plan)
-        return values, values.new_empty(0)
+        return values, *no_slopes(hidden_states, operand)
     policy, ref = (
         Logits(hidden_states, head, operand), Logits(ref_hidden_states, ref_head, ref_operand),
     )  # fmt: skip
     values, slopes = divergences(policy, ref, kind, plan)
-    return values, values.new_empty(0) if slopes is None else slopes
+    return values, *(slopes or no_slopes(hidden_states, operand))
 
 
 def _waits(hidden_grad: bool, head_grad: bool) -> str:
@@ -106,11 +109,11 @@ def _waits(hidden_grad: bool, head_grad: bool) -> str:
 
 
 @_divergence.register_fake
-def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, operand, _, _, _, _, hidden_grad, head_grad = rest
     values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
-    shape = hidden_states.shape if _waits(hidden_grad, head_grad) == "slopes" else (0,)
-    return values, values.new_empty(shape)
+    *_, entries, scales = waiting_fake(_waits(hidden_grad, head_grad), hidden_states, operand)
+    return values, entries, scales
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

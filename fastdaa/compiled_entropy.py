@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdaa.compiled_operators import (
     backward_by,
+    no_slopes,
     only_first_differentiable,
     present,
     present_fake,
@@ -21,9 +22,9 @@ from fastdaa.compiled_operators import (
     wide_dtype,
 )
 from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
-from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.tiles import Logits, operand_dtype
+from fastdaa.waiting_rows import WaitingRows
 
 
 def compiled_token_entropy(
@@ -53,23 +54,24 @@ def _entropy(
     max_bytes: int | None,
     hidden_grad: bool,
     head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropies ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or slopes ``[N, D]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Entropies ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or the fields of slopes
+    ``[N, D]``."""
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     plan = plan_entropy(
         hidden_states, head, impl=impl, engine=engine, max_bytes=max_bytes,
         wanted=(hidden_grad, head_grad), operand=operand,
     )  # fmt: skip
-    absent = hidden_states.new_empty((0, hidden_states.shape[1]), dtype=wide_dtype(operand))
+    absent = no_slopes(hidden_states, operand)
     if plan.path == "frozen":
         values, slopes = entropies_and_slopes(hidden_states, head, plan, operand)
-        return values, absent.new_empty(0), absent.new_empty(0), slopes
+        return values, absent.scales, absent.scales.clone(), *slopes
     state, values = entropies(hidden_states, head, plan, operand)
-    return values, state.m, state.log_s, absent
+    return values, state.m, state.log_s, *absent
 
 
 @_entropy.register_fake
-def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, operand, impl, _, max_bytes, hidden_grad, head_grad = rest
     waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
     values = hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(operand))
@@ -78,15 +80,15 @@ def _(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, bias, *options, hidden_grad, head_grad = inputs
-    values, m, log_s, slopes = output
+    values, *waiting = output
     only_first_differentiable(ctx, output)
     ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
     impl, _, max_bytes = options[-3:]
     ctx.waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
     if ctx.waits == "slopes":
-        ctx.save_for_backward(slopes)
+        ctx.save_for_backward(*waiting[2:])
     else:
-        ctx.save_for_backward(hidden_states, weight, bias, values, m, log_s, slopes)
+        ctx.save_for_backward(hidden_states, weight, bias, values, *waiting)
 
 
 @torch.library.custom_op("fastdaa::token_entropy_gradients", mutates_args=())
@@ -99,6 +101,7 @@ def _gradients(
     m: Tensor,
     log_s: Tensor,
     slopes: Tensor,
+    scales: Tensor,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -110,7 +113,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
     if slopes.shape[0]:
-        by_hidden = scaled_slopes(slopes, coefficients, hidden_states.dtype)
+        by_hidden = WaitingRows(slopes, scales).scaled(coefficients, hidden_states.dtype)
         return present((by_hidden, None, None), hidden_states)
     head = LmHead(weight, bias, softcap, logit_scale, temperature)
     plan = plan_entropy(

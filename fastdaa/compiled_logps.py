@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdaa.compiled_operators import (
     backward_by,
+    no_slopes,
     only_first_differentiable,
     present,
     present_fake,
@@ -22,7 +23,7 @@ from fastdaa.compiled_operators import (
     what_waits,
     wide_dtype,
 )
-from fastdaa.frozen import logps_and_slopes, scaled_slopes
+from fastdaa.frozen import logps_and_slopes
 from fastdaa.head import LmHead
 from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.plan_call import plan_call
@@ -32,6 +33,7 @@ from fastdaa.score import score
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_head_inputs
 from fastdaa.vocab_shard import VocabShard
+from fastdaa.waiting_rows import WaitingRows
 
 
 class HeadSettings(NamedTuple):
@@ -130,8 +132,9 @@ def _logps(
     selected: bool,
     hidden_grad: bool,
     head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or slopes ``[N, D]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs ``[N]``, and for the backward pass ``m`` and ``log_s [N]`` or the fields of slopes
+    ``[N, D]``."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size)
     plan = plan_call(
@@ -139,18 +142,18 @@ def _logps(
         engine=engine, max_bytes=max_bytes, selected=selected,
     )  # fmt: skip
     # An operator's outputs are all tensors, those that this call does not have empty ones.
-    absent = hidden_states.new_empty((0, hidden_states.shape[1]), dtype=wide_dtype(operand))
+    absent = no_slopes(hidden_states, operand)
     if plan.path == "frozen":
         logps, slopes, _ = logps_and_slopes(hidden_states, head, targets, plan, operand)
-        return logps, absent.new_empty(0), absent.new_empty(0), slopes
+        return logps, absent.scales, absent.scales.clone(), *slopes
     state, _ = score(hidden_states, head, targets, plan, operand=operand)
-    return state.logps, state.m, state.log_s, absent
+    return state.logps, state.m, state.log_s, *absent
 
 
 @_logps.register_fake
 def _(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, operand, impl, _, max_bytes, _, hidden_grad, head_grad = options
     waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
     logps = hidden_states.new_empty(targets.shape[0], dtype=wide_dtype(operand))
@@ -159,15 +162,15 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, bias, targets, *options, hidden_grad, head_grad = inputs
-    logps, m, log_s, slopes = output
+    logps, *waiting = output
     only_first_differentiable(ctx, output)
     ctx.options, ctx.dtype, ctx.count = options, hidden_states.dtype, len(inputs)
     impl, _, max_bytes, _ = options[-4:]
     ctx.waits = what_waits(impl, max_bytes, hidden_grad, head_grad)
     if ctx.waits == "slopes":
-        ctx.save_for_backward(slopes)
+        ctx.save_for_backward(*waiting[2:])
     else:
-        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, m, log_s, slopes)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, logps, *waiting)
 
 
 @torch.library.custom_op("fastdaa::head_gradients", mutates_args=())
@@ -181,6 +184,7 @@ def _gradients(
     m: Tensor,
     log_s: Tensor,
     slopes: Tensor,
+    scales: Tensor,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -195,7 +199,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not wanted."""
     if slopes.shape[0]:
-        by_hidden = scaled_slopes(slopes, coefficients, hidden_states.dtype)
+        by_hidden = WaitingRows(slopes, scales).scaled(coefficients, hidden_states.dtype)
         return present((by_hidden, None, None), hidden_states)
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     plan = plan_call(

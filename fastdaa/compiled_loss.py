@@ -17,9 +17,14 @@ import torch
 from torch import Tensor
 
 from fastdaa.chunks import chunks_of_pairs
-from fastdaa.compiled_backward import Saved, pair_loss_gradients
+from fastdaa.compiled_backward import Saved, pair_loss_gradients, selected_logits
 from fastdaa.compiled_logps import HeadSettings, check_compilable
-from fastdaa.compiled_operators import only_first_differentiable, what_waits, wide_dtype
+from fastdaa.compiled_operators import (
+    by_slopes,
+    only_first_differentiable,
+    what_waits,
+    wide_dtype,
+)
 from fastdaa.compiled_sizes import HOST_READS, size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.frozen import logps_and_slopes
@@ -41,6 +46,7 @@ from fastdaa.score import score
 from fastdaa.single_pass import run_single_pass
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_head_inputs, check_indices
+from fastdaa.waiting_rows import WaitingRows
 
 
 class References(NamedTuple):
@@ -53,7 +59,7 @@ class References(NamedTuple):
 
 
 def compiled_pair_loss(
-    rows: Tensor,
+    hidden_states: Tensor,
     head: LmHead,
     selection: TokenSelection,
     objective: Objective,
@@ -65,7 +71,7 @@ def compiled_pair_loss(
     engine: str,
     max_bytes: int | None,
 ) -> PairLossOutput:
-    """:func:`fastdaa.pair_loss` on selected rows ``[N, D]`` as one node of a graph.
+    """:func:`fastdaa.pair_loss` on hidden states ``[P, D]`` as one node of a graph.
 
     Raises:
         ValueError: ``impl="reference"``. What is wrong with tensors is said when the graph runs.
@@ -73,12 +79,14 @@ def compiled_pair_loss(
     check_compilable(impl)
     weighted = weighting_of(objective)[1]
     grad = torch.is_grad_enabled()
-    wanted = [grad and t is not None and t.requires_grad for t in (rows, head.weight, head.bias)]
+    tensors = (hidden_states, head.weight, head.bias)
+    wanted = [grad and t is not None and t.requires_grad for t in tensors]
     loss, losses, logps, *rest = _pair_loss(
-        rows, head.weight, head.bias, selection.targets, selection.lengths, *references,
+        *tensors, selection.targets, selection.rows, selection.lengths, *references,
         objective.key, None if totals is None else [totals.pairs, totals.chosen_tokens],
         None if totals is None else totals.tokens, *HeadSettings.of(head),
-        operand_dtype(rows, head.weight), impl, engine, max_bytes, stats or weighted, wanted,
+        operand_dtype(hidden_states, head.weight), impl, engine, max_bytes, stats or weighted,
+        wanted,
     )  # fmt: skip
     lengths = references.completion_lengths
     policy = pair_logps(
@@ -91,17 +99,18 @@ def compiled_pair_loss(
 
 
 _Outputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
 @torch.library.custom_op("fastdaa::pair_loss", mutates_args=(), tags=HOST_READS)
 def _pair_loss(
-    rows: Tensor,
+    hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    positions: Tensor,
     lengths: Tensor,
     ref_logps: Tensor | None,
     ref_token_logps: Tensor | None,
@@ -125,26 +134,28 @@ def _pair_loss(
     """Loss, losses, log-probs, statistics, and :class:`Saved`."""
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
     counts = tuple(lengths.tolist())
-    check_indices("selection.targets", targets, (sum(counts),))
-    check_head_inputs(rows, weight, targets, bias, head.vocab_size)
+    tokens = sum(counts)
+    for name, indices in (("rows", positions), ("targets", targets)):
+        check_indices(f"selection.{name}", indices, (tokens,))
+    check_head_inputs(hidden_states, weight, targets, bias, head.vocab_size, tokens=tokens)
     formula = Objective.by_key(objective)
     plan = plan_call(
-        rows, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
-        coupled=formula.coupled, sparse=formula.sparse, selected=True, stats=stats, operand=operand,
+        hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
+        coupled=formula.coupled, sparse=formula.sparse, tokens=tokens, stats=stats, operand=operand,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     batch = PairBatch(
-        TokenSelection(rows, targets, lengths, counts), formula,
+        TokenSelection(positions, targets, lengths, counts), formula,
         ref_logps, ref_token_logps, completion_lengths, advantages,
         None if totals is None else BatchTotals(totals[0], totals[1], total_tokens),
         # Elsewhere a call without a compiler leaves the objective to autograd.
         plan.engine if plan.path == "single_pass" else "torch",
     )  # fmt: skip
-    logits = Logits(rows, head, operand, plan.engine)
+    logits = selected_logits(hidden_states, head, operand, plan, positions)
     # A call without gradients leaves autograd alone, which inference mode would not let record.
     with _autograd_inside() if plan.path != "score" else nullcontext():
         results, kept = _evaluate(logits, batch, plan, (wanted[0], wanted[1], wanted[2]), stats)
-    saved = Saved.nothing(rows, weight, operand)
+    saved = Saved.nothing(hidden_states, weight, operand)
     if any(wanted):
         saved = saved._replace(**{name: t for name, t in kept.items() if t is not None})
     return results[0].sum() / batch.totals.pairs, *results, *saved  # type: ignore[return-value]
@@ -175,10 +186,10 @@ def _evaluate(
         results, sums = run_single_pass(
             logits, targets, plan, chunks, batch.evaluate, wanted, stats
         )
-        return results, dict(zip(("hidden", "weight", "bias"), sums, strict=True))
+        return results, sums.fields()
     if plan.path == "frozen":
         logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
-        saved = {"hidden": slopes}
+        saved = {"hidden": slopes.entries, "hidden_scales": slopes.scales}
     else:
         state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
         logps, saved = state.logps, {"m": state.m, "log_s": state.log_s}
@@ -220,8 +231,9 @@ def _saves(impl: str, max_bytes: int | None, wanted: list[bool]) -> str:
 
 @_pair_loss.register_fake
 def _(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lengths: Tensor, *rest: Any
-) -> _Outputs:
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, positions: Tensor,
+    lengths: Tensor, *rest: Any,
+) -> _Outputs:  # fmt: skip
     *_, operand, impl, _, max_bytes, stats, wanted = rest
     tokens, wide = targets.shape[0], wide_dtype(operand)
     shapes: list[Any] = [
@@ -230,12 +242,15 @@ def _(
         (tokens,),
         *[(tokens if stats else 0,)] * STATISTICS,
     ]
-    results = [rows.new_empty(shape, dtype=wide) for shape in shapes]
-    saved, saves = Saved.nothing(rows, weight, operand), _saves(impl, max_bytes, wanted)
+    results = [hidden_states.new_empty(shape, dtype=wide) for shape in shapes]
+    saved, saves = Saved.nothing(hidden_states, weight, operand), _saves(impl, max_bytes, wanted)
     if saves == "slopes":
-        saved = saved._replace(hidden=rows.new_empty(rows.shape, dtype=wide))
+        shape = (tokens, hidden_states.shape[1])
+        saved = saved._replace(
+            hidden=saved.hidden.new_empty(shape), hidden_scales=results[2].clone()
+        )
     if saves in ("slopes", "state"):
-        saved = saved._replace(coefficients=rows.new_empty(tokens, dtype=wide))
+        saved = saved._replace(coefficients=results[2].clone())
     if saves == "state":
         saved = saved._replace(m=results[2].clone(), log_s=results[2].clone())
     if saves == "any":
@@ -245,17 +260,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, weight, bias, targets, *_ = inputs
+    hidden_states, weight, bias, targets, positions, *_ = inputs
     *_, impl, _, max_bytes, _, wanted = inputs
     only_first_differentiable(ctx, output)
     ctx.saves, ctx.wanted = _saves(impl, max_bytes, wanted), wanted
-    ctx.dtype, ctx.count = rows.dtype, len(inputs)
-    ctx.options = inputs[9], *inputs[12:]
+    ctx.shape, ctx.dtype, ctx.count = hidden_states.shape, hidden_states.dtype, len(inputs)
+    ctx.options = inputs[10], *inputs[13:]
     saved = Saved(*output[3 + STATISTICS :])
     if ctx.saves == "slopes":
-        ctx.save_for_backward(saved.hidden, saved.coefficients)
+        ctx.save_for_backward(saved.hidden, saved.hidden_scales, saved.coefficients, positions)
     else:
-        ctx.save_for_backward(rows, weight, bias, targets, output[2], *saved)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, positions, output[2], *saved)
 
 
 @first_order
@@ -264,9 +279,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad_loss is None:
         return None, None, None, *nothing
     if ctx.saves == "slopes":
-        slopes, coefficients = ctx.saved_tensors
-        by_hidden = (slopes * (coefficients * grad_loss)[:, None]).to(ctx.dtype)
-        return by_hidden, None, None, *nothing
+        entries, scales, coefficients, positions = ctx.saved_tensors
+        by_hidden = by_slopes(WaitingRows(entries, scales), coefficients * grad_loss, ctx.dtype)
+        whole = by_hidden.new_zeros(ctx.shape).index_add_(0, positions, by_hidden)
+        return whole, None, None, *nothing
     grads = pair_loss_gradients(grad_loss, *ctx.saved_tensors, *ctx.options)
     return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *nothing
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.call_size import packs
 from fastdaa.compiled_sizes import size_from_data
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
+from fastdaa.waiting_rows import WaitingRows
 
 
 def only_first_differentiable(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -27,7 +29,7 @@ def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
 
     ``gradients`` is the operator that makes theirs from the coefficients, what the context has
     saved, its ``options``, and which are wanted. Where what ``waits`` is ``"slopes"`` it has saved
-    the slopes ``[N, D]`` of the results alone.
+    those of the results alone, the fields of :class:`fastdaa.waiting_rows.WaitingRows`.
     """
 
     @first_order
@@ -36,8 +38,8 @@ def backward_by(gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
         if coefficients is None:
             return None, None, None, *nothing
         if ctx.waits == "slopes":
-            (slopes,) = ctx.saved_tensors
-            return (slopes * coefficients[:, None]).to(ctx.dtype), None, None, *nothing
+            slopes = WaitingRows(*ctx.saved_tensors)
+            return by_slopes(slopes, coefficients, ctx.dtype), None, None, *nothing
         wanted = list(ctx.needs_input_grad[:3])
         grads = gradients(coefficients, *ctx.saved_tensors, *ctx.options, wanted)
         return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *nothing
@@ -56,21 +58,36 @@ def what_waits(impl: str, max_bytes: int | None, hidden_grad: bool, head_grad: b
     return "slopes" if impl == "frozen" or max_bytes is None else "any"
 
 
+def by_slopes(slopes: WaitingRows, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """``slopes.scaled(coefficients, dtype)`` in a graph, for its compiler."""
+    return (slopes.entries * (coefficients * slopes.scales)[:, None]).to(dtype)
+
+
+def no_slopes(hidden_states: Tensor, operand: torch.dtype) -> WaitingRows:
+    """Fields of slopes of hidden states ``[N, D]`` without rows."""
+    wide = wide_dtype(operand)
+    entries = torch.float16 if packs(hidden_states.dtype) else wide
+    columns = hidden_states.shape[1]
+    return WaitingRows(
+        hidden_states.new_empty((0, columns), dtype=entries), hidden_states.new_empty(0, dtype=wide)
+    )
+
+
 def waiting_fake(
     waits: str, hidden_states: Tensor, operand: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of an operator that wait for backward: ``m``, ``log_s [N]``, slopes ``[N, D]``."""
-    rows, columns = hidden_states.shape
-    sizes: list[Any] = [0, 0, 0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of an operator that wait for backward: ``m``, ``log_s [N]``, and the fields of
+    slopes."""
+    rows = hidden_states.shape[0]
+    state: Any = rows if waits in ("nothing", "state") else 0
+    sloping: Any = rows if waits == "slopes" else 0
     if waits == "any":
-        sizes = [size_from_data() for _ in range(3)]
-    elif waits != "slopes":
-        sizes = [rows, rows, 0]
-    else:
-        sizes = [0, 0, rows]
-    shapes: list[Any] = [(sizes[0],), (sizes[1],), (sizes[2], columns)]
-    wide = wide_dtype(operand)
-    return tuple(hidden_states.new_empty(shape, dtype=wide) for shape in shapes)  # type: ignore[return-value]
+        state, sloping = size_from_data(), size_from_data()
+    entries, scales = no_slopes(hidden_states, operand)
+    return (
+        scales.new_empty(state), scales.new_empty(state),
+        entries.new_empty((sloping, entries.shape[1])), scales.new_empty(sloping),
+    )  # fmt: skip
 
 
 def present(grads: Gradients, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

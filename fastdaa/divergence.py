@@ -21,11 +21,11 @@ from fastdaa.divergence_tiles import (
     plan_divergence,
 )
 from fastdaa.first_order import first_order
-from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.tiles import Logits
 from fastdaa.validation import check_choice, check_kind
+from fastdaa.waiting_rows import WaitingRows
 
 KINDS = ("kl", "reverse_kl", "js")
 
@@ -127,7 +127,7 @@ class _Divergence(torch.autograd.Function):
         # A change in place before the backward pass raises, of the reference's tensors, too.
         ctx.frozen = slopes is not None
         tensors = (hidden_states, weight, bias, ref_hidden_states, ref_weight, ref_bias)
-        ctx.save_for_backward(*((slopes,) if ctx.frozen else tensors))
+        ctx.save_for_backward(*(slopes or tensors))
         return values
 
     @staticmethod
@@ -136,8 +136,8 @@ class _Divergence(torch.autograd.Function):
         """A row scale where slopes were kept, else both heads' logits once more."""
         nothing = (None,) * 7
         if ctx.frozen:
-            (slopes,) = ctx.saved_tensors
-            return scaled_slopes(slopes, coefficients, ctx.dtype), None, None, *nothing
+            slopes = WaitingRows(*ctx.saved_tensors)
+            return slopes.scaled(coefficients, ctx.dtype), None, None, *nothing
         saved = ctx.saved_tensors
         policy, ref = (
             Logits(hidden, replace(options, weight=weight, bias=bias), operand)

@@ -16,13 +16,15 @@ import math
 import torch
 from torch import Tensor
 
-from fastdaa.gradient_sums import Gradients, GradientSums, rounded
+from fastdaa.frozen import slopes_of
+from fastdaa.gradient_sums import Gradients, GradientSums, dtypes_of
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.plan_call import plan_call
 from fastdaa.row_passes import logit_slope, scale_tile
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
 from fastdaa.validation import check_product
+from fastdaa.waiting_rows import WaitingRows
 
 
 def check_pair(
@@ -63,18 +65,18 @@ def plan_divergence(
 
 def divergences(
     policy: Logits, ref: Logits, kind: str, plan: HeadPlan
-) -> tuple[Tensor, Tensor | None]:
-    """Values ``[N]`` and, on the path of a head that is not trained, their slopes ``[N, D]`` by the
-    hidden states; both in the wide dtype of the policy."""
+) -> tuple[Tensor, WaitingRows | None]:
+    """Values ``[N]``, wide, and, on the path of a head that is not trained, their slopes ``[N, D]``
+    by the hidden states."""
     hidden = policy.hidden_states
     values = hidden.new_empty(hidden.shape[0], dtype=policy.wide)
     frozen, weights = plan.path == "frozen", _weights(policy, ref)
-    slopes = hidden.new_empty(hidden.shape, dtype=policy.wide) if frozen else None
+    slopes = slopes_of(policy) if frozen else None
     with without_autocast(hidden.device):
         for rows in blocks(hidden.shape[0], plan.block_rows):
             values[rows], dz = _compare(policy, ref, weights, rows, kind, frozen)
             if slopes is not None and dz is not None:
-                slopes[rows] = _by_hidden(policy, dz, weights[0])
+                slopes.keep(rows, _by_hidden(policy, dz, weights[0], slopes.place(rows)))
             del dz  # before the next tiles are made
     return values, slopes
 
@@ -100,7 +102,8 @@ def divergence_gradients(
             dz.mul_(scaled[rows, None])
             grads.add(dz, factor, policy.rows(rows), weights[0], rows)
             del dz
-    return rounded(grads.finish(), (policy.hidden_states, policy.head.weight, policy.head.bias))
+    dtypes = dtypes_of(policy.hidden_states, policy.head.weight, policy.head.bias)
+    return grads.finish(waits=False).returned(dtypes)
 
 
 def _weights(policy: Logits, ref: Logits) -> tuple[Tensor, Tensor]:
@@ -155,12 +158,12 @@ def _log_softmax(z: Tensor) -> Tensor:
     return z.sub_(z.logsumexp(dim=1, keepdim=True))
 
 
-def _by_hidden(policy: Logits, dz: Tensor, weight: Tensor) -> Tensor:
-    """``dz [r, V]`` times the weight, ``[r, D]`` wide."""
+def _by_hidden(policy: Logits, dz: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``out [r, D]``, wide: ``dz [r, V]`` times the weight."""
     ones = dz.new_ones(1)
     factor = GradientFactor(policy, ones)
     tile = dz if factor.scale is None else dz.mul_(factor.scale)
-    return factor.restore(product(tile.to(policy.operand), weight))
+    return factor.restore(product(tile.to(policy.operand), weight, out))
 
 
 def fused_divergences(

@@ -206,7 +206,7 @@ class TritonTile:
             out = logits_memory(rows, width, self.z.device, self.operand)
         found, factors = take_row_slopes(self.z, targets, out, stats=stats, **self.options)
         state, values = state_and_values(found)
-        return RowSlopes(state, values, out, factors, _own_slope(self.head, state))
+        return RowSlopes(state, values, out, factors, own_slope(self.head, state))
 
     def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
         """See :class:`RowTile`; in ``operand``, over the logits."""
@@ -239,10 +239,10 @@ def _slopes_in_two_passes(
     nowhere = torch.full_like(targets, -1)  # the target's entry may leave the range of fp16
     slopes = tile.gradient(state, nowhere, coefficients, out=out)
     set_target(slopes, targets, 0.0, tile.head.first_token + tile.columns.start)
-    return RowSlopes(state, values, slopes, factors, _own_slope(tile.head, state))
+    return RowSlopes(state, values, slopes, factors, own_slope(tile.head, state))
 
 
-def _own_slope(head: LmHead, state: RowState) -> Tensor:
+def own_slope(head: LmHead, state: RowState) -> Tensor:
     """``d logp / d z`` at the target: the slope of its logit times ``1 - p``, which would round to
     0 for a confident token."""
     target_logit = state.m + state.log_s + state.logps

@@ -15,11 +15,11 @@ from torch import Tensor
 from fastdaa.compiled_entropy import compiled_token_entropy
 from fastdaa.entropy_tiles import entropies, entropies_and_slopes, entropy_gradients, plan_entropy
 from fastdaa.first_order import first_order
-from fastdaa.frozen import scaled_slopes
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.tiles import Logits, operand_dtype
 from fastdaa.validation import check_choice, check_product, check_vector
+from fastdaa.waiting_rows import WaitingRows
 
 _IMPLS = ("auto", "score", "frozen", "recompute")
 
@@ -85,7 +85,7 @@ class _Entropy(torch.autograd.Function):
         ctx.plan, ctx.dtype, ctx.operand = plan, hidden_states.dtype, operand
         if plan.path == "frozen":
             values, slopes = entropies_and_slopes(hidden_states, head, plan, operand)
-            ctx.save_for_backward(slopes)
+            ctx.save_for_backward(*slopes)
             return values
         state, values = entropies(hidden_states, head, plan, operand)
         ctx.options = replace(head, weight=weight[:0], bias=None)
@@ -98,8 +98,8 @@ class _Entropy(torch.autograd.Function):
         """A row scale where slopes were kept, else the logits once more."""
         nothing = (None, None, None)
         if ctx.plan.path == "frozen":
-            (slopes,) = ctx.saved_tensors
-            return scaled_slopes(slopes, coefficients, ctx.dtype), None, None, *nothing
+            slopes = WaitingRows(*ctx.saved_tensors)
+            return slopes.scaled(coefficients, ctx.dtype), None, None, *nothing
         hidden_states, weight, bias, values, m, log_s = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
         logits = Logits(hidden_states, head, ctx.operand, ctx.plan.engine)

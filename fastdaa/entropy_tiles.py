@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.frozen import slopes_of
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
@@ -16,6 +17,7 @@ from fastdaa.recompute import head_gradients
 from fastdaa.row_passes import RowState
 from fastdaa.score import score
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
+from fastdaa.waiting_rows import WaitingRows
 
 
 def plan_entropy(
@@ -48,11 +50,11 @@ def entropies(
 
 def entropies_and_slopes(
     hidden_states: Tensor, head: LmHead, plan: HeadPlan, operand: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Entropies ``[N]`` and their slopes by the hidden states, ``[N, D]``; both wide."""
+) -> tuple[Tensor, WaitingRows]:
+    """Entropies ``[N]`` and their slopes by the hidden states, ``[N, D]``."""
     logits = Logits(hidden_states, head, operand, plan.engine)
-    slopes = hidden_states.new_empty(hidden_states.shape, dtype=logits.wide)
-    values = slopes.new_empty(slopes.shape[0])
+    slopes = slopes_of(logits)
+    values = torch.empty_like(slopes.scales)
     ones, targets = torch.ones_like(values), _any_targets(hidden_states)
     with without_autocast(hidden_states.device):
         factor = GradientFactor(logits, ones)
@@ -63,8 +65,10 @@ def entropies_and_slopes(
             assert stats is not None
             values[rows] = stats.entropy
             dz = tile.entropy_gradient(state, stats.entropy, scaled[rows])
-            slopes[rows] = factor.restore(product(dz.to(logits.operand), weight))
-            del tile, dz  # before the next ones are made
+            del tile
+            dz = dz.to(logits.operand)
+            slopes.keep(rows, factor.restore(product(dz, weight, slopes.place(rows))))
+            del dz  # before the next ones are made
     return values, slopes
 
 

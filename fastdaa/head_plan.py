@@ -32,6 +32,8 @@ class HeadPlan:
         hidden_rows: Tokens whose gradient of the hidden states ``recompute`` makes at once, apart
             from the head's; 0 where both are made of the same tiles.
         hidden_columns: Vocabulary entries of the tiles that it is made of.
+        packs_sum: ``recompute`` sums the gradient of the hidden states in the memory of what it
+            returns, see :mod:`fastdaa.waiting_rows`.
         engine: What works on tiles between the products: ``"torch"``, ``"triton"`` for its
             kernels, or ``"fused"`` where products and statistics are one kernel and no tile
             exists.
@@ -54,6 +56,7 @@ class HeadPlan:
     kept_whole: bool = False
     hidden_rows: int = 0
     hidden_columns: int = 0
+    packs_sum: bool = False
     engine: str = "torch"
     engine_reason: str = ""
     sparse: bool = False

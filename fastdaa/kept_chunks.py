@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.gradient_sums import GradientSums
 from fastdaa.head_plan import HeadPlan
-from fastdaa.kept_products import leave_out, scaled_rows, write_hidden_gradient
+from fastdaa.kept_products import hidden_gradient_parts, leave_out, scaled_rows
 from fastdaa.outputs import TokenStats
 from fastdaa.score import statistics_of
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
@@ -65,16 +65,29 @@ class KeptChunks:
             dz, active = leave_out(dz, coefficients)
         if not dz.shape[0]:
             return
-        hidden, grads, kept = self.logits.hidden_states[rows], self.grads, self.kept
+        hidden, grads, kept = self.logits.own_rows(rows), self.grads, self.kept
         count = coefficients.shape[0]
         of = TargetRows(
             self.targets[rows], coefficients * kept.factors[:count], coefficients * kept.own[:count]
         )
+        if self.logits.head.shard is not None:
+            first = self.logits.head.first_token
+            of = of.among(slice(first, first + dz.shape[1]))
         of = of if active is None else of.pick(active)
         if grads.weight is not None:
             grads.add_to_weight(dz, scaled_rows(hidden, of.coefficients, dz.dtype, active))
             add_target_rows(grads.weight, hidden, of, active, self.plan.engine)
         if grads.hidden is not None:
-            write_hidden_gradient(dz, of, kept.weight, grads.hidden[rows], active, self.plan.engine)
+            for part, result in hidden_gradient_parts(dz, of, kept.weight, self.plan.engine):
+                at = part if active is None else active[part]
+                grads.put_hidden(_after(rows.start, at), result)
+                del result  # before the next one is made
         if grads.bias is not None:
             add_column_sums(grads.bias, dz, of)
+
+
+def _after(start: int, rows: slice | Tensor) -> slice | Tensor:
+    """Rows counted from ``start``."""
+    if isinstance(rows, slice):
+        return slice(start + rows.start, start + rows.stop)
+    return rows + start

@@ -13,6 +13,7 @@ where ``dz`` holds the kept rows and ``f`` a factor a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from fastdaa.row_passes import move_to_front
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
-from fastdaa.tiles import product, product_slices, write_product
+from fastdaa.tiles import product, product_slices, row_slices, write_product
+from fastdaa.waiting_rows import WaitingRows
 
 # Moving rows costs 4 bytes a logit and saves 4 D FLOP a logit that is left out, so it pays up to
 # this share of rows that remain.
@@ -49,15 +51,7 @@ class KeptGradients(NamedTuple):
         rows = TargetRows(targets, coefficients * self.factors, coefficients * self.own)
         rows = rows if self.active is None else rows.pick(self.active)
         width = self.dz.shape[1]
-        if width == vocab_size:
-            return rows
-        # Targets of other columns add 0, each to another row: many on one would take long.
-        inside = rows.targets < width
-        elsewhere = torch.arange(inside.shape[0], device=inside.device) % width
-        return rows._replace(
-            targets=torch.where(inside, rows.targets, elsewhere),
-            own=torch.where(inside, rows.own, 0.0),
-        )
+        return rows if width == vocab_size else rows.among(slice(0, width))
 
 
 class FirstColumns:
@@ -89,6 +83,13 @@ class FirstColumns:
         factor = weight[: self.width].to(self.kept.dz.dtype)
         write_hidden_gradient(self.kept.dz, self.rows, factor, out, self.kept.active, self.engine)
 
+    def put_hidden(self, weight: Tensor, out: WaitingRows) -> None:
+        """The same into rows that others add to; ``kept`` are all of them."""
+        factor = weight[: self.width].to(self.kept.dz.dtype)
+        for part, result in hidden_gradient_parts(self.kept.dz, self.rows, factor, self.engine):
+            out.put(part, result)
+            del result  # before the next one is made
+
 
 def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
     """``dz`` with its rows of coefficient 0 left out, in place, and which rows remain.
@@ -117,12 +118,24 @@ def write_hidden_gradient(
     dz: Tensor, rows: TargetRows, weight: Tensor, out: Tensor, active: Tensor | None = None,
     engine: str = "torch",
 ) -> None:  # fmt: skip
-    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]``, into the rows ``active``
-    of ``out`` (None for all), rounded once; ``weight`` is a factor."""
+    """What :func:`hidden_gradient_parts` gives, into the rows ``active`` of ``out`` (None for all),
+    rounded once."""
     for part in product_slices(out[: dz.shape[0]]):
         result, of = product(dz[part], weight), rows.pick(part)
         if active is None:
             finish_hidden(result, of, weight, out[part], engine=engine)
         else:
             finish_hidden(result, of, weight, out, active[part], engine)
+        del result  # before the next one is made
+
+
+def hidden_gradient_parts(
+    dz: Tensor, rows: TargetRows, weight: Tensor, engine: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]`` and wide, some rows at a
+    time; ``weight`` is a factor."""
+    for part in row_slices(dz.shape[0], weight.shape[1]):
+        result = product(dz[part], weight)
+        finish_hidden(result, rows.pick(part), weight, engine=engine)
+        yield part, result
         del result  # before the next one is made

@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from fastdaa.call_size import CallSize, gradient_entry, gradient_row, statistics_entry
+from fastdaa.call_size import (
+    CallSize,
+    gradient_entry,
+    packs,
+    slopes_row,
+    statistics_entry,
+    takes_targets_apart,
+)
 from fastdaa.slices import (
     CPU_ROW_MULTIPLE,
     PRODUCT_BYTES,
@@ -25,14 +32,15 @@ from fastdaa.slices import (
     state_bytes,
     whole_columns,
 )
+from fastdaa.target_rows import held_by_finished_rows, held_by_target_rows
 
 # Bytes of logits held at a time: (statistics and gradient tiles, chunks of the single pass). A CPU
 # tile stays in the last-level cache; the single pass holds whole pairs.
 _CPU_BYTES = (32 << 20, 256 << 20)
 _DEVICE_BYTES = (512 << 20, 1 << 30)
-# Bytes of bf16 gradients of logits that the single pass may keep: what 8192 tokens over 128256
-# entries need.
-_KEPT_BYTES = 2 << 30
+# Bytes that a wide sum of the hidden states' gradient takes beyond what is returned; what is more
+# comes from the default tile.
+_WIDE_SUM_BYTES = 64 << 20
 # A CPU gains nothing from more rows in one product, and its cache does not hold them.
 _CPU_BLOCK_ROWS = 256
 # Rows with which a product of the whole vocabulary is no longer bound by reading the weight.
@@ -70,11 +78,33 @@ class Tiles(NamedTuple):
     both are made of the same tiles."""
     hidden_columns: int = 0
     """Vocabulary entries of the tiles that it is made of."""
+    packs_sum: bool = False
+    """The sum of the hidden states' gradient is in the memory of what is returned."""
 
     @property
     def chunk_tokens(self) -> int:
         """Token budget of a chunk of whole pairs in a single pass."""
         return self.kept_tokens or self.tile_rows
+
+
+class HiddenSums(NamedTuple):
+    """What a gradient of the hidden states, which slices of the vocabulary add to, takes."""
+
+    packed: bool
+    """It is summed in the memory of what is returned."""
+    total: int
+    """Bytes of the sum, unless it is what is returned."""
+    last: int
+    """Bytes of a gradient beside it in the end."""
+    part: int
+    """Bytes of rows of a packed sum that are wide while a product is added."""
+    beyond: int = 0
+    """Bytes that a wide sum takes from the default tile."""
+
+    @property
+    def end(self) -> int:
+        """Bytes of a gradient of other rows than are returned, when the sum is gone."""
+        return self.total if self.packed else self.last
 
 
 class Room:
@@ -100,7 +130,6 @@ class Room:
         # Half-precision products with wide results exist on GPUs only.
         self.keeps_chunks = size.operand == torch.bfloat16
         self.tile, self.chunk = _CPU_BYTES if on_cpu else _DEVICE_BYTES
-        self.most_kept = _KEPT_BYTES
         self.most_columns = _CPU_COLUMNS if on_cpu else _DEVICE_COLUMNS
 
     @property
@@ -196,14 +225,17 @@ class Room:
     @property
     def frozen_sums(self) -> int:
         """What a frozen head holds beside tiles: slopes, and copies."""
-        return self.size.selection + self.size.slopes + self.size.weight_copy
+        return self.size.selection + self.size.waiting_hidden + self.size.weight_copy
 
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
         size, sums = self.size, self.frozen_sums
-        row = gradient_row(size, self.engine) + self.fill
+        row = slopes_row(size, self.engine) + self.fill
         if self.engine != "torch" and size.operand == torch.bfloat16:
             row += size.narrow * size.width  # slopes beside the logits, from one read of them
+        if packs(size.own_hidden):  # their product is wide at first
+            product = size.narrow * size.width + size.wide * size.hidden_size
+            row = max(row, size.row_copy + self.fill + product)
         return self.whole_rows(sums, row)
 
     def whole_rows(self, sums: int, row: int) -> Tiles:
@@ -229,28 +261,49 @@ class Room:
     def recompute(self) -> Tiles:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
-        total, last = self.hidden_sums()
         copies = size.selection + size.picked_row * size.tokens
-        sums = copies + total
-        if size.hidden_grad and size.tokens:
+        adds = size.hidden_grad and size.tokens > 0
+        if adds and not size.head_grad:
+            return self.by_rows(first, copies)
+        ways = []
+        for hidden in self.hidden_ways():
+            sums = copies + hidden.total + hidden.part
             narrowed = size.own_hidden.itemsize != size.wide
-            if not size.head_grad:
-                return self.by_rows(first, copies)
-            if narrowed and not self.leaves_room(sums + self.product):
-                return self.two_sweeps(first, copies)
-        slices = self.slices(sums)
-        held = max(sums + max(slices.held + self.product, last), first.extra_bytes)
-        return Tiles(first.block_rows, slices.rows, slices.columns, held)
+            if not (adds and narrowed) or self.leaves_room(sums + self.product):
+                tile = self.tile - hidden.beyond
+                ways += [(hidden, sums, self.slices(sums, tile, hidden.packed))] if tile > 0 else []
+        if not ways:
+            return self.two_sweeps(first, copies)
+        hidden, sums, slices = min(ways, key=lambda way: way[2].additions)
+        held = max(sums + max(slices.held + self.product, hidden.last), first.extra_bytes)
+        held = max(held, copies + hidden.end + self.joining)
+        return Tiles(first.block_rows, slices.rows, slices.columns, held, packs_sum=hidden.packed)
 
-    def slices(self, sums: int) -> Slices:
-        """Tiles of the backward pass beside ``sums``."""
-        budget = self.beside(sums + self.product, self.tile)
-        return plan_slices(self.size, self.engine, budget, self.most_columns, self.rows)
+    @property
+    def apart(self) -> bool:
+        """``recompute`` adds the targets' entries in fp32."""
+        size = self.size
+        own = {size.own_weight, size.own_hidden}
+        return takes_targets_apart(size.operand, own) and not size.entropy
+
+    @property
+    def joining(self) -> int:
+        """Bytes of the rows of targets that join the weight's gradient of ``recompute``."""
+        size = self.size
+        if not (self.apart and size.head_grad):
+            return 0
+        return held_by_target_rows(size.tokens, size.hidden_size, size.wide, self.engine)
+
+    def slices(self, sums: int, tile: int, packed: bool = False) -> Slices:
+        """Tiles of the backward pass beside ``sums``, of so many bytes by default."""
+        budget = self.beside(sums + self.product, tile)
+        call = (self.size, self.engine, budget, self.most_columns, self.rows)
+        return plan_slices(*call, packed=packed)
 
     def two_sweeps(self, first: Tiles, copies: int) -> Tiles:
         """The weight's gradient, then that of the hidden states: no wide sum of all rows."""
-        rows, slices = self.by_rows(first, copies), self.slices(copies)
-        held = max(copies + slices.held + self.product, rows.extra_bytes)
+        rows, slices = self.by_rows(first, copies), self.slices(copies, self.tile)
+        held = max(copies + max(slices.held + self.product, self.joining), rows.extra_bytes)
         return rows._replace(tile_rows=slices.rows, tile_columns=slices.columns, extra_bytes=held)
 
     def by_rows(self, first: Tiles, copies: int) -> Tiles:
@@ -272,21 +325,35 @@ class Room:
             first.block_rows, rows, columns, held, hidden_rows=rows, hidden_columns=columns
         )
 
-    def hidden_sums(self) -> tuple[int, int]:
-        """Bytes of the wide gradient of the hidden states, unless it is what is returned, and of
-        one beside it in the end."""
+    def hidden_sums(self, copies: int) -> HiddenSums:
+        """A sum of the hidden states' gradient beside copies of so many bytes: a wide one if it is
+        small enough."""
+        wide, *packed = self.hidden_ways()
+        fits = wide.beyond == 0 and self.leaves_room(copies + wide.total + self.product)
+        return wide if fits or not packed else packed[0]
+
+    def hidden_ways(self) -> list[HiddenSums]:
+        """Sums of the hidden states' gradient."""
         size = self.size
+        moved = size.sparse or size.selected  # of other rows than are returned
         narrowed = size.own_hidden.itemsize != size.wide
-        placed = not (narrowed or size.sparse or size.selected)
         # Rounding makes a gradient beside its sum; of other rows than are returned, another one.
-        another = narrowed and size.hidden_grad and (size.sparse or size.selected)
-        last = size.own_hidden.itemsize * size.tokens * size.hidden_size * another
-        return size.hidden_sum * (not placed), last
+        last, finish = size.own_rows * size.hidden_grad, 0
+        if self.apart:
+            finish = held_by_finished_rows(size.hidden_size, size.wide, size.narrow, self.engine)
+        total = size.hidden_sum * (narrowed or moved)
+        wide = HiddenSums(False, total, last * (narrowed and moved) + finish, 0)
+        if not packs(size.own_hidden) or not size.hidden_grad:
+            return [wide]
+        beyond = max(size.hidden_sum - last - _WIDE_SUM_BYTES, 0)
+        part = min(PRODUCT_BYTES, size.hidden_sum)
+        both = last * (size.sparse and size.selected)
+        return [wide._replace(beyond=beyond), HiddenSums(True, last * moved, both, part)]
 
     def divergence(self) -> Tiles:
         """Whole rows of two heads' logits, and gradients that are summed over all rows."""
         size = self.size
-        sums = 2 * size.weight_copy + size.hidden_sum + size.weight_sum
+        sums = 2 * size.weight_copy + size.waiting_hidden + size.weight_sum
         entry = size.wide * (_DIVERGENCE_TILES + (size.softcap and size.hidden_grad))
         row = 2 * (size.row_copy + self.fill) + size.wide * size.hidden_size * size.hidden_grad
         row += size.width * entry

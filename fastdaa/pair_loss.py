@@ -109,8 +109,7 @@ def _compiled(
     flat: Tensor, head: LmHead, selection: TokenSelection, objective: Objective, *args: Any,
     **options: Any,
 ) -> PairLossOutput:  # fmt: skip
-    rows = flat.index_select(0, selection.rows)
-    return compiled_pair_loss(rows, head, selection, objective, *args, **options)
+    return compiled_pair_loss(flat, head, selection, objective, *args, **options)
 
 
 def _eager(
@@ -118,18 +117,20 @@ def _eager(
     references: References, totals: BatchTotals | None, *, stats: bool, impl: str, engine: str,
     max_bytes: int | None,
 ) -> PairLossOutput:  # fmt: skip
-    check_indices("selection.rows", selection.rows, (sum(selection.counts),))
-    rows, targets = select_rows(flat, selection.rows), selection.targets
-    check_head_inputs(rows, head.weight, targets, head.bias, head.vocab_size)
+    tokens = sum(selection.counts)
+    check_indices("selection.rows", selection.rows, (tokens,))
+    targets = selection.targets
+    check_head_inputs(flat, head.weight, targets, head.bias, head.vocab_size, tokens=tokens)
     told, stats = stats, stats or weighting_of(objective)[1]
     plan = plan_loss(
-        rows, head, coupled=objective.coupled, sparse=objective.sparse, selected=True, stats=stats,
+        flat, head, coupled=objective.coupled, sparse=objective.sparse, tokens=tokens, stats=stats,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
     memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes, "selected": True}
     batch = PairBatch(selection, objective, *references, totals, plan.engine)
     if plan.path == "single_pass":
-        return _single_pass(rows, head, batch, plan, stats, told)
+        return _single_pass(flat, head, batch, plan, stats, told)
+    rows = select_rows(flat, selection.rows)
     logps, values = head_logps_and_stats(
         rows, head, targets, stats=stats, impl=plan.path, sparse=objective.sparse, **memory
     )
@@ -139,12 +140,13 @@ def _eager(
 
 
 def _single_pass(
-    rows: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool, told: bool
+    flat: Tensor, head: LmHead, batch: PairBatch, plan: HeadPlan, stats: bool, told: bool
 ) -> PairLossOutput:
     selection = batch.selection
     chunks = chunks_of_pairs(selection.counts, plan.chunk_tokens)
     loss, losses, logps, *columns = single_pass(
-        rows, head, selection.targets, plan, chunks, batch.evaluate, batch.totals.pairs, stats
-    )
+        flat, head, selection.targets, plan, chunks, batch.evaluate, batch.totals.pairs, stats,
+        selection.rows,
+    )  # fmt: skip
     values = TokenStats(*columns) if stats else None
     return batch.output(loss, losses, logps, values, told)

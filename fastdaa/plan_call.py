@@ -23,6 +23,7 @@ def plan_call(
     selected: bool = False,
     divergence: bool = False,
     entropy: bool = False,
+    tokens: int | None = None,
     operand: torch.dtype | None = None,
     impl: str = "auto",
     engine: str = "auto",
@@ -37,6 +38,8 @@ def plan_call(
         selected: the rows are a copy, made from hidden states of more positions.
         divergence: tiles are compared with those of a reference under a head of the same size.
         entropy: the gradient is that of entropies.
+        tokens: how many rows will be selected of ``rows``, chunk by chunk where there are chunks;
+            None where they are all scored.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
     """
     grad = torch.is_grad_enabled()
@@ -44,9 +47,9 @@ def plan_call(
     return plan_head(
         head.planned_width, rows.device, hidden_grad=hidden_grad, head_grad=head_grad,
         loss_inside=loss_inside, coupled=coupled, impl=impl, engine=engine, max_bytes=max_bytes,
-        tokens=rows.shape[0], hidden_size=rows.shape[1],
+        tokens=rows.shape[0] if tokens is None else tokens, hidden_size=rows.shape[1],
         operand=operand or operand_dtype(rows, head.weight), weight_dtype=head.weight.dtype,
         hidden_dtype=rows.dtype, softcap=head.softcap is not None, stats=stats,
-        sparse=sparse, selected=selected, divergence=divergence, sharded=head.shard is not None,
-        entropy=entropy,
+        sparse=sparse, selected=selected or tokens is not None, divergence=divergence,
+        sharded=head.shard is not None, entropy=entropy, gathered=tokens is not None,
     )  # fmt: skip

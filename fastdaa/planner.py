@@ -44,6 +44,7 @@ def plan_head(
     divergence: bool = False,
     sharded: bool = False,
     entropy: bool = False,
+    gathered: bool = False,
 ) -> HeadPlan:
     """Choose a path and an engine.
 
@@ -76,6 +77,8 @@ def plan_head(
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
         entropy: the call is :func:`fastdaa.token_entropy` (with ``stats``).
+        gathered: a single pass in chunks copies only those selected rows that a chunk needs, as
+            that of :func:`fastdaa.pair_loss` does.
 
     Raises:
         TypeError: a size or budget that is no integer.
@@ -87,7 +90,7 @@ def plan_head(
     check_choice("engine", engine, ENGINES)
     size = CallSize(
         vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats,
-        sparse, selected, hidden_grad, head_grad, entropy,
+        sparse, selected, hidden_grad, head_grad, entropy, gathered,
     )  # fmt: skip
     _check_sizes(size, max_bytes)
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.

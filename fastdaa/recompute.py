@@ -1,8 +1,9 @@
 """4U: any loss on a trained head. Backward computes the logits again, vocabulary-major.
 
 Every slice of the weight's gradient is summed over all tokens at once and written once. The
-gradient of the hidden states, which every slice adds to, is a wide ``[N, D]`` until the last one.
-Where memory does not hold that, or no slice is wanted, it is made a block of rows at a time.
+gradient of the hidden states, which every slice adds to, is an ``[N, D]`` sum, wide or
+(:mod:`fastdaa.waiting_rows`) in the memory of what is returned. Where memory holds neither, or no
+slice is wanted, it is made a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdaa.engines import RowTile
+from fastdaa.call_size import takes_targets_apart
+from fastdaa.engines import RowTile, own_slope
 from fastdaa.first_order import first_order
 from fastdaa.gradient_sums import Gradients
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients
 from fastdaa.outputs import STATISTICS
-from fastdaa.row_passes import RowState
+from fastdaa.row_passes import RowState, set_target
 from fastdaa.score import score
+from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 from fastdaa.tiles import (
     GradientFactor,
     Logits,
@@ -30,6 +33,7 @@ from fastdaa.tiles import (
     sum_over_shards,
     without_autocast,
 )
+from fastdaa.waiting_rows import WaitingRows
 
 
 class Recompute(torch.autograd.Function):
@@ -121,21 +125,24 @@ def head_gradients(
             first = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         if first is not None:
             first.write_head(hidden_states, weight, bias)
-        call = _Backward(logits, targets, coefficients, rows, plan, entropy)
-        summed = wanted[0] and not plan.hidden_rows
-        by_hidden = torch.empty_like(hidden_states, dtype=logits.wide) if summed else None
-        if first is not None and by_hidden is not None:
-            first.write_hidden(head.weight, by_hidden)
         start = 0 if first is None else first.width
-        if by_hidden is not None or weight is not None or bias is not None:
+        call = _Backward(logits, targets, coefficients, rows, plan, entropy, start)
+        total, by_hidden = None, None
+        if wanted[0] and not plan.hidden_rows:
+            total = WaitingRows.empty(hidden_states, logits.wide, packed=plan.packs_sum)
+        if first is not None and total is not None:
+            first.put_hidden(head.weight, total)
+        if total is not None or weight is not None or bias is not None:
             for part in blocks(head.width - start, plan.tile_columns):
                 columns = slice(start + part.start, start + part.stop)
-                call.add_slice(columns, by_hidden, weight, bias)
-        if by_hidden is not None:
-            sum_over_shards(by_hidden, head)
-            by_hidden = by_hidden.to(hidden_states.dtype)
+                call.add_slice(columns, total, weight, bias)
+        if total is not None:
+            by_hidden = call.finished(total)
+            del total  # before targets' rows come
         elif wanted[0]:
             by_hidden = call.hidden_by_rows(plan.hidden_rows, plan.hidden_columns)
+        if weight is not None:
+            call.add_targets(weight)
     return by_hidden, weight, bias
 
 
@@ -144,17 +151,22 @@ class _Backward:
 
     def __init__(
         self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan,
-        entropy: Tensor | None,
+        entropy: Tensor | None, start: int,
     ):  # fmt: skip
         self.logits, self.targets, self.rows, self.entropy = logits, targets, rows, entropy
+        self.apart = entropy is None and _takes_targets_apart(logits)
+        if self.apart:
+            own = coefficients * own_slope(logits.head, rows)
+            self.own = torch.where(targets >= start, own, 0.0)  # others are where start came from
         self.factor = GradientFactor(logits, coefficients)
         self.scaled = self.factor.scaled(coefficients)
         self.parts = list(blocks(targets.shape[0], plan.tile_rows))
 
     def add_slice(
-        self, columns: slice, by_hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> None:
-        """Adds to the wide gradient of the hidden states; writes a slice of the others."""
+        self, columns: slice, by_hidden: WaitingRows | None, weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Adds to the gradient of the hidden states; writes a slice of the others."""
         operand, wide = self.logits.columns(columns), self.logits.wide
         by_weight = None if weight is None else weight[columns]
         by_bias = None if bias is None else torch.zeros_like(bias[columns], dtype=wide)
@@ -167,9 +179,9 @@ class _Backward:
             dz = self._gradient(tile, r)
             if by_bias is not None:
                 by_bias += self.factor.restore(tile.column_sums(dz))
-            dz = dz.to(self.factor.operand)
+            dz = self._as_factor(dz, r, columns)
             if by_hidden is not None:
-                self._put(by_hidden[r], dz, operand, first=columns.start == 0)
+                self._add_hidden(by_hidden, r, dz, operand, first=columns.start == 0)
             if total is not None:
                 self._put(total, dz.T, hidden, first=r.start == 0)
             del tile, dz  # before the next ones are made
@@ -188,12 +200,54 @@ class _Backward:
             for columns in blocks(self.logits.head.width, width):
                 operand = self.logits.columns(columns)
                 dz = self._gradient(self.logits.tile_again(hidden, operand, columns), rows)
-                dz = dz.to(self.factor.operand)
+                dz = self._as_factor(dz, rows, columns)
                 self._put(total, dz, operand, first=columns.start == 0)
                 del dz, operand  # before the next ones are made
             sum_over_shards(total, self.logits.head)
-            grad[rows] = total
+            if self.apart:
+                ones = torch.ones_like(self.own[rows])
+                self._finish(total, ones, rows, grad[rows])
+            else:
+                grad[rows] = total
         return grad
+
+    def finished(self, sums: WaitingRows) -> Tensor:
+        """The gradient of the hidden states in their dtype; the sums are given up."""
+        entries, dtype = sums.entries, self.logits.hidden_states.dtype
+        if not self.apart:
+            return _joined(sums, self.logits.head).returned(dtype)
+        out = entries.view(dtype) if sums.packed else torch.empty_like(entries, dtype=dtype)
+        if self.logits.engine_name == "triton":  # its kernel reads what waits as it is
+            self._finish(entries, sums.scales, slice(None), out)
+            return out
+        for part in sums.parts(slice(0, entries.shape[0])):
+            self._finish(sums.load(part), torch.ones_like(sums.scales[part]), part, out[part])
+        return out
+
+    def add_targets(self, weight: Tensor) -> None:
+        """Adds to the weight's gradient what was left out of the products."""
+        if self.apart:
+            rows = TargetRows(self.targets, self.own, self.own)
+            add_target_rows(weight, self.logits.hidden_states, rows, engine=self.logits.engine_name)
+
+    def _finish(self, sums: Tensor, scales: Tensor, rows: slice, out: Tensor) -> None:
+        of = TargetRows(self.targets[rows], scales, self.own[rows])
+        finish_hidden(sums, of, self.logits.head.weight, out, engine=self.logits.engine_name)
+
+    def _as_factor(self, dz: Tensor, rows: slice, columns: slice) -> Tensor:
+        if self.apart:
+            set_target(dz, self.targets[rows], 0.0, columns.start)
+        return dz.to(self.factor.operand)
+
+    def _add_hidden(
+        self, sums: WaitingRows, rows: slice, dz: Tensor, weight: Tensor, *, first: bool
+    ) -> None:
+        for part in sums.parts(rows):
+            total = sums.place(part) if first else sums.load(part)
+            some = slice(part.start - rows.start, part.stop - rows.start)
+            self._put(total, dz[some], weight, first=first)
+            sums.keep(part, total)
+            del total  # before the next one is made
 
     def _gradient(self, tile: RowTile, rows: slice) -> Tensor:
         state, scaled = self.rows.pick(rows), self.scaled[rows]
@@ -204,6 +258,24 @@ class _Backward:
     def _put(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """``a @ b``, a product with a tile, into a sum or where nothing is yet."""
         (self.factor.write if first else self.factor.accumulate)(total, a, b)
+
+
+def _takes_targets_apart(logits: Logits) -> bool:
+    """The entry of a row's target, the largest by far where logits are flat, is added in fp32
+    where a factor would round it and no tensor has to be copied for it."""
+    dtypes = {logits.head.weight.dtype, logits.hidden_states.dtype}
+    return takes_targets_apart(logits.operand, dtypes) and logits.head.shard is None
+
+
+def _joined(sums: WaitingRows, head: LmHead) -> WaitingRows:
+    """The sums over all parts of the vocabulary's processes."""
+    if head.shard is not None:
+        for part in sums.parts(slice(0, sums.scales.shape[0])):
+            total = sums.load(part)
+            sum_over_shards(total, head)
+            sums.keep(part, total)
+            del total
+    return sums
 
 
 def _active(coefficients: Tensor) -> Tensor | None:

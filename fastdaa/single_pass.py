@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.engines import RowTile, logits_memory
 from fastdaa.first_order import first_order
-from fastdaa.gradient_sums import Gradients, GradientSums
+from fastdaa.gradient_sums import GradientSums, HeadSums, dtypes_of
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept import Kept
@@ -27,6 +27,7 @@ from fastdaa.outputs import STATISTICS, TokenStats
 from fastdaa.plan_call import plan_call
 from fastdaa.row_passes import RowState
 from fastdaa.score import join, statistics_of
+from fastdaa.selection import select_rows
 from fastdaa.tiles import (
     GradientFactor,
     Logits,
@@ -41,18 +42,25 @@ plan_loss = partial(plan_call, loss_inside=True)
 
 def single_pass(
     rows: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
-    objective: ChunkObjective, pairs: int, stats: bool,
+    objective: ChunkObjective, pairs: int, stats: bool, positions: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What :class:`SinglePass` returns, by the plan's way; chunks of ``plan.chunk_tokens``."""
+    """What :class:`SinglePass` returns, by the plan's way; chunks of ``plan.chunk_tokens``.
+
+    With ``positions [N]``, ``rows`` are hidden states of more positions, ``[P, D]``, of which a
+    chunk copies those that it needs.
+    """
     call = (rows, head.weight, head.bias, targets, head.detach(), plan)
     if not plan.kept_whole:
-        return SinglePass.apply(*call, chunks, objective, pairs, stats)
+        return SinglePass.apply(*call, positions, chunks, objective, pairs, stats)
+    if positions is not None:
+        call = (select_rows(rows, positions), *call[1:])
     (everything,) = chunks
     return Kept.apply(*call, everything, objective, pairs, stats)
 
 
 class SinglePass(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, targets, head, plan, chunks, objective, pairs, stats)``.
+    """``apply(hidden_states, weight, bias, targets, head, plan, positions, chunks, objective,
+    pairs, stats)``.
 
     Returns ``sum(losses) / pairs`` (the only differentiable output), the losses ``[B]``, the token
     log-probs ``[N]`` and the token statistics (empty unless ``stats``).
@@ -61,17 +69,17 @@ class SinglePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        head: LmHead, plan: HeadPlan, chunks: list[Chunk], objective: ChunkObjective,
-        pairs: int, stats: bool,
+        head: LmHead, plan: HeadPlan, positions: Tensor | None, chunks: list[Chunk],
+        objective: ChunkObjective, pairs: int, stats: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss and all gradients."""
-        logits = Logits(hidden_states, head, engine=plan.engine)
+        logits = Logits(hidden_states, head, engine=plan.engine, positions=positions)
         wanted = ctx.needs_input_grad[:3]
-        (losses, *rest), grads = run_single_pass(
+        (losses, *rest), sums = run_single_pass(
             logits, targets, plan, chunks, objective, wanted, stats
         )
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, weight, bias)]
+        ctx.save_for_backward(positions, *sums.fields().values())
+        ctx.count, ctx.dtypes = hidden_states.shape[0], dtypes_of(hidden_states, weight, bias)
         ctx.mark_non_differentiable(losses, *rest)
         return losses.sum() / pairs, losses, *rest
 
@@ -79,19 +87,16 @@ class SinglePass(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A scale; the saved sums stay as they are, so that backward can run again."""
-        grads = tuple(
-            # Into the dtype of the result at once: the weight's product would be a second [V, D].
-            None if t is None else torch.mul(t, grad_loss, out=torch.empty_like(t, dtype=dtype))
-            for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None, None, None, None, None, None
+        positions, *sums = ctx.saved_tensors
+        grads = HeadSums.join(sums).scaled(grad_loss, ctx.dtypes, positions, ctx.count)
+        return *grads, None, None, None, None, None, None, None, None
 
 
 def run_single_pass(
     logits: Logits, targets: Tensor, plan: HeadPlan, chunks: list[Chunk],
     objective: ChunkObjective, wanted: tuple[bool, bool, bool], stats: bool,
-) -> tuple[list[Tensor], Gradients]:  # fmt: skip
-    """Losses ``[B]``, log-probs ``[N]``, the statistics, and the gradients, wide."""
+) -> tuple[list[Tensor], HeadSums]:  # fmt: skip
+    """Losses ``[B]``, log-probs ``[N]``, the statistics, and the gradients."""
     longest = max((c.tokens.stop - c.tokens.start for c in chunks), default=0)
     device = logits.hidden_states.device
     with without_autocast(device):
@@ -101,9 +106,12 @@ def run_single_pass(
         else:
             run = _HeldChunks(logits, targets, plan, wanted, stats)
         losses = [run.chunk(chunk, objective) for chunk in chunks]
-    empty = torch.zeros(0, dtype=logits.wide, device=device)
-    results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
-    return results + join(run.values, STATISTICS, empty), run.grads.finish()
+        empty = torch.zeros(0, dtype=logits.wide, device=device)
+        results = [torch.cat(losses or [empty]), torch.cat(run.logps or [empty])]
+        results += join(run.values, STATISTICS, empty)
+        sums = run.grads
+        del run  # and what it holds of logits
+        return results, sums.finish(waits=True)
 
 
 class _Block(NamedTuple):

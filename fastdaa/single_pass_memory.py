@@ -12,7 +12,7 @@ once.
 
 from __future__ import annotations
 
-from fastdaa.call_size import CallSize, gradient_row, statistics_entry
+from fastdaa.call_size import CallSize, gradient_row, packs, statistics_entry
 from fastdaa.memory import Room, Tiles
 from fastdaa.slices import COLUMN_MULTIPLE, PRODUCT_BYTES, ROW_MULTIPLE, plan_slices
 from fastdaa.target_rows import held_by_target_rows
@@ -23,6 +23,10 @@ from fastdaa.target_rows import held_by_target_rows
 _BREAK_EVEN_TOKENS = 1024
 # A single pass has to save so much of recompute's 4U.
 _WORTH_KEEPING = 1 / 8
+# Tokens whose gradients of logits are kept by default. What they take, more tokens do not exceed:
+# then gradients are kept of chunks, which gain from so many tokens at least, or of some columns.
+_KEPT_TOKENS = 8192
+_CHUNK_TOKENS = 2048
 
 
 class SinglePassRoom:
@@ -38,16 +42,11 @@ class SinglePassRoom:
         self.may_keep = may_keep and room.keeps_chunks and room.size.tokens > 0
 
     def whole(self) -> Tiles | None:
-        """All gradients of logits are kept: in 2 GiB if there is no budget, or in as much as chunks
-        would hold."""
+        """All gradients of logits are kept."""
         if not self.may_keep:
             return None
         limit, tiles = self.room.max_bytes, _kept_whole(self.room)
-        if limit is not None:
-            return tiles if tiles.extra_bytes <= limit else None
-        fits = 2 * tiles.kept_tokens * tiles.kept_columns <= self.room.most_kept
-        if self.in_chunks and not fits:
-            fits = tiles.extra_bytes <= _kept_chunks(self.room).extra_bytes
+        fits = self.size.tokens <= _KEPT_TOKENS if limit is None else tiles.extra_bytes <= limit
         return tiles if fits else None
 
     def chunks(self) -> Tiles:
@@ -118,7 +117,25 @@ class SinglePassRoom:
 
 def single_pass_sums(size: CallSize) -> int:
     """Bytes of the sums and copies of a single pass in chunks: they do not shrink."""
-    return size.selection + size.hidden_sum + size.weight_sum + size.weight_copy
+    copies = size.weight_copy + (0 if size.gathered else size.selection)
+    return size.waiting_hidden + size.weight_sum + copies
+
+
+def _chunks_end(room: Room) -> int:
+    """Bytes of the sums in the end, when that of the weight is made ready to wait."""
+    size = room.size
+    return size.waiting_hidden + size.weight_sum + size.waiting_weight * packs(size.own_weight)
+
+
+def _most_kept(size: CallSize) -> int:
+    """Bytes of gradients of logits that are kept at most where there is no budget."""
+    return 2 * size.width * _KEPT_TOKENS
+
+
+def _default_limit(room: Room) -> int:
+    """Bytes of the backward pass of as many tokens as are kept whole."""
+    size = room.size._replace(tokens=_KEPT_TOKENS)
+    return _kept_backward(Room(size, room.engine, room.on_cpu, None))
 
 
 def least_single_pass(
@@ -146,13 +163,16 @@ def _held_chunks(room: Room) -> Tiles:
     if size.sparse:  # rows are moved in slices as large as those of products
         logits = size.wide * size.width * size.tokens
         slices = max(slices, min(PRODUCT_BYTES, logits or PRODUCT_BYTES))
+    if packs(size.own_hidden):
+        slices = max(slices, min(PRODUCT_BYTES, size.hidden_sum))
     sums = single_pass_sums(size) + slices
     budget = room.beside(sums, room.chunk)
-    row = gradient_row(size, room.engine) + size.picked_row + room.fill
+    row = gradient_row(size, room.engine) + size.picked_row + size.gathered_row + room.fill
     if size.sparse and room.engine != "torch":
         row += size.narrow * size.width  # beside the logits, not in their place
     rows, block = room.rows(budget, row), room.block(budget, row)
-    return Tiles(block, rows, size.width, sums + room.block_held(rows, row))
+    held = max(sums + room.block_held(rows, row), _chunks_end(room))
+    return Tiles(block, rows, size.width, held)
 
 
 def _row(room: Room) -> int:
@@ -171,24 +191,39 @@ def _common_rows(room: Room) -> int:
 def _kept_chunks(room: Room) -> Tiles:
     """Chunks of whole pairs whose gradients of logits are kept until their loss is known."""
     size, entry = room.size, 2 * room.size.width
-    sums = single_pass_sums(size)
-    most = room.beside(sums, room.tile + room.most_kept)
+    sums, most_kept = single_pass_sums(size), _most_kept(size)
+    most = room.beside(sums, room.tile + most_kept)
     budget = min(room.tile, most // 2)
-    tokens = room.rows(min(most - budget, room.most_kept), entry)
-    rows = room.block(budget, _row(room))
-    after = _after(room, tokens, 0)
-    held = sums + room.held(tokens, entry) + max(room.block_held(rows, _row(room)), after)
+    row = _row(room) + size.gathered_row
+    rows = room.block(budget, row)
+    if room.max_bytes is None:
+        # What is returned does not exist yet while chunks add to its sums.
+        beyond = sums - size.waiting_hidden - size.own_weight.itemsize * size.weight_entries
+        rest = _default_limit(room) - beyond - room.block_held(rows, row)
+        most_kept = min(most_kept, max(rest, entry * _CHUNK_TOKENS))
+    tokens = room.rows(min(most - budget, most_kept), entry)
+    after = _after(room, tokens, 0) + room.held(tokens, size.gathered_row)
+    held = sums + room.held(tokens, entry) + max(room.block_held(rows, row), after)
+    held = max(held, _chunks_end(room))
     return Tiles(rows, rows, size.width, held, tokens, size.width)
 
 
 def _kept_whole(room: Room) -> Tiles:
     """Gradients of all logits are kept until backward."""
-    size, entry = room.size, 2 * room.size.width
-    sums = size.selection + size.weight_copy + entry * size.tokens
-    rows = _common_rows(room)
-    after = _after(room, size.tokens, size.selection)
-    held = sums + max(room.block_held(rows, _row(room)), after)
+    size, rows = room.size, _common_rows(room)
+    forward = _kept_sums(size) + room.block_held(rows, _row(room))
+    held = max(forward, _kept_backward(room))
     return Tiles(rows, rows, size.width, held, size.tokens, size.width, True)
+
+
+def _kept_sums(size: CallSize) -> int:
+    """Bytes of all kept gradients, and copies."""
+    return size.selection + size.weight_copy + 2 * size.width * size.tokens
+
+
+def _kept_backward(room: Room) -> int:
+    """Bytes of the backward pass with all gradients of logits."""
+    return _kept_sums(room.size) + _after(room, room.size.tokens, room.size.selection)
 
 
 def _after(room: Room, tokens: int, last: int) -> int:
@@ -203,27 +238,34 @@ def _after(room: Room, tokens: int, last: int) -> int:
 
 def _kept_part(room: Room) -> Tiles:
     """Gradients of the first columns are kept, those of the others made in backward."""
-    size, most, tile = room.size, room.most_kept, room.tile
-    sums = size.selection + size.picked_row * size.tokens + size.weight_copy
-    total, last = room.hidden_sums()
+    size, most, tile = room.size, _most_kept(room.size), room.tile
+    numbers = 16 * size.wide * size.tokens  # one of each kind a token
+    sums = size.selection + size.picked_row * size.tokens + size.weight_copy + numbers
+    hidden = room.hidden_sums(sums)
+    packed, total, last, part, _ = hidden
+    joining = hidden.end + room.joining
     first = _first_product(room)  # before there is a gradient of the hidden states
     rows = _common_rows(room)
-    if room.max_bytes is not None:
-        # Forward makes whole rows, backward slices beside the gradient of the hidden states.
-        forward = room.block_held(rows, _row(room))
-        free = max(room.max_bytes - sums - total - room.product, 0)
-        tile = min(tile, free // 2)
-        beside = max(forward, first, total + max(last, room.result))
-        most = min(most, free - tile, room.max_bytes - sums - beside)
-        tile = min(room.tile, free - max(most, 0))
+    # Forward makes whole rows, backward slices beside the gradient of the hidden states.
+    forward = room.block_held(rows, _row(room))
+    limit, least = room.max_bytes, forward
+    if limit is None:  # of the backward pass: forward has nothing yet that is returned
+        limit, least, tile = _default_limit(room), 0, tile // 2
+    free = max(limit - sums - total - part - room.product, 0)
+    tile = min(tile, free // 2)
+    beside = max(least, first, total + max(last, part, room.result), joining)
+    most = min(most, free - tile, limit - sums - beside)
+    tile = min(room.tile, free - max(most, 0))
     columns = min(max(most, 0) // (2 * size.tokens), size.width - 1)
     columns = columns // COLUMN_MULTIPLE * COLUMN_MULTIPLE or columns // ROW_MULTIPLE * ROW_MULTIPLE
     others = size._replace(width=size.width - columns)
-    slices = plan_slices(others, room.engine, tile, room.most_columns, room.rows)
-    backward = total + max(slices.held + room.product, last, room.result)
+    slices = plan_slices(others, room.engine, tile, room.most_columns, room.rows, packed=packed)
+    backward = total + max(slices.held + part + room.product, last, room.result)
     held = sums + 2 * size.tokens * columns
-    held += max(room.block_held(rows, _row(room)), first, backward)
-    return Tiles(rows, slices.rows, slices.columns, held, size.tokens, columns, True)
+    held += max(room.block_held(rows, _row(room)), first, backward, joining)
+    return Tiles(
+        rows, slices.rows, slices.columns, held, size.tokens, columns, True, packs_sum=packed
+    )
 
 
 def _first_product(room: Room) -> int:

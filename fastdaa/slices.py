@@ -74,28 +74,34 @@ class Slices(NamedTuple):
     held: int
     """Bytes of a tile, of the sum that it adds to, and of a result before it is rounded."""
     additions: float
-    """Entries of gradients that are read and written again, for each of a logit and of ``D``."""
+    """Wide entries of gradients that are read and written again, for each of a logit and of
+    ``D``."""
 
 
 def plan_slices(
-    size: CallSize, engine: str, budget: int, most_columns: int, rows_in: Callable[[int, int], int]
-) -> Slices:
+    size: CallSize, engine: str, budget: int, most_columns: int, rows_in: Callable[[int, int], int],
+    *, packed: bool = False,
+) -> Slices:  # fmt: skip
     """The tiles that move the fewest bytes of gradients.
 
     Args:
         budget: bytes for them.
         most_columns: columns that are enough for an efficient product.
         rows_in: how many rows of so many bytes to take for a budget, first argument.
+        packed: adding to the hidden states' gradient takes three times as many bytes as adding to a
+            wide sum, see :mod:`fastdaa.waiting_rows`.
     """
-    columns = min(size.width, most_columns)
+    columns, adding = min(size.width, most_columns), 3 if packed else 1
     found = [
-        *_at_once(size, engine, budget, columns),
-        *_summed(size, engine, budget, columns, rows_in),
+        *_at_once(size, engine, budget, columns, adding),
+        *_summed(size, engine, budget, columns, adding, rows_in),
     ]
     return min(found, key=lambda slices: slices.additions)
 
 
-def _at_once(size: CallSize, engine: str, budget: int, columns: int) -> Iterator[Slices]:
+def _at_once(
+    size: CallSize, engine: str, budget: int, columns: int, adding: int
+) -> Iterator[Slices]:
     """Tiles with all tokens, if they are known."""
     budget -= size.tokens * size.row_copy
     entry = gradient_entry(size, engine) * size.tokens + size.slice_copy * size.hidden_size
@@ -120,12 +126,13 @@ def _at_once(size: CallSize, engine: str, budget: int, columns: int) -> Iterator
         if most < 1:
             return
         own = whole_columns(min(columns, most))
-    yield Slices(size.tokens, own, held(own) + size.tokens * size.row_copy, 1 / own)
+    yield Slices(size.tokens, own, held(own) + size.tokens * size.row_copy, adding / own)
 
 
 def _summed(
-    size: CallSize, engine: str, budget: int, columns: int, rows_in: Callable[[int, int], int]
-) -> Iterator[Slices]:
+    size: CallSize, engine: str, budget: int, columns: int, adding: int,
+    rows_in: Callable[[int, int], int],
+) -> Iterator[Slices]:  # fmt: skip
     """Tiles with some of the tokens; fewer columns leave room for more of them."""
     entry = size.slice_entry * size.hidden_size
     while True:
@@ -135,7 +142,7 @@ def _summed(
         if size.tokens:
             rows = min(rows, size.tokens)
         if rest >= row or columns == 1:
-            yield Slices(rows, columns, entry * columns + row * rows, 1 / columns + 1 / rows)
+            yield Slices(rows, columns, entry * columns + row * rows, adding / columns + 1 / rows)
         if columns == 1:
             return
         columns = whole_columns(columns // 2)

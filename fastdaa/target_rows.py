@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdaa.slices import PRODUCT_BYTES
 
 # Rows are added in parts of this many bytes; five tensors of that size are alive at a time.
-_PART_BYTES = 16 << 20
+_PART_BYTES = 4 << 20
 
 
 class TargetRows(NamedTuple):
@@ -30,6 +30,19 @@ class TargetRows(NamedTuple):
     def pick(self, rows: slice | Tensor) -> TargetRows:
         """The same for some rows."""
         return TargetRows(self.targets[rows], self.coefficients[rows], self.own[rows])
+
+    def among(self, columns: slice) -> TargetRows:
+        """The same for some entries of the vocabulary: targets elsewhere add 0."""
+        width = columns.stop - columns.start
+        local = self.targets - columns.start
+        inside = (local >= 0) & (local < width)
+        # Each to another row: many on one would take long.
+        elsewhere = torch.arange(local.shape[0], device=local.device) % width
+        return TargetRows(
+            torch.where(inside, local, elsewhere),
+            self.coefficients,
+            torch.where(inside, self.own, 0.0),
+        )
 
 
 def add_target_rows(
@@ -81,7 +94,7 @@ def finish_hidden(
         place = result if out is None else out
         finish_hidden_rows(result, rows.coefficients, rows.own, weight, rows.targets, place, places)
         return
-    few = max(_PART_BYTES // (result.element_size() * max(result.shape[1], 1)), 1)
+    few = _few_rows(result.shape[1], result.element_size())
     for start in range(0, result.shape[0], few):
         some = slice(start, min(start + few, result.shape[0]))
         these, ours = rows.pick(some), result[some]
@@ -91,6 +104,15 @@ def finish_hidden(
             out[some] = ours
         elif out is not None and places is not None:
             out.index_copy_(0, places[some], ours.to(out.dtype))
+
+
+def _few_rows(hidden_size: int, wide: int) -> int:
+    return max(_PART_BYTES // (wide * max(hidden_size, 1)), 1)
+
+
+def held_by_finished_rows(hidden_size: int, wide: int, narrow: int, engine: str) -> int:
+    """Bytes that :func:`finish_hidden` takes for rows of a weight of ``narrow`` bytes an entry."""
+    return 0 if engine == "triton" else narrow * hidden_size * _few_rows(hidden_size, wide)
 
 
 def held_by_target_rows(rows: int, hidden_size: int, wide: int, engine: str) -> int:

@@ -138,8 +138,13 @@ def add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def product_slices(result: Tensor) -> Iterator[slice]:
     """Slices of the rows of a product's result that is not the end of it: a GPU's cache holds one,
     and its product fills the GPU."""
-    rows = PRODUCT_BYTES // (4 * result.shape[1]) // _SLICE_ROWS * _SLICE_ROWS
-    return blocks(result.shape[0], max(rows, _SLICE_ROWS))
+    return row_slices(*result.shape)
+
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """The same for a result of these sizes."""
+    most = PRODUCT_BYTES // (4 * columns) // _SLICE_ROWS * _SLICE_ROWS
+    return blocks(rows, max(most, _SLICE_ROWS))
 
 
 def sum_over_shards(total: Tensor, head: LmHead) -> None:
@@ -149,7 +154,11 @@ def sum_over_shards(total: Tensor, head: LmHead) -> None:
 
 
 class Logits:
-    """Tiles of the logits of ``hidden_states [N, D]`` under a head, in fp32 (or fp64)."""
+    """Tiles of the logits of ``hidden_states [N, D]`` under a head, in fp32 (or fp64).
+
+    With ``positions [N]`` the rows are those of hidden states ``[P, D]``, copied where they are
+    needed.
+    """
 
     def __init__(
         self,
@@ -157,8 +166,9 @@ class Logits:
         head: LmHead,
         operand: torch.dtype | None = None,
         engine: str = "torch",
+        positions: Tensor | None = None,
     ):
-        self.head = head
+        self.head, self.positions = head, positions
         # A backward pass runs outside the autocast of its forward, so it hands over the dtype.
         self.operand = operand or operand_dtype(hidden_states, head.weight)
         self.wide = torch.float64 if self.operand == torch.float64 else torch.float32
@@ -168,12 +178,22 @@ class Logits:
     def pick(self, rows: Tensor) -> Logits:
         """The logits of some rows."""
         picked = copy(self)
-        picked.hidden_states = self.hidden_states[rows]
+        picked.hidden_states, picked.positions = self.own_rows(rows), None
         return picked
+
+    @property
+    def tokens(self) -> int:
+        """``N``"""
+        return len(self.hidden_states if self.positions is None else self.positions)
+
+    def own_rows(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states ``[r, D]``."""
+        where = rows if self.positions is None else self.positions[rows]
+        return self.hidden_states[where]
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states ``[r, D]`` as a factor."""
-        return self.hidden_states[rows].to(self.operand)
+        return self.own_rows(rows).to(self.operand)
 
     def columns(self, columns: slice) -> Tensor:
         """Weight rows ``[c, D]`` as a factor."""

@@ -254,10 +254,12 @@ def check_head_inputs(
     bias: Tensor | None,
     vocab_size: int | None = None,
     prefix: str = "",
+    tokens: int | None = None,
 ) -> None:
     """Check the tensors of a head call: ``[N, D]``, ``[V, D]``, ``[N]`` and ``[V]``.
 
-    ``prefix`` goes before the names of hidden states, weight and bias in messages.
+    ``prefix`` goes before the names of hidden states, weight and bias in messages. ``tokens`` says
+    how many rows of hidden states will be selected; None for all.
 
     Target ids lie in ``[0, vocab_size)``, by default the rows of the weight. They are read on CPU
     alone, so that nothing waits for a device: on CUDA another id is undefined, as in
@@ -268,7 +270,7 @@ def check_head_inputs(
         ValueError: shapes or devices that do not fit together.
     """
     check_product(hidden_states, weight, prefix)
-    check_indices("targets", targets, (hidden_states.shape[0],))
+    check_indices("targets", targets, (hidden_states.shape[0] if tokens is None else tokens,))
     _check_ids("targets", targets, weight.shape[0] if vocab_size is None else vocab_size)
     if bias is not None:
         check_floating(f"{prefix}bias", bias)

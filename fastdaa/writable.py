@@ -7,10 +7,13 @@ import tempfile
 from pathlib import Path
 
 
-def check_writable(folder: str | os.PathLike[str]) -> None:
+def check_writable(folder: str | os.PathLike[str], option: str = "output_dir") -> None:
     """Write where ``folder`` is or will be: neither modes nor mounts tell it as surely.
 
     Nothing is left behind, and the folder is not made.
+
+    Args:
+        option: in which the folder was named, for the message.
 
     Raises:
         OSError: nothing can be written there.
@@ -24,8 +27,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             os.rmdir(tempfile.mkdtemp(prefix=".fastdaa-", dir=existing))
     except OSError as error:
         raise OSError(
-            f"output_dir: expected a folder to write to, {path} cannot be written or created: "
+            f"{option}: expected a folder to write to, {path} cannot be written or created: "
             f"{error.strerror}"
         ) from error
     if not is_folder:
-        raise NotADirectoryError(f"output_dir: expected a folder, {existing} is a file")
+        raise NotADirectoryError(f"{option}: expected a folder, {existing} is a file")

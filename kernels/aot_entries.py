@@ -132,10 +132,12 @@ def _targets(name: str, out: str, hidden: str, m: str = ":16") -> list[Entry]:
     )  # fmt: skip
 
 
-def _hidden(name: str, dtype: str, places: bool = False, m: str = ":16") -> list[Entry]:
+def _hidden(
+    name: str, dtype: str, places: bool = False, m: str = ":16", product: str = "fp32"
+) -> list[Entry]:
     strides = ("D", "stride_pn", "stride_wv", "stride_on")
     arguments = {
-        "product_ptr": "*fp32:16", "factors_ptr": "*fp32", "own_ptr": "*fp32",
+        "product_ptr": f"*{product}:16", "factors_ptr": "*fp32", "own_ptr": "*fp32",
         "weight_ptr": "*bf16:16", "targets_ptr": "*i64", "out_ptr": f"*{dtype}:16",
         "V": "i32:16", "column_blocks": "i32", **dict.fromkeys(strides, f"i32{m}"),
         **({"places_ptr": "*i64"} if places else {}),
@@ -176,6 +178,7 @@ ENTRIES: list[Entry] = [
     *_columns("odd-vocabulary", "bf16", m=""),
     *_hidden("bf16", "bf16"),
     *_hidden("fp32", "fp32"),
+    *_hidden("waiting", "bf16", product="fp16"),
     *_hidden("places", "bf16", places=True),
     *_hidden("odd-columns", "bf16", m=""),
     *_targets("bf16", "bf16", "bf16"),

@@ -19,7 +19,7 @@ from fastdaa.kernels.operands import on_device
     do_not_specialize_on_alignment=["factors_ptr", "own_ptr", "targets_ptr", "places_ptr"],
 )
 def _finish_hidden_rows_kernel(
-    product_ptr,  # [rows, D] fp32
+    product_ptr,  # [rows, D] fp32, or fp16 where factors hold its scale
     factors_ptr,  # [rows] fp32
     own_ptr,  # [rows] fp32
     weight_ptr,  # [V, D]
@@ -62,7 +62,8 @@ def finish_hidden_rows(
     """``out[places] = factors * product + own * weight[targets]``, each entry rounded once.
 
     Args:
-        product: ``[r, D]`` fp32, any strides; ``out`` may be the same memory.
+        product: ``[r, D]`` fp32, or fp16 with a scale in the factors, any strides; ``out`` may be
+            the same memory, also in another dtype of as many bytes.
         factors, own: ``[r]`` fp32.
         weight: ``[V, D]`` bf16, fp16 or fp32, any strides.
         targets: ``[r]`` int64; those outside ``[0, V)`` add nothing.

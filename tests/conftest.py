@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 # Hugging Face libraries read these when they are imported, so they are set before that.
@@ -110,50 +111,10 @@ def shared_pairs_path() -> Path:
 
 @pytest.fixture
 def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set[torch.dtype]]:
-    """``half_factors(dtype)``: products as on a GPU; returns the dtypes of factors that they see.
+    """``half_factors(dtype)``: see :func:`half_products.take_half_factors`."""
+    from half_products import take_half_factors
 
-    Products of half-precision factors with fp32 results exist on GPUs only. The products of fastdaa
-    are replaced by an exact model, so that what surrounds them runs as it does there.
-    """
-    from fastdaa import (
-        compiled_divergence,
-        compiled_entropy,
-        compiled_kept,
-        compiled_logps,
-        compiled_loss,
-        divergence_tiles,
-        entropy,
-        entropy_tiles,
-        frozen,
-        gradient_sums,
-        kept_products,
-        plan_call,
-        recompute,
-        tiles,
-    )
-
-    seen: set[torch.dtype] = set()
-
-    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        seen.update((a.dtype, b.dtype))
-        result = a.float() @ b.float()
-        return result if out is None else out.copy_(result)
-
-    def add_half_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        total.add_(product(a, b))
-
-    def start(dtype: torch.dtype) -> set[torch.dtype]:
-        monkeypatch.setattr(tiles, "add_half_product", add_half_product)
-        numeric = (tiles, frozen, kept_products, gradient_sums, divergence_tiles, entropy_tiles)
-        for module in numeric:
-            monkeypatch.setattr(module, "product", product)
-        compiled = (compiled_divergence, compiled_entropy, compiled_kept)
-        compiled += (compiled_logps, compiled_loss)
-        for module in (tiles, recompute, plan_call, entropy, *compiled):
-            monkeypatch.setattr(module, "operand_dtype", lambda *_: dtype)
-        return seen
-
-    return start
+    return partial(take_half_factors, monkeypatch)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdaa import LmHead, Objective, PairLogps, TokenSelection, pair_loss
+from fastdaa import LmHead, Objective, PairLogps, TokenSelection, pair_loss, single_pass_memory
 
 COUNTS = (6, 4, 1, 3, 8, 2, 0, 5)
 V, D = 131, 24
@@ -21,6 +21,12 @@ class Linear:
 
     def __call__(self, policy: PairLogps, ref: PairLogps, totals, token_losses):
         return (ref.chosen * policy.chosen + ref.rejected * policy.rejected) * totals.pairs
+
+
+def keep_at_most(monkeypatch, kept: int) -> None:
+    """Gradients of logits of so many bytes are kept where there is no ``max_bytes``."""
+    monkeypatch.setattr(single_pass_memory, "_most_kept", lambda size: kept)
+    monkeypatch.setattr(single_pass_memory, "_default_limit", lambda room: 1 << 40)
 
 
 def tensors(dtype, counts=COUNTS, v=V, d=D, bias=False):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept_calls import keep_at_most
 
-from fastdaa import memory, token_logps
+from fastdaa import token_logps
 from fastdaa.single_pass_memory import SinglePassRoom
 
 N, V, D = 13, 67, 8
@@ -17,7 +18,7 @@ def in_part(monkeypatch):
     """``in_part()``: gradients of 32 columns of 13 tokens fit."""
 
     def start():
-        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * N * 32)
+        keep_at_most(monkeypatch, 2 * N * 32)
         monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
 
     return start

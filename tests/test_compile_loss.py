@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept_calls import keep_at_most
 
 from fastdaa import LmHead, Objective, TokenSelection, compiled_loss, memory, pair_loss
 from fastdaa.compiled_backward import Saved
@@ -24,7 +25,7 @@ def in_chunks(monkeypatch):
 
     def start():
         monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 4, 4 * V * 6))
-        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * 6)
+        keep_at_most(monkeypatch, 2 * V * 6)
         monkeypatch.setattr(
             SinglePassRoom, "whole", lambda self: None if self.size.tokens > 6 else whole(self)
         )
@@ -174,9 +175,9 @@ def operator(leaves, name, operand, impl="auto", max_bytes=None, wanted=(True, T
     """Arguments of ``fastdaa::pair_loss``."""
     targets = torch.randint(0, V, (N,))
     return (
-        *leaves, targets, torch.tensor(COUNTS), -9 * torch.ones(4), None, None, None,
-        Objective.parse(name).key, None, None, 3.0, 0.5, 1.0, None, None, operand, impl, "auto",
-        max_bytes, True, list(wanted),
+        *leaves, targets, torch.arange(N), torch.tensor(COUNTS), -9 * torch.ones(4), None, None,
+        None, Objective.parse(name).key, None, None, 3.0, 0.5, 1.0, None, None, operand, impl,
+        "auto", max_bytes, True, list(wanted),
     )  # fmt: skip
 
 
@@ -187,8 +188,11 @@ def saved_of(output):
 
 def gradient_operator(arguments, output):
     """Arguments of ``fastdaa::pair_loss_gradients`` for a call and what it returned."""
-    named, settings = arguments[9], arguments[12:]
-    return (torch.tensor(1.0), *arguments[:4], output[2], *saved_of(output), named, *settings)
+    named, settings = arguments[10], arguments[13:]
+    return (torch.tensor(1.0), *arguments[:5], output[2], *saved_of(output), named, *settings)
+
+
+SUMS = {"hidden", "hidden_scales", "weight", "weight_scales", "bias"}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def gradient_operator(arguments, output):
         pytest.param(
             "slic", HALF, "auto", {"coefficients", "dz", "factors", "own"}, id="kept-sparse"
         ),
-        pytest.param("dpo", torch.float32, "auto", {"hidden", "weight", "bias"}, id="chunks"),
+        pytest.param("dpo", torch.float32, "auto", SUMS, id="chunks"),
         pytest.param("aot", torch.float32, "auto", {"coefficients", "m", "log_s"}, id="coupled"),
         pytest.param("dpo", HALF, "recompute", {"coefficients", "m", "log_s"}, id="recompute"),
     ],
@@ -244,7 +248,7 @@ def test_a_frozen_head_saves_its_slopes():
     )  # fmt: skip
     kept = Saved(*saved_of(torch.ops.fastdaa.pair_loss(*arguments)))
     fields = {field for field, t in zip(Saved._fields, kept, strict=True) if t.numel()}
-    assert fields == {"coefficients", "hidden"}
+    assert fields == {"coefficients", "hidden", "hidden_scales"}
 
 
 # PyTorch's own use of what it deprecates.

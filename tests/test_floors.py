@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fastdaa"
 
 FLOORS: list[set[str]] = [
-    {"outputs", "compiled_sizes", "writable"},
+    {"outputs", "compiled_sizes", "whole_file", "writable"},
     {"validation", "first_order"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
     {"slices", "head_plan"},
@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
     {"engines", "objective_kernel"},
     {"tiles", "engine_check"},
     {"planner"},
+    {"waiting_rows"},
     {"score", "plan_call", "gradient_sums", "kept_products"},
     {"frozen", "recompute", "unscaled", "compiled_operators"},
     {"kept", "kept_chunks", "divergence_tiles", "entropy_tiles", "compiled_logps"},

@@ -15,6 +15,7 @@ from kept_calls import (
     Linear,
     V,
     check_wanted_alone,
+    keep_at_most,
     relative,
     run,
     tensors,
@@ -55,7 +56,7 @@ def in_chunks(monkeypatch):
     def start(kept=10):
         monkeypatch.setattr(memory, "CPU_ROW_MULTIPLE", 2)
         monkeypatch.setattr(memory, "_CPU_BYTES", (4 * V * 4, 0))
-        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * V * kept)
+        keep_at_most(monkeypatch, 2 * V * kept)
         monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
 
     return start

@@ -10,13 +10,14 @@ from kept_calls import (
     Linear,
     V,
     check_wanted_alone,
+    keep_at_most,
     relative,
     run,
     tensors,
     truth,
 )
 
-from fastdaa import LmHead, Objective, memory, pair_loss, token_logps
+from fastdaa import LmHead, Objective, pair_loss, token_logps
 from fastdaa.kept_logps import plan_kept
 from fastdaa.single_pass import plan_loss
 from fastdaa.single_pass_memory import SinglePassRoom
@@ -36,7 +37,7 @@ def in_part(monkeypatch, half_factors):
 
     def start(columns: int, tokens: int = N) -> None:
         half_factors(torch.bfloat16)
-        monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * tokens * columns)
+        keep_at_most(monkeypatch, 2 * tokens * columns)
         monkeypatch.setattr(SinglePassRoom, "_ways", lambda self: [(3.5, self.part(), "asked")])
 
     return start

@@ -11,6 +11,7 @@ from fastdaa.kernels.configs import ROW_CONFIGS  # noqa: E402
 from fastdaa.kernels.hidden_rows import finish_hidden_rows  # noqa: E402
 from fastdaa.kernels.target_rows import add_sorted_rows  # noqa: E402
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden  # noqa: E402
+from fastdaa.waiting_rows import WaitingRows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 13
@@ -156,6 +157,21 @@ def test_hidden_rows_are_finished_in_place():
     finish_hidden(ours, rows, weight, engine="triton")
     finish_hidden(theirs, rows, weight)
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_rows_that_wait_in_fp16_are_finished_in_their_own_memory():
+    generator = torch.Generator().manual_seed(5)
+    n, d = 9, 3000
+    sums, weight = (torch.randn(m, d, generator=generator).to(DEVICE) for m in (n, V))
+    waiting = WaitingRows.empty(sums, torch.float32, packed=True)
+    waiting.put(slice(0, n), sums * torch.logspace(-20, 20, n, device=DEVICE)[:, None])
+    own = torch.randn(n, generator=generator).to(DEVICE)
+    targets = torch.randint(V, (n,), generator=generator).to(DEVICE)
+    want = waiting.load(slice(0, n)) + own[:, None] * weight[targets]
+    out = waiting.entries.view(torch.bfloat16)
+    finish_hidden_rows(waiting.entries, waiting.scales, own, weight, targets, out)
+    assert out.data_ptr() == waiting.entries.data_ptr()
+    assert ((out.float() - want).abs() <= 2.0**-7 * want.abs()).all()
 
 
 def test_hidden_rows_may_have_any_strides():

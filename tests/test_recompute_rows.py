@@ -150,21 +150,30 @@ def test_what_a_frozen_head_needs_is_said_and_true():
 
 
 @pytest.mark.parametrize(
-    ("head_grad", "path", "gemms"), [(False, "recompute", 3), (True, "recompute", 5)]
+    ("dtype", "head_grad", "gemms"),
+    [
+        pytest.param(torch.bfloat16, False, 3, id="bf16-frozen"),
+        pytest.param(torch.bfloat16, True, 4, id="bf16"),
+        pytest.param(torch.float16, False, 3, id="fp16-frozen"),
+        pytest.param(torch.float16, True, 5, id="fp16"),
+    ],
 )
-def test_the_plan_says_the_cost(head_grad, path, gemms):
+def test_the_plan_says_the_cost(dtype, head_grad, gemms):
     plan = plan_head(
         128256, "cuda", hidden_grad=True, head_grad=head_grad, engine="torch", tokens=65536,
-        hidden_size=4096, operand=torch.bfloat16, max_bytes=300 << 20,
+        hidden_size=4096, operand=dtype, max_bytes=300 << 20,
     )  # fmt: skip
-    assert (plan.path, plan.gemms) == (path, gemms) and plan.hidden_rows == 2048
+    assert (plan.path, plan.gemms) == ("recompute", gemms)
+    # The sum of a bf16 gradient needs no memory but the gradient's.
+    assert (plan.packs_sum, plan.hidden_rows) == ((True, 0) if gemms == 4 else (False, 2048))
     assert plan.extra_bytes <= 300 << 20
     said = plan.explain()
     assert f"recompute ({gemms}U" in said
     apart = "gradient of the hidden states apart, 2048 tokens at a time" in said
-    assert apart == head_grad
+    assert apart == (gemms == 5)
     if not head_grad:
-        assert "gradients of 1024 MiB would be kept, more than max_bytes allows" in said
+        size = 512 if dtype == torch.bfloat16 else 1024
+        assert f"gradients of {size} MiB would be kept, more than max_bytes allows" in said
 
 
 def test_gradients_pass_gradcheck():
@@ -223,8 +232,8 @@ def test_tokens_of_coefficient_0_are_left_out_of_products(call):
 
 def test_the_least_budget_of_a_frozen_head_is_rounded_up():
     call = {"head_grad": False, "tokens": 1001, "hidden_size": 4097}
-    least = -(-16 * 4 * 1001 * 4097 // 15)
-    assert 16 * 4 * 1001 * 4097 % 15
+    least = -(-16 * 2 * 1001 * 4097 // 15)
+    assert 16 * 2 * 1001 * 4097 % 15
     with pytest.raises(ValueError, match=f"expected {least} or more for impl='frozen'"):
         plan_of_scarce_memory(1000, impl="frozen", max_bytes=least - 1, **call)
     assert plan_of_scarce_memory(1000, impl="frozen", max_bytes=least, **call).path == "frozen"

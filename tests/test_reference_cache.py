@@ -118,12 +118,15 @@ def test_damaged_and_unfinished_parts(
     parts = sorted(cache.folder.glob("part-*"))
     for part in parts[:2]:
         part.write_bytes(part.read_bytes()[:-3])
-    (cache.folder / f".{parts[2].name}.tmp").write_bytes(b"half")
+    half = cache.folder / f".{parts[2].name}.1.partial"
+    half.write_bytes(b"half")
     with caplog.at_level(logging.WARNING):
         again = ReferenceCache(tmp_path, "model")
     assert again.missing(keys) == [0, 1]
     assert len(caplog.records) == 1
     assert "is damaged" in caplog.text
+    again.append(keys[:1], LOGPS[:1])
+    assert not half.exists()
 
 
 def test_sees_what_others_append(tmp_path: Path, cache: ReferenceCache) -> None:

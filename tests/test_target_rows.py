@@ -118,9 +118,9 @@ class Problem:
             for got, want in zip(found, self.truth, strict=False)
         ]
 
-    def ours(self, impl):
+    def ours(self, impl, engine="torch"):
         def logps_of(*call):
-            return token_logps(*call, impl=impl, engine="torch")
+            return token_logps(*call, impl=impl, engine=engine)
 
         return self.errors(logps_of, frozen=impl == "frozen")
 

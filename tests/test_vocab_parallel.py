@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from half_products import take_half_factors
 from tile_budget import tiles_of
 
 from fastdaa import LmHead, Objective, TokenSelection, VocabShard, pair_loss
@@ -34,6 +35,8 @@ CASES = {
     "softcap": {"wanted": (True, True), "softcap": 4.0, "logit_scale": 0.5},
     "bias": {"wanted": (True, True), "bias": True},
     "bf16": {"wanted": (True, True), "loss": "dpo", "dtype": torch.bfloat16},
+    "bf16, frozen": {"wanted": (True, False), "dtype": torch.bfloat16},
+    "bf16 factors": {"wanted": (True, True), "loss": "dpo", "dtype": torch.bfloat16, "half": True},
     "triton": {"engine": "triton", "wanted": (True, True), "dtype": torch.float32},
     "triton, score": {"engine": "triton", "dtype": torch.float32},
     "triton, loss": {
@@ -57,8 +60,15 @@ NAMES = [
 COMPILED = ("recompute", "single pass", "coupled")
 
 
-def run(case, rank=None, group=None, compiled=False):
+def run(case, *args, **options):
     """Values and gradients of a case, with the whole head or with the slice of a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        if case.get("half"):
+            take_half_factors(patch, case["dtype"])
+        return outcome_of(case, *args, **options)
+
+
+def outcome_of(case, rank=None, group=None, compiled=False):
     generator = torch.Generator().manual_seed(3)
     dtype, engine = case.get("dtype", torch.float64), case.get("engine", "auto")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,15 +39,19 @@ def run(options: argparse.Namespace) -> int:
         FileNotFoundError: a file that is not there.
         ValueError: a broken line, with its file and number; no row at all. Half a row at the end of
             a file is left out, with a note on stderr.
+        OSError: the folder cannot be written to.
     """
     from fastdaa.benchmarks.report.drawing import draw
     from fastdaa.benchmarks.report.page import build
     from fastdaa.benchmarks.rows import read_rows
+    from fastdaa.whole_file import whole_file
+    from fastdaa.writable import check_writable
 
-    files = options.files or sorted(_COMMITTED.glob("*.jsonl"))
+    files = list(dict.fromkeys(options.files)) or sorted(_COMMITTED.glob("*.jsonl"))
     if not files:
         raise ValueError("expected FILE... (there are no committed results here), got none")
     rows = [row for file in files for row in read_rows(file)]
+    check_writable(options.output, "--output")
     drawn: dict[Picture, str] = {}
 
     def keep(kind: str, results: Sequence[Result], prefix: str) -> list[Picture]:
@@ -59,20 +62,14 @@ def run(options: argparse.Namespace) -> int:
 
     page = build(rows, [file.name for file in files], keep)
     folder = options.output / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     for picture, origin in drawn.items():
-        _write(folder / f"{picture.name}.png", picture.png(origin))
-    _write(options.output / "index.html", page.encode())
+        with whole_file(folder / f"{picture.name}.png") as partial:
+            partial.write_bytes(picture.png(origin))
+    with whole_file(options.output / "index.html") as partial:
+        partial.write_bytes(page.encode())
     counts = ", ".join(
         f"{len(some)} {name}{'s' * (len(some) != 1)}"
         for some, name in ((rows, "row"), (drawn, "picture"))
     )
     print(f"{options.output / 'index.html'} ({counts})")
     return 0
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of a file or nothing of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from fastdaa.benchmarks.reading import Result, best, by_case, case_title, pace
+from fastdaa.benchmarks.reading import Result, best, by_case, case_details, case_title, pace
 from fastdaa.benchmarks.wording import error, join, size, three_digits
 
 # Differences below this are not worth a sentence: run-to-run noise of a shared machine.
@@ -28,6 +29,7 @@ class _Duel(NamedTuple):
 
     ours: Result
     theirs: Result
+    title: str
 
     @property
     def gain(self) -> float:
@@ -36,10 +38,6 @@ class _Duel(NamedTuple):
         if self.ours.speedup and self.theirs.speedup:
             return self.ours.speedup / self.theirs.speedup
         return (pace(self.theirs) or 0.0) / (pace(self.ours) or 1.0)
-
-    @property
-    def title(self) -> str:
-        return case_title(self.ours)
 
 
 def headlines(kind: str, results: Iterable[Result]) -> list[Headline]:
@@ -71,11 +69,16 @@ def verdict(results: Iterable[Result]) -> Headline:
 
 def _duels(results: Iterable[Result], peer: Callable[[Result], bool]) -> list[_Duel]:
     found = []
-    for members in by_case(results).values():
+    cases = by_case(results)
+    titles = Counter(case_title(members[0]) for members in cases.values())
+    for members in cases.values():
         ours = best(result for result in members if result.ours)
         theirs = best(result for result in members if peer(result))
         if ours and theirs:
-            found.append(_Duel(ours, theirs))
+            title = case_title(ours)
+            # Of several cases of one title, a sentence says which.
+            title += f", {case_details(ours)}" if titles[title] > 1 else ""
+            found.append(_Duel(ours, theirs, title))
     return found
 
 

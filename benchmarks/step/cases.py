@@ -162,18 +162,26 @@ CASES = {case.id: case for case in (_SMOKE, *_FULL["cpu"], *_FULL["cuda"])}
 def choose(names: list[str] | None, selection: str | None, device: str) -> list[Case]:
     """The cases that ``--cases`` names, or else those of ``--selection``.
 
+    A name is an id, or a part of ids of the device's cases: a CPU is not given a GPU's unasked.
+
     Raises:
         ValueError: an unknown name.
     """
     if names is None:
         name = selection or ("gpu" if device == "cuda" else "quick")
         return list(_FULL[device] if name == "full" else SELECTIONS[name])
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], CASES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"cases: {', '.join(CASES)}"
-        raise ValueError(f"--cases: expected names of step cases, got {unknown[0]!r}; {hint}")
-    return [CASES[name] for name in names]
+    known = [case.id for case in (_SMOKE, *_FULL[device])]
+    found: list[str] = []
+    for name in names:
+        ids = [name] if name in CASES else [one for one in known if name in one]
+        if not ids:
+            near = difflib.get_close_matches(name, CASES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"cases: {', '.join(CASES)}"
+            raise ValueError(
+                f"--cases: expected (a part of) the id of a case, got {name!r}; {hint}"
+            )
+        found += ids
+    return [CASES[name] for name in dict.fromkeys(found)]
 
 
 def from_file(data: str, device: str) -> Case:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from fastdaa.cli.runs import INTERRUPTED
 
 _COMMANDS = {
-    "train": "train a policy on preference pairs",
+    "train": "train a policy on preference pairs, or on labelled completions",
     "sft": "fine-tune a model on the completions of a dataset",
     "reward": "train a reward model on preference pairs",
     "online": "improve a policy on its own completions: APA, PPO, AWR",
-    "evaluate": "measure a model on preference pairs: accuracy, margins, KL",
+    "evaluate": "measure a model on preferences: accuracy, margins, KL",
     "doctor": "show versions, devices, and how a model would be trained",
     "demo": "over-optimise a known reward on the CPU: a small sweep and its page",
     "bench": "measure speed and memory against other implementations",

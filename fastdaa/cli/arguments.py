@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from fastdaa.cli.options import OptionParser, build, option_parser, read_options
@@ -13,7 +14,11 @@ from fastdaa.train.options import check_count
 from fastdaa.train.quantization import QuantizationOptions
 from fastdaa.validation import shown
 
-_WHAT = "Trains a policy on preference pairs. M and D are local paths or hub ids."
+_WHAT = (
+    "Trains a policy on preference pairs, or on unpaired data: completions with labels. M and D "
+    "are local paths or hub ids."
+)
+_MOST_ASKED = 100
 
 
 @dataclass
@@ -25,7 +30,7 @@ class ModelArguments:
     model: str = field(metadata={"help": "Policy to train: a local folder or a hub id."})
     dataset: list[str] = field(
         metadata={
-            "help": "Preference pairs: files, folders or hub ids. Files are .jsonl, .json, .csv or "
+            "help": "Preferences: files, folders or hub ids. Files are .jsonl, .json, .csv or "
             ".parquet, a folder holds such files or a saved dataset, and several are mixed. "
             "Configuration and split may stand behind each: owner/name:config:split, path::split."
         }
@@ -62,6 +67,10 @@ class ModelArguments:
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Column with the conversation. Default: detected."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of unpaired data that says what is desirable. Default: label."},
     )
     eval_dataset: list[str] | None = field(
         default=None, metadata={"help": "Data to evaluate on. Several are mixed. Default: none."}
@@ -196,7 +205,41 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, PreferenceConfig]:
     """
     (arguments, track), values = read_options(build_parser(), _KINDS, argv)
     arguments.track = track
-    return arguments, trainer_config(PreferenceConfig, values, arguments)
+    return arguments, trainer_config(config_kind(arguments, values), values, arguments)
+
+
+def config_kind(arguments: ModelArguments, values: dict[str, Any]) -> type[PreferenceConfig]:
+    """The configuration for pairs or for unpaired data.
+
+    Some losses exist for both. Where only such are asked for, the first record tells it.
+    """
+    from fastdaa.losses.registry import ALIASES, LOSSES
+    from fastdaa.losses.unpaired import takes_unpaired
+    from fastdaa.train.unpaired_config import UnpairedConfig
+
+    given: Any = values["loss_type"]
+    names = [given] if isinstance(given, str) else given
+    if not takes_unpaired(names):
+        return PreferenceConfig
+    of_pairs = all(name in LOSSES or name in ALIASES for name in names)
+    if of_pairs and not _holds_unpaired(arguments):
+        return PreferenceConfig
+    return UnpairedConfig
+
+
+def _holds_unpaired(arguments: ModelArguments) -> bool:
+    """Whether the first dataset is one of labelled completions, as far as it can be read."""
+    from fastdaa.data.errors import DataError
+    from fastdaa.data.sources import open_source
+    from fastdaa.data.unpaired import is_unpaired
+
+    options = (arguments.dataset_split, arguments.dataset_name)
+    try:
+        records = islice(open_source(arguments.dataset[0], *options), _MOST_ASKED)
+        record = next((read for _, read in records if isinstance(read, Mapping)), {})
+    except (DataError, OSError):
+        return False  # said in its turn, behind mistakes in options
+    return is_unpaired(record, arguments.columns)
 
 
 def build_parser() -> OptionParser:

@@ -46,6 +46,7 @@ def _measure(kind: str, argv: Sequence[str]) -> int:
     add_shared_arguments(parser)
     module.add_arguments(parser)
     options = parser.parse_args(list(argv))
+    _check_beside(parser, options)
     options.command = shlex.join(["fastdaa", "bench", kind, *argv])
     _resolve(options)
     if options.compare is None:
@@ -61,6 +62,17 @@ def _report(argv: Sequence[str]) -> int:
     parser = _parser("fastdaa bench report", _REPORT)
     report.add_arguments(parser)
     return report.run(parser.parse_args(list(argv)))
+
+
+def _check_beside(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse flags that say how to do what was not asked for."""
+    for flag, beside in (
+        ("threshold", "compare"),
+        ("launches", "compare"),
+        ("fresh", "output"),
+    ):
+        if getattr(options, beside) is None and getattr(options, flag) != parser.get_default(flag):
+            raise ValueError(f"--{flag}: expected --{beside} beside it")
 
 
 def _resolve(options: argparse.Namespace) -> None:

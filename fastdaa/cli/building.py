@@ -60,11 +60,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
     """Raises ``ValueError`` where conversations meet a tokenizer without a chat template."""
-    conversations = isinstance(pairs[0]["chosen"], list)
+    conversations = isinstance(pairs[0]["prompt"], list)
     brings_template = "chat_template_kwargs" in pairs.column_names
     if conversations and tokenizer.chat_template is None and not brings_template:
         raise ValueError(
-            "chat_template: the pairs are conversations and the tokenizer has no chat template; "
+            "chat_template: the data are conversations and the tokenizer has no chat template; "
             "expected --chat_template with a Jinja file, or a model that was trained for chats"
         )
 

@@ -85,6 +85,8 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "DPO on a file of pairs": "fastdaa train --model Qwen/Qwen3-0.6B --dataset pairs.jsonl",
         "IPO, evaluated on 200 pairs":
             "fastdaa train --model M --dataset D --loss ipo --beta 0.1 --test_size 200",
+        "KTO on completions with labels":
+            "fastdaa train --model M --dataset thumbs.jsonl --loss kto",
         "LoRA on a base in 4 bits":
             "fastdaa train --model M --dataset D --use_peft --load_in_4bit",
         "options from a file, from the last checkpoint on":

@@ -237,7 +237,7 @@ def _head_rows(model: PreTrainedModel, device: str) -> list[Row]:
         plan_head(
             vocab, device, hidden_grad=True, head_grad=trained, loss_inside=True,
             hidden_size=hidden, operand=dtype, weight_dtype=torch.float32, hidden_dtype=dtype,
-            softcap=head.softcap is not None, selected=True,
+            softcap=head.softcap is not None, selected=True, gathered=True,
         )
         for trained in (True, False)
     )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
 
 from fastdaa.cli import building, paths
-from fastdaa.cli.arguments import ModelArguments
+from fastdaa.cli.arguments import ModelArguments, config_kind
 from fastdaa.cli.options import option_parser, read_options
 from fastdaa.cli.runs import command_run
 from fastdaa.train.config import PreferenceConfig
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fastdaa.train.evaluation import EvaluationTrainer
 
 _WHAT = (
-    "Measures a model on preference pairs against a reference: accuracy, margins, log-probs, exact "
-    "KL, and what else the evaluations of `fastdaa train` tell."
+    "Measures a model on preference pairs or unpaired data against a reference: accuracy, margins, "
+    "log-probs, exact KL, and what else the evaluations of `fastdaa train` tell."
 )
 _TAKEN = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "ld_alpha", "use_weighting"),
@@ -50,7 +50,7 @@ class EvaluateArguments(QuantizationOptions, ModelArguments):
 
     model: str = field(metadata={"help": "Model to measure: a local folder or a hub id."})
     dataset: list[str] = field(
-        metadata={"help": "Preference pairs to measure it on; several are put together."}
+        metadata={"help": "Preferences to measure it on; several are put together."}
     )
     ref_model: str | None = field(
         default=None,
@@ -119,7 +119,7 @@ def _run(argv: Sequence[str]) -> int:
     )  # fmt: skip
     (arguments,), values = read_options(parser, kinds, argv)
     with tempfile.TemporaryDirectory(prefix="fastdaa-evaluate-") as scratch:
-        config = PreferenceConfig(
+        config = config_kind(arguments, values)(
             output_dir=scratch, seed=arguments.seed, report_to="none",
             **{name: values[name] for name in _TAKEN},
         )  # fmt: skip
@@ -133,32 +133,39 @@ def _run(argv: Sequence[str]) -> int:
 def _evaluate(arguments: Any, config: PreferenceConfig) -> int:
     from fastdaa.cli.load_data import load_splits
     from fastdaa.data.pairs import PAIRS
-    from fastdaa.train.evaluation import EvaluationTrainer
+    from fastdaa.data.unpaired import UNPAIRED
+    from fastdaa.train.evaluation import EvaluationTrainer, UnpairedEvaluationTrainer
+    from fastdaa.train.unpaired_config import UnpairedConfig
 
+    unpaired = isinstance(config, UnpairedConfig)
     _check_processes(config)
+    if unpaired:
+        _check_loss(config)
     main_process = config.process_index == 0
     output = check_output(arguments.output) if main_process else None
     reference = _check_models(arguments, config)
     tokenizer = building.load_tokenizer(arguments)
-    pairs, _ = load_splits(arguments, PAIRS, on_bad_row=config.on_bad_row, seed=arguments.seed)
-    building.check_template(tokenizer, pairs)
+    kind = UNPAIRED if unpaired else PAIRS
+    data, _ = load_splits(arguments, kind, on_bad_row=config.on_bad_row, seed=arguments.seed)
+    building.check_template(tokenizer, data)
     model, given = _load_models(arguments, reference, config)
     building.check_vocabulary(model, tokenizer)
     meet()
     ref_tokenizer = None if reference is None else _tokenizer_of(reference, arguments)
-    trainer = EvaluationTrainer(model, given, config, pairs, tokenizer, ref_tokenizer)
+    trainer_class = UnpairedEvaluationTrainer if unpaired else EvaluationTrainer
+    trainer = trainer_class(model, given, config, data, tokenizer, ref_tokenizer)
     meet()
     metrics, rows = _measure(trainer), cast("Sized", trainer.eval_dataset)
     if main_process:
         facts = {
             "model": arguments.model, "ref_model": reference, "dataset": arguments.dataset,
-            "pairs": len(rows), "pairs_left_out": len(pairs) - len(rows),
+            trainer.unit: len(rows), f"{trainer.unit}_left_out": len(data) - len(rows),
             "objective": str(config.objective()), "max_length": config.max_length,
             "dtype": arguments.dtype, "bf16": config.bf16,
             "quantization": trainer.frozen_facts.get("quantization"), "layout": trainer.layout,
             "processes": config.world_size, "metrics": metrics,
         }  # fmt: skip
-        _print(facts)
+        _print(facts, f"{len(rows):,} {trainer.unit}")
         if output is not None:
             write_facts(output, facts)
     return 0
@@ -223,6 +230,17 @@ def _check_processes(config: PreferenceConfig) -> None:
             )
 
 
+def _check_loss(config: PreferenceConfig) -> None:
+    """Raise ``ValueError`` for a loss on unpaired data that a model alone does not determine."""
+    loss = config.objective().loss
+    if loss.baseline == "rewards":
+        raise ValueError(
+            f"loss_type: expected kto or apo_zero with unpaired data, got {loss.name}, whose loss "
+            "depends on the mean reward of its training; with apo_zero rewards, log-probs and KL "
+            "are the same"
+        )
+
+
 def _reference(arguments: Any, config: PreferenceConfig) -> str | None:
     """What is measured against; None for losses that need no reference."""
     if arguments.ref_model is not None:
@@ -252,14 +270,14 @@ def _measure(trainer: EvaluationTrainer) -> dict[str, float]:
     return {name: value for name, value in named.items() if name not in _LEFT_OUT}
 
 
-def _print(facts: Mapping[str, Any]) -> None:
+def _print(facts: Mapping[str, Any], heading: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     metrics: dict[str, float] = facts["metrics"]
     names = [name for name in _FIRST if name in metrics]
     names += [name for name in metrics if name not in names]
-    table = Table("", f"{facts['pairs']:,} pairs")
+    table = Table("", heading)
     table.columns[1].justify = "right"
     for name in names:
         table.add_row(name, shown_as(name, metrics[name], ",.6g"))

@@ -216,10 +216,13 @@ def _print_summary(metrics: dict[str, float], folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "last iteration")
+    from fastdaa.train.shown import shown_text
+
+    table = Table("")
+    table.add_column("last iteration", justify="right")
     for key, title in _SHOWN:
         if key in metrics:
-            table.add_row(title, f"{metrics[key]:,.4g}")
+            table.add_row(title, shown_text(key, metrics[key]))
     console = Console(markup=False)
     console.print(table)
     console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)

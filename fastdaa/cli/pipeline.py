@@ -27,6 +27,7 @@ _SHARED = (
     "dataset_name", "dataset_split", "eval_dataset", "eval_split", "test_size",
     "max_train_samples", "dtype", "attn_implementation", "chat_template", "dataset_weights",
     "prompt_column", "chosen_column", "rejected_column", "completion_column", "messages_column",
+    "label_column",
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class _Prefixed(logging.Formatter):
 
 
 @contextmanager
-def _no_bars_in_files() -> Iterator[None]:
+def no_bars_in_files() -> Iterator[None]:
     """Keeps the bars of transformers for loading and saving out of what is no terminal."""
     from transformers.utils import logging as bars
 
@@ -72,7 +72,7 @@ def log_lines(*, main_process: bool = True) -> Iterator[None]:
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     logger.propagate = False
     try:
-        with _no_bars_in_files(), warnings.catch_warnings():
+        with no_bars_in_files(), warnings.catch_warnings():
             # peft 0.21 reads this property of transformers 5 models by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             yield

@@ -18,6 +18,19 @@ ALIGNMENT = (
     ("memory/peak_gib", "peak memory (GiB)"),
 )
 """What is shown of ``fastdaa train``: key and title."""
+UNPAIRED_ALIGNMENT = (
+    ("loss", "loss"),
+    ("rewards/chosen", "reward of desirable"),
+    ("rewards/rejected", "reward of undesirable"),
+    ("rewards/margins", "margin"),
+    ("kl", "KL baseline z0 (nats)"),
+    ("delta", "reward shift delta"),
+    ("kl/token", "KL per token (nats)"),
+    ("throughput/examples_per_second", "examples per second"),
+    ("throughput/tokens_per_second", "tokens per second"),
+    ("memory/peak_gib", "peak memory (GiB)"),
+)
+"""The same of unpaired data."""
 STAGE = (
     ("loss", "loss"),
     ("mean_token_accuracy", "token accuracy"),

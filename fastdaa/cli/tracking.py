@@ -83,7 +83,13 @@ class Tracking:
 
     def _check(self) -> None:
         from fastdaa.cli.paths import adapter_of
+        from fastdaa.train.unpaired_config import UnpairedConfig
 
+        if isinstance(self._config, UnpairedConfig):
+            raise ValueError(
+                "track_reward, track_judge: expected preference pairs to train on, got unpaired "
+                "data, with which quality cannot be tracked"
+            )
         self._options.settings()
         if not self._arguments.evaluates and self._options.track_dataset is None:
             raise ValueError(

@@ -33,20 +33,24 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
 
     from fastdaa.cli import building, paths
     from fastdaa.cli.load_data import load_splits
-    from fastdaa.cli.summary import ALIGNMENT, print_run
+    from fastdaa.cli.summary import ALIGNMENT, UNPAIRED_ALIGNMENT, print_run
     from fastdaa.cli.tracking import Tracking
     from fastdaa.data.pairs import PAIRS
+    from fastdaa.data.unpaired import UNPAIRED
+    from fastdaa.train.unpaired_config import UnpairedConfig
 
+    unpaired = isinstance(config, UnpairedConfig)
     folder = str(config.output_dir)
     checkpoint = paths.check_paths(arguments, folder, config.resume_from_checkpoint)
     tracking = Tracking(arguments, config)
     set_seed(config.seed)
     tokenizer = building.load_tokenizer(arguments)
-    train_pairs, eval_pairs = load_splits(
-        arguments, PAIRS, on_bad_row=config.on_bad_row, seed=config.sampling_seed
+    kind = UNPAIRED if unpaired else PAIRS
+    train_rows, eval_rows = load_splits(
+        arguments, kind, on_bad_row=config.on_bad_row, seed=config.sampling_seed
     )
-    tracking.load_pairs(eval_pairs)
-    building.check_template(tokenizer, train_pairs)
+    tracking.load_pairs(eval_rows)
+    building.check_template(tokenizer, train_rows)
     peft_config = building.lora_config(arguments)
     model = building.load_policy(
         arguments, tokenizer, folder, checkpoint,
@@ -57,12 +61,12 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
         ref_model = building.load_model(
             arguments.ref_model, arguments, "ref_model", device=config.device
         )
-    trainer = _trainer_class()(
+    trainer = (_unpaired_trainer_class() if unpaired else _trainer_class())(
         model=model,
         ref_model=ref_model,
         args=config,
-        train_dataset=train_pairs,
-        eval_dataset=eval_pairs,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -71,7 +75,8 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     code = train_and_save("train", trainer, checkpoint, argv)
     if code == 0 and trainer.is_world_process_zero():
         trainer.create_model_card()
-        print_run(trainer, ALIGNMENT, heading=str(config.objective()))
+        shown = UNPAIRED_ALIGNMENT if unpaired else ALIGNMENT
+        print_run(trainer, shown, heading=str(config.objective()))
         tracking.print_summary()
     return code
 
@@ -80,3 +85,9 @@ def _trainer_class() -> Any:
     from fastdaa.train.trainer import PreferenceTrainer
 
     return PreferenceTrainer
+
+
+def _unpaired_trainer_class() -> Any:
+    from fastdaa.train.unpaired import UnpairedTrainer
+
+    return UnpairedTrainer

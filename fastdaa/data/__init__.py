@@ -10,7 +10,8 @@ from fastdaa.data.packs import dense_mask, selection_from
 from fastdaa.data.pairs import load_pairs, read_pairs
 from fastdaa.data.reports import SkipReport, TokenizeReport
 from fastdaa.data.rows import PairRows
-from fastdaa.data.tokenise import tokenize_pairs
+from fastdaa.data.tokenise import tokenize_pairs, tokenize_unpaired
+from fastdaa.data.unpaired import load_unpaired
 
 __all__ = [
     "DataError",
@@ -22,9 +23,11 @@ __all__ = [
     "dense_mask",
     "load_mixture",
     "load_pairs",
+    "load_unpaired",
     "pack_by_length",
     "pack_by_width",
     "read_pairs",
     "selection_from",
     "tokenize_pairs",
+    "tokenize_unpaired",
 ]

@@ -179,7 +179,8 @@ class SequenceCollator(_Collator):
 
     A row has ``row_id`` (int), ``prompt_ids`` and ``completion_ids`` (1-D arrays or lists). A batch
     is ``{"row_ids": int64 [B], "packs": [pack, ...]}``. A pack has the entries of
-    :mod:`fastdaa.data.packs`, and ``padded_tokens`` as in :class:`PairCollator`.
+    :mod:`fastdaa.data.packs`, ``padded_tokens`` as in :class:`PairCollator`, and ``members``: which
+    rows of the batch these are.
 
     Args:
         layout: ``packed`` stores sequences back to back, ``padded`` one right-padded row each.
@@ -210,6 +211,7 @@ class SequenceCollator(_Collator):
         for members in self._groups(sizes, sizes):
             pack = self._pack([prompts[i] for i in members], [completions[i] for i in members])
             pack["padded_tokens"] = len(members) * max(sizes)
+            pack["members"] = members
             batch.append(pack)
         return batch
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdaa.data.encode import Ids
 from fastdaa.data.errors import DataError
-from fastdaa.data.fields import ADVANTAGE_FIELDS
+from fastdaa.data.fields import ADVANTAGE_FIELDS, LABEL_FIELD
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,11 +32,19 @@ class TokenColumns:
         self.lengths: list[list[int]] = [[] for _ in fields]
         self.skips = [array("i") for _ in skip_fields]
         self.advantages = [array("d") for _ in ADVANTAGE_FIELDS]
+        self.labels: list[bool] = []
 
     def add(
-        self, ids: Sequence[Ids], skips: Sequence[int], advantages: Sequence[float] = ()
+        self,
+        ids: Sequence[Ids],
+        skips: Sequence[int],
+        advantages: Sequence[float] = (),
+        label: bool | None = None,
     ) -> None:
-        """One more row; ``skips`` and ``advantages`` are taken where there are columns for them."""
+        """One more row; ``skips`` and ``advantages`` are taken where there are columns for them.
+
+        A ``label`` is one in every row or in none.
+        """
         for tokens, lengths, side in zip(self.tokens, self.lengths, ids, strict=True):
             tokens.extend(side)
             lengths.append(len(side))
@@ -45,6 +53,8 @@ class TokenColumns:
         # Nothing where a row has none; `to_dataset` sees whether all rows had them.
         for numbers, number in zip(self.advantages, advantages, strict=False):
             numbers.append(number)
+        if label is not None:
+            self.labels.append(label)
 
     def to_dataset(self) -> Dataset:
         """The dataset.
@@ -70,6 +80,8 @@ class TokenColumns:
         if given:
             for field, numbers in zip(ADVANTAGE_FIELDS, self.advantages, strict=True):
                 table[field] = pyarrow.array(np.asarray(numbers))
+        if self.labels:
+            table[LABEL_FIELD] = pyarrow.array(self.labels)
         return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(table)))
 
 

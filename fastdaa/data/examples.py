@@ -103,7 +103,10 @@ PROMPTS = RecordKind("prompt", EXAMPLE_FIELDS[:1], partial(checked_examples, pro
 def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("prompt") is None:
         raise bad_field("missing prompt", "prompt", "text or messages", "none")
-    prompt, completion = (read_turns(field, record[field]) for field in EXAMPLE_FIELDS)
+    # A single message is a list of one.
+    values = (record[field] for field in EXAMPLE_FIELDS)
+    listed = ([value] if isinstance(value, Mapping) else value for value in values)
+    prompt, completion = map(read_turns, EXAMPLE_FIELDS, listed)
     if isinstance(prompt, list) != isinstance(completion, list):
         raise mixed_formats("completion", completion, "as in 'prompt'")
     if isinstance(completion, list):

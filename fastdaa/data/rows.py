@@ -10,7 +10,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fastdaa.data.fields import (
     ADVANTAGE_FIELDS,
+    LABEL_FIELD,
     REF_FIELDS,
+    REF_SEQUENCE_FIELD,
     REF_TOKEN_FIELDS,
     SEQUENCE_FIELDS,
     SKIP_FIELDS,
@@ -99,6 +101,26 @@ class SequenceRows(_Rows):
     """
 
     tokens = SEQUENCE_FIELDS
+
+
+class UnpairedRows(_Rows):
+    """Rows of a tokenised dataset for :class:`~fastdaa.data.unpaired_collate.UnpairedCollator`.
+
+    Args:
+        dataset: with ``prompt_ids``, ``completion_ids`` and ``label``, and optionally
+            ``ref_logps``; other columns are left out.
+
+    Raises:
+        ValueError: one of the columns is missing.
+    """
+
+    tokens = SEQUENCE_FIELDS
+    scalars = (LABEL_FIELD, REF_SEQUENCE_FIELD)
+
+    def __init__(self, dataset: Dataset) -> None:
+        if LABEL_FIELD not in dataset.column_names:
+            raise ValueError(f"dataset: expected a column {LABEL_FIELD!r}, got none")
+        super().__init__(dataset)
 
 
 def _arrays(column: Any) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from fastdaa.data.errors import BadRow, DataError
 from fastdaa.data.examples import checked_examples
 from fastdaa.data.fields import (
     ADVANTAGE_FIELDS,
+    LABEL_FIELD,
     SEQUENCE_FIELDS,
     SKIP_FIELDS,
     SOURCE_FIELD,
@@ -29,6 +30,7 @@ from fastdaa.data.readers import Place, Records
 from fastdaa.data.reports import SkipReport, TokenizeReport, percentiles
 from fastdaa.data.sources import rows_of
 from fastdaa.data.truncation import TruncationMode, cut
+from fastdaa.data.unpaired import checked_unpaired
 from fastdaa.validation import check_choice, check_positive
 
 if TYPE_CHECKING:
@@ -121,6 +123,36 @@ def tokenize_examples(
     return run.tokenize(dataset, rows, tokenizer), run.report
 
 
+def tokenize_unpaired(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> tuple[Dataset, TokenizeReport]:
+    """Tokenises prompts with labelled completions, as :func:`tokenize_pairs` does.
+
+    Args:
+        dataset: records of the forms of :mod:`fastdaa.data.unpaired`; every row is checked.
+        tokenizer, max_length, truncation_mode, num_proc, on_bad_row: as there.
+
+    Returns:
+        A dataset with ``prompt_ids`` and ``completion_ids`` (lists of int32) and ``label`` (bool),
+        and the report.
+
+    Raises:
+        DataError: no chat template for conversations, no EOS token for text, a bad row, or none
+            left.
+        ValueError: an unknown mode, or a number below 1.
+    """
+    lengths = (max_length, truncation_mode, num_proc, on_bad_row)
+    run = _Run("example", SEQUENCE_FIELDS, *lengths, labelled=True)
+    rows = checked_unpaired(run.noting_sources(dataset), on_bad_row, run.skips)
+    return run.tokenize(dataset, rows, tokenizer), run.report
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, prompt: object, dataset: Dataset, *, needs_eos: bool = True
 ) -> None:
@@ -155,10 +187,14 @@ class _Run:
     truncation_mode: TruncationMode
     num_proc: int | None
     on_bad_row: OnBadRow
+    labelled: bool = False
+    """Rows have labels, which are kept."""
     report: TokenizeReport = field(default_factory=TokenizeReport)
     skips: SkipReport = field(default_factory=SkipReport)
     advantages: dict[Place, tuple[float, ...]] = field(default_factory=dict)
     """Of the rows that are being tokenised, if they have any."""
+    labels: dict[Place, bool] = field(default_factory=dict)
+    """The same, where rows are ``labelled``."""
     sources: dict[Place, str] = field(default_factory=dict)
     """The same, of the rows of a mixture."""
 
@@ -178,9 +214,11 @@ class _Run:
                 self.report.sources.setdefault(source, [0, 0])[0] += 1
             yield place, row
 
-    def _noting_advantages(self, rows: Iterable[CheckedRow]) -> Iterator[tuple[Place, Row]]:
-        """The same rows; their advantages, if they have any, are put under their places."""
+    def _noting_numbers(self, rows: Iterable[CheckedRow]) -> Iterator[tuple[Place, Row]]:
+        """The same rows; their labels and advantages, if any, are put under their places."""
         for place, row, extra in rows:
+            if self.labelled:
+                self.labels[place] = extra[LABEL_FIELD]
             numbers: list[Any] = [extra.get(name) for name in ADVANTAGE_FIELDS]
             if any(number is not None for number in numbers):
                 if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
@@ -202,9 +240,10 @@ class _Run:
         self.report.pairs = len(dataset)
         columns = TokenColumns(self.fields, skip_fields)
         completions = [name.removesuffix("_ids") for name in self.fields[1:]]
-        checked = _with_tokenizer_checked(self._noting_advantages(rows), tokenizer, dataset)
+        checked = _with_tokenizer_checked(self._noting_numbers(rows), tokenizer, dataset)
         for place, encoded in encode(checked, tokenizer, completions, self.num_proc or 1):
             advantages, source = self.advantages.pop(place, ()), self.sources.pop(place, None)
+            label = self.labels.pop(place, None)
             if isinstance(encoded, BadRow):
                 handle_bad_row(place, encoded, self.on_bad_row, self.skips)
                 continue
@@ -212,7 +251,7 @@ class _Run:
             if isinstance(kept, str):
                 self.report.drop(kept)
                 continue
-            columns.add(kept.ids, kept.skips, advantages)
+            columns.add(kept.ids, kept.skips, advantages, label)
             if source is not None:
                 self.report.sources[source][1] += 1
             self.report.truncated += kept.truncated

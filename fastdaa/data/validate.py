@@ -36,7 +36,9 @@ def normalise_pair(record: Any) -> dict[str, Any]:
     for field in ("chosen", "rejected"):
         if field not in record:
             got = f"only {', '.join(map(repr, record)) or 'no fields'}"
-            if record and "rejected" not in record and field == "chosen":
+            if "label" in record and "completion" in record:
+                got += "; rows with a label are unpaired data, for --loss kto, bco or apo_zero"
+            elif record and "rejected" not in record and field == "chosen":
                 got += "; chosen_column and rejected_column say which columns hold the answers"
             raise bad_field("missing field", field, "text or a list of messages", got)
     pair = {field: _read_side(field, record[field]) for field in ("chosen", "rejected")}

@@ -57,7 +57,7 @@ def custom_loss(
 
 def is_custom(loss: Loss) -> bool:
     """Whether a loss computes something other than one of the table."""
-    return getattr(loss.fn, "func", loss.fn) not in _OURS
+    return loss.level != "unpaired" and getattr(loss.fn, "func", loss.fn) not in _OURS
 
 
 def _check_signature(fn: Any, name: str) -> None:

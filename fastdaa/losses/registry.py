@@ -21,11 +21,12 @@ class Loss:
     name: str
     fn: Callable[..., Tensor]
     """Pair level: ``fn(policy, ref, *, <hyperparameters>, [totals])`` gives losses ``[B]``; token
-    level: ``fn(token_logps, ref_token_logps, lengths, *, <hyperparameters>, advantages)``, ``[N]``.
+    level: ``fn(token_logps, ref_token_logps, lengths, *, <hyperparameters>, advantages)``, ``[N]``;
+    unpaired: see :mod:`fastdaa.losses.unpaired`, which has a table of its own.
     """
     paper: str
     summary: str
-    level: Literal["pair", "token"] = "pair"
+    level: Literal["pair", "token", "unpaired"] = "pair"
     needs_ref: bool = True
     """Reads the reference log-probabilities; otherwise they may be None."""
     coupled: bool = False

@@ -175,7 +175,7 @@ def _generate(
         pad_token_id=sampling.pad_id,
         use_cache=True,
     )
-    with _own_generation_config(core, config), _whole_root(model, core):
+    with _own_generation_config(core, config), _whole_root(model, core), _finite_probabilities():
         generate: Any = core.generate
         output = generate(
             input_ids=rows.to(device), attention_mask=mask.to(device), generation_config=config,
@@ -183,6 +183,20 @@ def _generate(
         )  # fmt: skip
     generated: Tensor = output[:, width:].cpu()
     return generated
+
+
+@contextlib.contextmanager
+def _finite_probabilities() -> Iterator[None]:
+    """In the words of a user; a GPU ends the process with an assertion of the device instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise FloatingPointError(
+            "policy: expected finite probabilities of its tokens, got some that are infinite or "
+            "not a number; if it was trained so far, a lower learning_rate may help"
+        ) from error
 
 
 @contextlib.contextmanager

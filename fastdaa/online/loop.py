@@ -27,6 +27,7 @@ from fastdaa.online.types import Experience, RewardSource, RolloutSource
 from fastdaa.online.update import Updater, minibatches
 from fastdaa.train import checkpoints
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.finite import all_finite
 from fastdaa.train.folder_lock import lock_folder
 from fastdaa.train.run_record import remove_record, weights_fact
 
@@ -125,7 +126,8 @@ class OnlineTrainer:
         Raises:
             ValueError: a new run where there are checkpoints, or a checkpoint of other settings.
             FileNotFoundError: no complete checkpoint where one was named.
-            FloatingPointError: a loss that is not finite; checkpoints of before stay.
+            FloatingPointError: losses, weights or probabilities that are not finite; checkpoints of
+                before stay.
             KeyboardInterrupt: the second Ctrl-C; checkpoints of before stay.
         """
         config = self.config
@@ -204,6 +206,11 @@ class OnlineTrainer:
             raise FloatingPointError(
                 f"iteration {place.iteration + 1}: expected finite losses, got {losses[0]} of the "
                 f"policy and {losses[1]} of the critic; a lower learning_rate may help"
+            )
+        if not (all_finite(self.models.policy) and all_finite(self.models.critic)):
+            raise FloatingPointError(
+                f"iteration {place.iteration + 1}: expected finite weights after its updates, got "
+                "some that are infinite or not a number; a lower learning_rate may help"
             )
         self.controller.update(metrics["objective/kl"], config.rollouts_per_iteration)
         sampled = place.rollouts + config.rollouts_per_iteration

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.validation import shown
+
 RewardFunction = Callable[[list[Any], list[str]], Any]
 """From prompts (as in the data: text or messages) and completions (text) to as many numbers."""
 Original = Callable[[Tensor], Any]
@@ -75,7 +77,7 @@ def as_rewards(given: Any, count: int, where: str) -> Tensor:
         values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{where}: expected a list of {count} numbers, got {type(given).__name__}"
+            f"{where}: expected a list of {count} numbers, got {shown(given)}"
         ) from error
     if values.shape != (count,):
         raise ValueError(f"{where}: expected {count} numbers, got the shape {list(values.shape)}")

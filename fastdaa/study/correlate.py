@@ -68,7 +68,9 @@ class CorrelateSettings:
 
     def __post_init__(self) -> None:
         if self.repeats < 100:
-            raise ValueError(f"repeats: expected at least 100 resamples, got {self.repeats}")
+            raise ValueError(
+                f"repeats (--bootstrap): expected at least 100 resamples, got {self.repeats}"
+            )
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence: expected a number in (0, 1), got {self.confidence}")
         ends = self.budgets

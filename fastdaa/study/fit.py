@@ -97,7 +97,9 @@ class FitSettings:
         if not self.laws:
             raise ValueError(f"laws: expected at least one of {', '.join(LAWS)}, got none")
         if self.repeats < 100:
-            raise ValueError(f"repeats: expected at least 100 resamples, got {self.repeats}")
+            raise ValueError(
+                f"repeats (--bootstrap): expected at least 100 resamples, got {self.repeats}"
+            )
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence: expected a number in (0, 1), got {self.confidence}")
         if self.offset is not None and not math.isfinite(self.offset):

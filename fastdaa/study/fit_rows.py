@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastdaa.study.whole_file import whole_file
+from fastdaa.whole_file import whole_file
 
 _OF_GROUP = ("points", "runs", "resampled", "offset")
 _OF_FIT = ("rmse", "loo_rmse", "far_rmse", "aicc", "r2", "tied_with_best", "zero_crossing")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastdaa.study.whole_file import whole_file
+from fastdaa.whole_file import whole_file
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -134,7 +134,7 @@ def is_done(run: Kept, output: Path) -> bool:
     path = output / "runs" / run.id / "done.json"
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a file in its place is said before the runs
         return False
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a JSON object, got {error}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastdaa.online.loop import OnlineTrainer
@@ -28,8 +28,8 @@ from fastdaa.study.presets import ModelSize, Preset
 from fastdaa.study.sampling import generate_responses
 from fastdaa.study.sft import Reference, load_kept, make_reference
 from fastdaa.study.tilt import train_proxy
-from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
+from fastdaa.whole_file import whole_file
 
 if TYPE_CHECKING:
     from fastdaa.study.columns import Row
@@ -98,7 +98,7 @@ def online_setting(
     if not file.is_file():
         proxy = train_proxy(world, reference, preset.pairs, seed)
         with whole_file(file) as partial:
-            save_file({"rewards": proxy.rewards.contiguous()}, partial)
+            partial.write_bytes(save({"rewards": proxy.rewards.contiguous()}))
     return OnlineSetting(world, reference, load_kept(file, file)["rewards"])
 
 

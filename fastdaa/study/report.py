@@ -22,8 +22,9 @@ from fastdaa.study.figures.style import Picture, render, save_png, to_svg
 from fastdaa.study.page import Page, PageFigure, render_page
 from fastdaa.study.report_tables import tables
 from fastdaa.study.results import Results, is_study_folder, read_results
-from fastdaa.study.whole_file import whole_file
 from fastdaa.study.wording import count, join, number, with_error
+from fastdaa.whole_file import whole_file
+from fastdaa.writable import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,7 @@ def build_report(
     Raises:
         FileNotFoundError: no such folder or table.
         ValueError: a file that cannot be read, named with its line where there is one.
+        OSError: the folder cannot be written to.
     """
     given = [source] if isinstance(source, (str, Path)) else source
     sources = [Path(path) for path in given]
@@ -86,7 +88,7 @@ def build_report(
     folder = _beside(sources[0]) if output is None else Path(output)
     if results.renewed and console is not None:
         console.print(f"computed for this page: what {_others(results)}", highlight=False)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "output")
     pictures, missing = collect_pictures(results)
     figures = _draw_all(pictures, folder / "figures", console)
     judged = results.is_study and not results.is_glimpse

@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from fastdaa.study.enumeration import response_logps
 from fastdaa.study.language import LANGUAGE, Language
 from fastdaa.study.presets import ModelSize, size_of
 from fastdaa.study.world import World
+from fastdaa.whole_file import unfinished
 
 # Whatever changes the reference that the same settings give has to change this.
 FORMAT = 1
@@ -191,9 +190,7 @@ def _entry_name(world: World, size: ModelSize, seed: int) -> str:
 
 
 def _store(entry: Path, model: Any, logps: Tensor, settings: dict[str, Any]) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
-    try:
+    with unfinished(entry, folder=True) as part:
         # As save_pretrained writes it, so that from_pretrained reads it, without its progress bars.
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(part)
@@ -208,8 +205,6 @@ def _store(entry: Path, model: Any, logps: Tensor, settings: dict[str, Any]) -> 
             # Another process was faster; its reference is the same.
             if not (entry / "settings.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _pace(step: int, steps: int) -> float:

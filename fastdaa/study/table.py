@@ -17,8 +17,8 @@ import numpy as np
 
 from fastdaa.study.columns import OPTIONAL, REQUIRED, Row, check_row, is_number
 from fastdaa.study.table_files import rows_of
-from fastdaa.study.whole_file import whole_file
 from fastdaa.validation import check_choice
+from fastdaa.whole_file import naming, whole_file
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -170,8 +170,11 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     _cut_unfinished_line(file)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        for line in lines:
-            os.write(descriptor, line)
+        with naming(file):
+            for line in lines:
+                # A full disk takes a part of a line without an error, and refuses the rest.
+                while line:
+                    line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)
 

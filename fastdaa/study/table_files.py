@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,15 @@ def _object(row: Any, where: str) -> Row:
 def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter)
+        names = [name.strip() for name in reader.fieldnames or ()]
+        again = [name for name, count in Counter(names).items() if count > 1]
+        if again:
+            raise ValueError(f"{file}:1: expected every column once, got {again[0]!r} again")
+        reader.fieldnames = names
         for cells in reader:
             where = f"{file}:{reader.line_num}"
             if None in cells or None in cells.values():
-                raise ValueError(
-                    f"{where}: expected {len(reader.fieldnames or ())} cells as in the header"
-                )
+                raise ValueError(f"{where}: expected {len(names)} cells as in the header")
             yield where, {name: _cell(name, text) for name, text in cells.items()}
 
 

@@ -38,8 +38,8 @@ from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, draw_pairs, lab
 from fastdaa.study.presets import PRESETS, ModelSize, Preset, size_of
 from fastdaa.study.reward_model import response_rewards, train_reward_model
 from fastdaa.study.sft import Reference, make_reference
-from fastdaa.study.whole_file import whole_file
 from fastdaa.study.world import World, make_world
+from fastdaa.whole_file import whole_file
 from fastdaa.writable import check_writable
 
 TILT_FILE = "tilt.jsonl"

@@ -9,9 +9,17 @@ from fastdaa.train.lazy_names import lazy_names
 if TYPE_CHECKING:
     from fastdaa.train.config import PreferenceConfig
     from fastdaa.train.trainer import PreferenceTrainer
+    from fastdaa.train.unpaired import UnpairedTrainer
+    from fastdaa.train.unpaired_config import UnpairedConfig
 
-__all__ = ["PreferenceConfig", "PreferenceTrainer"]
+__all__ = ["PreferenceConfig", "PreferenceTrainer", "UnpairedConfig", "UnpairedTrainer"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"PreferenceConfig": "config", "PreferenceTrainer": "trainer"}
+    __name__,
+    {
+        "PreferenceConfig": "config",
+        "PreferenceTrainer": "trainer",
+        "UnpairedConfig": "unpaired_config",
+        "UnpairedTrainer": "unpaired",
+    },
 )

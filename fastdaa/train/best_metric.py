@@ -18,6 +18,10 @@ KL_METRICS = ("kl/token", "kl/sequence")
 TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 LOGIT_METRICS = ("logits/chosen", "logits/rejected")
 WEIGHT_METRICS = ("weights/mean",)
+UNPAIRED_METRICS = (
+    *(name for name in PAIR_METRICS if name != "rewards/accuracies"),
+    "kl/k1",
+)
 REWARD_METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     "rewards/center",

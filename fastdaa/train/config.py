@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from fastdaa.losses.objective import Objective
 from fastdaa.losses.registry import LOSSES
@@ -64,6 +64,9 @@ class PreferenceConfig(HeadOptions, PackedConfig):
             that no chosen loss has.
         TypeError: ``loss_kwargs`` is not a mapping.
     """
+
+    objective_type: ClassVar[Any] = Objective
+    """What ``loss_type`` names losses of; it is made by ``parse``."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
     loss_type: list[str] = field(
@@ -130,7 +133,7 @@ class PreferenceConfig(HeadOptions, PackedConfig):
         self._check_objective()
         super().__post_init__()
 
-    def objective(self) -> Objective:
+    def objective(self) -> Any:
         """The objective that the loss fields describe.
 
         Raises:
@@ -148,7 +151,8 @@ class PreferenceConfig(HeadOptions, PackedConfig):
                     f"{hyperparameters[name]!r} in loss_kwargs"
                 )
             hyperparameters[name] = value
-        return Objective.parse(self.loss_type, weights=self.loss_weights, **hyperparameters)
+        losses, weights = self.loss_type, self.loss_weights
+        return self.objective_type.parse(losses, weights=weights, **hyperparameters)
 
     def identity(self) -> dict[str, Any]:
         """The base class's settings, and the objective."""

@@ -1,4 +1,4 @@
-"""A preference trainer that only evaluates: every pair once, shared by all processes."""
+"""Preference trainers that only evaluate: every row once, shared by all processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastdaa.train.evaluation_models import check_same_tokens, tokens_in
 from fastdaa.train.pooled_metrics import PooledStore
 from fastdaa.train.processes import check_others, meet
 from fastdaa.train.trainer import PreferenceTrainer
+from fastdaa.train.unpaired import UnpairedTrainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,9 +74,8 @@ class EvaluationTrainer(PreferenceTrainer):
         # There are no others, and the command has no option of that name.
         dataset = super()._tokenize(dataset, "dataset")
         if self._ref_rows is not None:
-            check_same_tokens(
-                tokens_in(dataset), self.processing_class, self._ref_tokenizer, self._ref_rows
-            )
+            found = tokens_in(dataset, self.rows_type.tokens)
+            check_same_tokens(found, self.processing_class, self._ref_tokenizer, self._ref_rows)
         return dataset
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -85,3 +85,7 @@ class EvaluationTrainer(PreferenceTrainer):
         """Metrics of a batch, unless another process has failed."""
         check_others()
         return super().prediction_step(*args, **kwargs)
+
+
+class UnpairedEvaluationTrainer(EvaluationTrainer, UnpairedTrainer):
+    """The same on labelled completions."""

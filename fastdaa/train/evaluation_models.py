@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,13 @@ def warn_of_quantization(model: nn.Module, adapter: str) -> None:
         )  # fmt: skip
 
 
-def tokens_in(dataset: Any) -> np.ndarray:
-    """The token ids that occur in tokenised pairs, ``[ids]`` int64, ascending."""
+def tokens_in(dataset: Any, fields: Sequence[str] = TOKEN_FIELDS) -> np.ndarray:
+    """The token ids that occur in columns of tokenised data, ``[ids]`` int64, ascending."""
     import pyarrow.compute
 
     found = [np.empty(0, dtype=np.int64)]
-    for table in dataset.with_format("arrow", columns=list(TOKEN_FIELDS)).iter(_ROWS_AT_ONCE):
-        for field in TOKEN_FIELDS:
+    for table in dataset.with_format("arrow", columns=list(fields)).iter(_ROWS_AT_ONCE):
+        for field in fields:
             ids = pyarrow.compute.unique(pyarrow.compute.list_flatten(table[field]))
             found.append(ids.to_numpy(zero_copy_only=False).astype(np.int64))
         found = [np.unique(np.concatenate(found))]

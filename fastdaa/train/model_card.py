@@ -24,6 +24,8 @@ _SHOWN = (
     ("rewards/margins", "reward margin"),
     ("rewards/chosen", "reward of chosen"),
     ("rewards/rejected", "reward of rejected"),
+    ("kl", "KL baseline z0 (nats)"),
+    ("delta", "reward shift delta"),
     ("kl/token", "KL to the reference per token (nats)"),
     ("displacement/chosen", "log-ratio of chosen (nats)"),
     ("displacement/fraction", "share of pairs with a less likely chosen completion"),
@@ -61,6 +63,7 @@ def model_card(
     rows: Sequence[Mapping[str, Any]] = (),
     base_model: str | None = None,
     dataset: str | Sequence[str] | None = None,
+    data_kind: str = "preference pairs",
     reference: str | None = None,
     dtype: str | None = None,
     adapter: str | None = None,
@@ -78,6 +81,7 @@ def model_card(
         rows: logged rows; the last value of each metric is shown.
         base_model: hub id or path that training started from.
         dataset: hub id or path of the pairs, or several of a mixture.
+        data_kind: what the data are.
         reference: hub id or path of the reference model; empty where that is the starting point,
             None without one.
         dtype: of the weights.
@@ -96,7 +100,7 @@ def model_card(
     sections = [
         _front_matter(name, losses, base_model, datasets, peft),
         f"# {name}\n",
-        _opening(base_model, datasets),
+        _opening(base_model, datasets, data_kind),
         f"## Objective\n\n`{objective}`\n\n{_papers(objective)}",
         _results(rows, best),
         _training({**facts, "layout": layout}, settings or {}),
@@ -123,10 +127,10 @@ def _front_matter(
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _opening(base_model: str | None, datasets: Sequence[str]) -> str:
+def _opening(base_model: str | None, datasets: Sequence[str], data_kind: str) -> str:
     base = f" from {_link(base_model)}" if base_model else ""
     sources = ", ".join(_link(dataset, "datasets/") for dataset in datasets)
-    pairs = f" on the preference pairs of {sources}" if sources else ""
+    pairs = f" on the {data_kind} of {sources}" if sources else ""
     return f"Trained with fastdaa {__version__}{base}{pairs}.\n"
 
 

@@ -144,8 +144,11 @@ class PackLoop(PairTrainer):
         """How many items a pack has, by which a mean loss is taken: pairs; known on the host."""
         return len(pack["counts"]) // 2
 
-    def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What packs have to know of their whole batch, added to the inputs of each."""
+    def batch_facts(self, inputs: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+        """What packs have to know of their whole batch, added to the inputs of each.
+
+        In training, all processes call it for every batch.
+        """
         return {}
 
     def training_step(
@@ -186,7 +189,7 @@ class PackLoop(PairTrainer):
         packs, left = self._evened(inputs["packs"]), len(inputs["packs"])
         # DeepSpeed steps by itself after as many backwards as there are micro-batches.
         groups = [packs] if self.is_deepspeed_enabled else [[pack] for pack in packs]
-        facts, losses = self.batch_facts(inputs), []
+        facts, losses = self.batch_facts(inputs, training=True), []
         for index, group in enumerate(groups):
             part = {**inputs, **facts, "packs": group, "counted": left}
             left -= len(group)
@@ -220,7 +223,7 @@ class PackLoop(PairTrainer):
         inputs = self._prepare_inputs(inputs)
         store = self._stores["eval"]
         store.begin_batch()
-        packs, facts = inputs["packs"], self.batch_facts(inputs)
+        packs, facts = inputs["packs"], self.batch_facts(inputs, training=False)
         counted = inputs.get("counted", len(packs))
         whole = {**inputs, **facts, "packs": self._evened(packs), "counted": counted}
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -66,7 +66,7 @@ def run_policy(
                 totals=totals, stats=args.log_token_stats,
                 impl=args.impl, engine=args.head_engine, max_bytes=args.head_max_bytes,
             )  # fmt: skip
-            kl = _exact_kl(hidden_states, head, selection.rows, ref, args.head_max_bytes)
+            kl = exact_kl(hidden_states, head, selection.rows, ref, args.head_max_bytes)
         return output, kl
 
     (output, kl), aux_loss = run_head_task(model, pack, task)
@@ -79,13 +79,14 @@ def run_policy(
     return PackResult(loss, output, kl, aux_loss)
 
 
-def _exact_kl(
+def exact_kl(
     hidden_states: Tensor,
     head: LmHead,
     rows: Tensor,
     ref: ReferenceScores | None,
     max_bytes: int | None,
 ) -> Tensor | None:
+    """KL ``[N]`` to the reference at every scored token; None unless it kept its hidden states."""
     if ref is None or ref.rows is None or ref.head is None:
         return None
     flat = hidden_states.detach().reshape(-1, hidden_states.shape[-1])

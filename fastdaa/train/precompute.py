@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastdaa.data import PairRows
-from fastdaa.data.fields import REF_FIELDS, REF_TOKEN_FIELDS
+from fastdaa.data import PairCollator, PairRows
+from fastdaa.data.fields import (
+    REF_FIELDS,
+    REF_SEQUENCE_FIELD,
+    REF_TOKEN_FIELDS,
+    SEQUENCE_FIELDS,
+    TOKEN_FIELDS,
+)
 from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.full_disk import full_cache_named
@@ -47,6 +53,7 @@ class Precompute:
     def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
         self.trainer, self.reference = trainer, reference
         self.tokens = trainer.objective.needs_ref_tokens
+        self.collate: Any = trainer.data_collator
         root = trainer.args.ref_cache_root()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -66,8 +73,8 @@ class Precompute:
         missing = self.cache.missing(keys, tokens=self.tokens)
         if accelerator.is_main_process:
             logger.info(
-                "%s: reference log-probs of %d of %d pairs are in %s",
-                name, len(keys) - len(missing), len(keys), self.cache.folder,
+                "%s: reference log-probs of %d of %d %s are in %s",
+                name, len(keys) - len(missing), len(keys), self.trainer.unit, self.cache.folder,
             )  # fmt: skip
         # By place, not by rank in the list: another rank may already have stored some of them.
         ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -110,10 +117,11 @@ class Precompute:
         order = sorted(places, key=lambda place: -int(lengths[place]))  # type: ignore[index]
         args = self.trainer.args
         quiet = args.disable_tqdm or not self.trainer.is_world_process_zero()
-        with tqdm(total=len(order), desc=f"reference, {name}", unit="pair", disable=quiet) as bar:
+        unit = self.trainer.unit.removesuffix("s")
+        with tqdm(total=len(order), desc=f"reference, {name}", unit=unit, disable=quiet) as bar:
             for start in range(0, len(order), size):
                 members = order[start : start + size]
-                yield self.trainer.data_collator(rows.__getitems__(members))
+                yield self.collate(rows.__getitems__(members))
                 bar.update(len(members))
 
     def _score(self, batch: Mapping[str, Any]) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
@@ -142,6 +150,28 @@ class Precompute:
         for field, values in columns.items():
             dataset = dataset.add_column(field, values)
         return dataset
+
+
+class UnpairedPrecompute(Precompute):
+    """The same for labelled completions: in the cache, each is a pair whose other side is empty."""
+
+    def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
+        super().__init__(trainer, reference, model)
+        own: Any = trainer.data_collator
+        layout: Any = "padded" if own.layout == "padded" else "prefix_shared"
+        self.collate = PairCollator(layout, own.pad_token_id, own.tokens_per_pack)
+
+    def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        """The dataset with a column of reference log-probs; other columns stay."""
+        if dataset is None:
+            return None
+        fields = dict(zip(SEQUENCE_FIELDS, TOKEN_FIELDS, strict=False))
+        pairs = dataset.select_columns(list(fields)).rename_columns(fields)
+        pairs = super().__call__(pairs.add_column(TOKEN_FIELDS[2], [[]] * len(dataset)), name)
+        assert pairs is not None
+        known = [field for field in dataset.column_names if field == REF_SEQUENCE_FIELD]
+        sums = pairs.with_format(None)[REF_FIELDS[0]]
+        return dataset.remove_columns(known).add_column(REF_SEQUENCE_FIELD, [*sums])
 
 
 def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastdaa.data import PairRows, tokenize_pairs
+from fastdaa.data import tokenize_pairs
 from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.head import LmHead
 from fastdaa.train.adapter_files import load_causal_lm
@@ -176,7 +176,8 @@ def check_head(model: nn.Module) -> None:
 
 def check_config(args: Any, kind: type) -> None:
     """Raise ``TypeError`` for settings of another trainer, such as TRL's ``DPOConfig``."""
-    if not isinstance(args, kind):
+    objectives = [getattr(settings, "objective_type", None) for settings in (args, kind)]
+    if not isinstance(args, kind) or objectives[0] is not objectives[1]:
         raise TypeError(
             f"args: expected a {kind.__name__}, got {type(args).__name__}; what both have has the "
             f"same name, so give its options to {kind.__module__}.{kind.__name__}"
@@ -275,11 +276,6 @@ def padding_token(tokenizer: Any) -> int:
         if isinstance(value, int):
             return value
     return 0
-
-
-def rows_of(dataset: Any) -> Any:
-    """Datasets as the data loader wants them; a dictionary keeps its names."""
-    return each(dataset, lambda part, _: PairRows(part), "")
 
 
 def _has_weights(model: nn.Module) -> bool:

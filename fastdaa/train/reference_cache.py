@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastdaa.data.fields import SKIP_FIELDS, TOKEN_FIELDS
 from fastdaa.data.rows import PairRows
+from fastdaa.whole_file import remove_abandoned, whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -261,20 +262,13 @@ def _unpack_keys(packed: Tensor) -> list[bytes]:
 def _write_part(folder: Path, part: dict[str, Tensor]) -> str:
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder, f".{_PART}*{_SUFFIX}.*.partial")
     # Sorted names are in the order of time, so the older of two equal entries is read first.
     name = f"{_PART}{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
-    temporary = folder / f".{name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(part))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-    except OSError:
-        # Half of a part would take room of a disk that is full.
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(folder / name) as partial, partial.open("wb") as file:
+        file.write(save(part))
+        file.flush()
+        os.fsync(file.fileno())
     return name
 
 

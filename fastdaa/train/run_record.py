@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdaa.data.fields import LABEL_FIELD
+
 RUN_FILE = "fastdaa_run.json"
 _SAMPLED_ROWS, _SAMPLED_WEIGHTS = 256, 64
 
@@ -96,6 +98,8 @@ def rows_fact(rows: Any) -> str | None:
         for field in type(rows).tokens:
             ids = np.asarray(row[field], dtype=np.int64)
             digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
+        if LABEL_FIELD in row:
+            digest.update(bytes([row[LABEL_FIELD]]))
     return f"{len(rows)} rows {digest.hexdigest()[:12]}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,7 +46,6 @@ from fastdaa.train.prepare import (
     load_model,
     load_policy,
     padding_token,
-    rows_of,
     tokenize_dataset,
 )
 from fastdaa.train.references import (
@@ -88,7 +87,15 @@ class PreferenceTrainer(PackLoop):
     # The loss is the mean over the pairs of a micro-batch: the Trainer divides by the number of
     # accumulation steps, whatever the model says about itself.
     loss_is_scaled_for_ga = False
+    config_type: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+    rows_type: ClassVar[Any] = PairRows
+    """What reads the rows of a tokenised dataset."""
+    precompute_type: ClassVar[type[Precompute]] = Precompute
+    ref_fields: ClassVar[tuple[str, ...]] = REF_FIELDS
+    """Columns of precomputed reference log-probs."""
     args: PreferenceConfig
+    data_kind: ClassVar[str] = "preference pairs"
+    """What the model card calls any training data."""
     card_dataset: str | Sequence[str] | None = None
     """What the model card calls the training data, also the one that ``push_to_hub`` writes."""
 
@@ -104,8 +111,8 @@ class PreferenceTrainer(PackLoop):
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ):
-        args = PreferenceConfig(output_dir="trainer_output") if args is None else args
-        check_config(args, PreferenceConfig)
+        args = self.config_type(output_dir="trainer_output") if args is None else args
+        check_config(args, self.config_type)
         self.objective: Objective = args.objective()
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
@@ -120,18 +127,20 @@ class PreferenceTrainer(PackLoop):
             **options,
         )
         given = self._prepare_models(ref_model)
-        pad = padding_token(processing_class)
-        self.data_collator = PairCollator(self.layout, pad, args.tokens_per_pack)
+        self.data_collator = self.make_collator(padding_token(processing_class))
         self._prepare_data(given)
 
     def __repr__(self) -> str:
-        sizes = (
-            [f"{len(self.train_dataset)} pairs"] if isinstance(self.train_dataset, Sized) else []
-        )
+        rows = self.train_dataset
+        sizes = [f"{len(rows)} {self.unit}"] if isinstance(rows, Sized) else []
         return (
             f"{type(self).__name__}({type(causal_lm(self.model)).__name__}, {self.objective}, "
             f"{', '.join([*sizes, f'{self.layout} layout', f'step {self.state.global_step}'])})"
         )
+
+    def make_collator(self, pad_token_id: int) -> Any:
+        """From rows to a batch of packs, in ``self.layout``."""
+        return PairCollator(self.layout, pad_token_id, self.args.tokens_per_pack)
 
     def _prepare_models(self, ref_model: str | nn.Module | None) -> nn.Module | None:
         """Check the models and set up the policy; the reference model, if one was given."""
@@ -170,7 +179,7 @@ class PreferenceTrainer(PackLoop):
             )
         if self._has_ref:
             if self.args.precompute_ref_log_probs:
-                precompute = Precompute(self, *reference_for_cache(self, given))
+                precompute = self.precompute_type(self, *reference_for_cache(self, given))
                 train = each(train, precompute, "train_dataset")
                 evaluation = each(evaluation, precompute, "eval_dataset")
                 self.reference = CachedReference()
@@ -179,7 +188,8 @@ class PreferenceTrainer(PackLoop):
             if given is None and is_adapted(self.model):
                 # With the frozen copy of an adapter that was trained before.
                 self.frozen_facts["reference"] = weights_fact(self.model, trainable=False)
-        self.train_dataset, self.eval_dataset = rows_of(train), rows_of(evaluation)
+        self.train_dataset = each(train, lambda part, _: self.rows_type(part), "")
+        self.eval_dataset = each(evaluation, lambda part, _: self.rows_type(part), "")
 
     def _tokenize(self, dataset: Any, name: str) -> Any:
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
@@ -200,7 +210,7 @@ class PreferenceTrainer(PackLoop):
             *(WEIGHT_METRICS if args.use_weighting else ()),
         ]
 
-    def batch_facts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def batch_facts(self, inputs: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
         """The sizes of the micro-batch, by which its mean loss is taken."""
         return {"totals": list(_totals(inputs))}
 
@@ -249,23 +259,25 @@ class PreferenceTrainer(PackLoop):
         first = step == 1 and self.args.logging_first_step
         return first or step % every == 0 or step == self.state.max_steps
 
-    def rows_of(self, dataset: Any, name: str) -> PairRows:
+    def rows_of(self, dataset: Any, name: str) -> Any:
         """Any dataset of pairs as the loader wants it.
 
         Raises:
             ValueError: its reference log-probs are missing, and no model can make them any more.
         """
+        if isinstance(dataset, self.rows_type):
+            return dataset
         check_dataset(dataset, name)
         dataset = self._tokenize(dataset, name)
         cached = isinstance(self.reference, CachedReference)
-        columns = [*REF_FIELDS, *(REF_TOKEN_FIELDS if self.objective.needs_ref_tokens else ())]
+        columns = [*self.ref_fields, *(REF_TOKEN_FIELDS if self.objective.needs_ref_tokens else ())]
         if cached and not set(columns) <= set(dataset.column_names):
             raise ValueError(
                 f"{name}: expected a dataset that the trainer was made with, or one with the "
                 f"columns {', '.join(columns)}: with precompute_ref_log_probs no reference "
                 "model is kept"
             )
-        return PairRows(dataset)
+        return self.rows_type(dataset)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ``README.md`` into the output folder: what was trained, how, and how it did."""
@@ -280,6 +292,7 @@ class PreferenceTrainer(PackLoop):
             best=best_model(self),
             base_model=getattr(causal_lm(self.model).config, "_name_or_path", "") or None,
             dataset=kwargs.get("dataset", self.card_dataset),
+            data_kind=self.data_kind,
             reference=self._reference_name,
             dtype=str(causal_lm(self.model).dtype).removeprefix("torch."),
             adapter=adapter_words(self.model),

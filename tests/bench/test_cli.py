@@ -95,6 +95,9 @@ def test_unknown_command(words: str, message: str, capsys: pytest.CaptureFixture
         ("--cases ,", "names with commas"),
         ("--cases a --selection cpu", "not allowed with"),
         ("--unheard-of", "unrecognized"),
+        ("--threshold 0.1", "--threshold: expected --compare beside it"),
+        ("--launches 2", "--launches: expected --compare beside it"),
+        ("--fresh", "--fresh: expected --output beside it"),
     ],
 )
 def test_wrong_flags(

@@ -43,12 +43,14 @@ def test_single_pass_by_hand() -> None:
 
 
 def test_single_pass_in_chunks_by_hand() -> None:
-    n, v, d = 32768, 128256, 4096  # 8 GiB of half-precision gradients come in four chunks
+    n, v, d, chunks = 32768, 128256, 4096, 13  # of 2560 tokens
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
-    sums = v * d * 6 + n * d * (4 + 6)  # the first product writes the weight's sum
-    chunks = 3 * v * d * 8 + n * d * (8 + 4 + 2 + (8 + 2))
+    packed, read = 4 + 6, 2 + 2  # its largest entry and itself; the loss's gradient in backward
+    sums = v * d * (packed + read) + n * d * (2 + packed + read)  # rows are zeros at first
+    # The first product writes the weight's sum.
+    sums += (chunks - 1) * v * d * 8 + n * d * (8 + 4 + 2 + (8 + 2))
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
-    assert cost == Cost(3 * case.unit, (4 + 2) * n * v + sums + chunks, "bfloat16")
+    assert cost == Cost(3 * case.unit, (4 + 2) * n * v + sums, "bfloat16")
 
 
 def test_a_single_pass_in_part_by_hand() -> None:
@@ -63,17 +65,24 @@ def test_a_single_pass_in_part_by_hand() -> None:
     assert 0 < plan.kept_columns < v and slices == 5
     whole = cost_model.tiled(case, "single_pass", "triton", "cuda")
     cost = cost_model.tiled(case, "single_pass", "triton", *call)
-    again = (4 + 2) * n * others + 8 * slices * n * d
+    # Slices add to a wide sum, which the targets' rows join in the end.
+    again = (4 + 2) * n * others + (8 * slices + 2 + 3 * 2) * n * d
     assert cost.flop == pytest.approx(whole.flop + 2 * n * others * d)
     assert cost.bytes == pytest.approx(whole.bytes + again)
 
 
-@pytest.mark.parametrize(("n", "weight"), [(8192, 0), (32768, 8 * 2 + 6)])
-def test_recompute_by_hand(n: int, weight: int) -> None:
-    """8 slices of up to 16384 columns by all of 8192 tokens; 16 of 8192 columns by 12288."""
-    v, d, slices = 128256, 4096, 8 if n == 8192 else 16
+@pytest.mark.parametrize(
+    ("n", "slices", "weight", "packed"),
+    [(8192, 8, 0, False), (32768, 16, 8 * 5 + 6, False), (65536, 8, 8 * 15 + 6, True)],
+)
+def test_recompute_by_hand(n: int, slices: int, weight: int, packed: bool) -> None:
+    """8 slices of up to 16384 columns by all of 8192 tokens; 16 of 8192 columns by 6144; 8 of 16384
+    columns by 4096, into the memory of what is returned."""
+    v, d = 128256, 4096
     cost = cost_model.tiled(Case("llama3-8b", n, dtype="bfloat16"), "recompute", "triton", "cuda")
-    hidden = n * d * (8 * (slices - 1) + 6)
+    adding = 10 * slices + 14 * (slices - 1) if packed else 8 * (slices - 1)
+    joining = 2 + 3 * 2  # rows of the weight, and of its gradient
+    hidden = n * d * (adding + (2 if packed else 4) + 2 + joining)
     total = (4 + 4 + 2) * n * v + hidden + weight * v * d
     assert cost == Cost(4 * 2 * n * v * d, total, "bfloat16")
 
@@ -107,8 +116,10 @@ def test_half_precision_on_cpu_is_fp32_work() -> None:
          Case("llama3-8b", 8192, "dpo", "bfloat16")),
         ("single pass of 16384 tokens, triton", "fastdaa-single-pass-triton",
          Case("llama3-8b", 16384, "dpo", "bfloat16")),
-        ("single pass of 32768 tokens, triton", "fastdaa-single-pass-triton",
-         Case("llama3-8b", 32768, "dpo", "bfloat16")),
+        ("single pass of 65536 tokens, triton", "fastdaa-single-pass-triton",
+         Case("llama3-8b", 65536, "dpo", "bfloat16")),
+        ("recompute of 65536 tokens, triton", "fastdaa-recompute-triton",
+         Case("llama3-8b", 65536, dtype="bfloat16")),
     ],
     ids=lambda value: value if isinstance(value, str) and "," in value else "",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from fastdaa.benchmarks import roof
 from fastdaa.benchmarks.measure import MIN_ROUNDS, interleave, measure_peak, summary
 
 MIB = 1 << 20
@@ -93,3 +94,18 @@ def test_peak_and_times_on_cuda() -> None:
 
     assert measure_peak(run, "cuda")[1] >= 8 * MIB
     assert all(t > 0 for t in interleave({"a": run}, "cuda", repeats=3)["a"])
+
+
+def test_the_roof_is_that_of_a_head_s_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states times the transposed weight: in fp16, a CPU is slow at the other layout."""
+    seen, product = [], torch.mm
+
+    def mm(a: torch.Tensor, b: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        seen.append((a.stride(), b.stride()))
+        return product(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(roof, "_PRODUCT", {"cpu": 16})
+    monkeypatch.setattr(roof, "_COPIED", {"cpu": 1 << 10})
+    assert roof.measure_roof("cpu", ("float16",)).flops["float16"] > 0
+    assert set(seen) == {((16, 1), (1, 16))}

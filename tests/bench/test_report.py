@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
 import re
@@ -247,6 +248,19 @@ def test_defeats_are_said() -> None:
     assert (first.tone, second.tone) == ("bad", "bad")
 
 
+def test_cases_of_one_title_are_told_apart() -> None:
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for name, median in (("trl", 0.05), ("fastdaa-recompute", 0.1)):
+            given = row("head", name, median=median, case=dtype)
+            given["case_params"] = given["case_params"] | {"dtype": dtype}
+            rows.append(given)
+    text = said.headlines("head", map(Result, rows))[1].text
+    assert "gradients, float32 (trl" in text and "gradients, bfloat16 (trl" in text
+    alone = said.headlines("head", map(Result, rows[:2]))[1].text
+    assert "gradients (trl" in alone
+
+
 def test_trl_at_its_best_counts_only_cases_in_which_a_variant_was_run() -> None:
     both = [step("trl", 1.0), step("trl-sorted", 2.0), step("fastdaa", 6.0)]
     plain = [
@@ -314,6 +328,38 @@ def test_nothing_to_read(
     file = tmp_path / (name or "empty.jsonl")
     assert main(["bench", "report", str(file), "--output", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_file_named_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row("head", "pytorch")) + "\n", encoding="utf-8")
+    assert main(["bench", "report", str(file), str(file), "--output", str(tmp_path / "out")]) == 0
+    assert "(1 row," in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row("head", "pytorch")) + "\n", encoding="utf-8")
+    assert main(["bench", "report", str(file), "--output", str(file)]) == 2
+    assert f"--output: expected a folder, {file} is a file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row("head", "pytorch")) + "\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["bench", "report", str(file), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"No space left on device: '{tmp_path / 'out'}" in said
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_file_that_breaks_off_is_reported_with_one_note(

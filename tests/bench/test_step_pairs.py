@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
-from fastdaa.benchmarks.step import cases, pairs
+from fastdaa.benchmarks.step import cases, contenders, pairs
 from fastdaa.benchmarks.step.cases import CASES, MODELS, WORKLOADS, Case, Lengths, from_file
 from fastdaa.benchmarks.step.pairs import PairLengths
 from fastdaa.data import DataError
@@ -132,3 +132,26 @@ def test_names_of_cases_are_unique_and_selections_are_known() -> None:
     assert cases.choose(None, "full", "cpu") != cases.choose(None, "full", "cuda")
     with pytest.raises(ValueError, match="did you mean 'short-chat/llama-13m/full'"):
         cases.choose(["short-chat/llama-13/full"], None, "cpu")
+
+
+def test_a_part_of_an_id_names_the_cases_of_the_device() -> None:
+    def ids(*names: str, device: str = "cpu") -> list[str]:
+        return [case.id for case in cases.choose(list(names), None, device)]
+
+    assert ids("smoke") == ["smoke/llama-smoke/full"]
+    # An id is that case alone, also where others begin with it.
+    assert ids("short-chat/llama-13m/full") == ["short-chat/llama-13m/full"]
+    parts = ids("short-chat", "short-chat/llama-13m/full")
+    assert len(parts) > 2 and len(set(parts)) == len(parts)
+    assert all("13m" in one for one in ids("lora")) and "13m" not in "".join(
+        ids("lora", device="cuda")
+    )
+    with pytest.raises(ValueError, match=r"expected \(a part of\) the id of a case, got '1.2b'"):
+        ids("1.2b")
+
+
+def test_a_family_stands_for_its_contenders() -> None:
+    names = [contender.name for contender in contenders.choose(["fastdaa", "trl"])]
+    assert names[0] == "trl" and {"fastdaa-padded", "fastdaa-prefix_shared"} < {*names}
+    with pytest.raises(ValueError, match="got 'fastda'; did you mean"):
+        contenders.choose(["fastda"])

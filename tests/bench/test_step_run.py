@@ -229,7 +229,7 @@ def _options(**given: Any) -> argparse.Namespace:
     ("given", "message"),
     [
         ({"contenders": ["tlr"]}, "got 'tlr'; did you mean 'trl'"),
-        ({"cases": ["smoke"], "selection": None}, "--cases: expected names"),
+        ({"cases": ["smoky"], "selection": None}, "--cases: expected .a part of. the id of a case"),
         ({"losses": ["dpoo"]}, "--losses: expected names out of dpo"),
         ({"dtype": "float16"}, "--dtype: expected float32 on cpu"),
         ({"data": "pairs.jsonl"}, "--data: expected no --cases and no --selection"),

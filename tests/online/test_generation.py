@@ -86,6 +86,13 @@ def test_the_same_seed_gives_the_same_completions(model, prompts):
     assert not all(torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))
 
 
+def test_a_policy_without_probabilities_is_named(model, prompts):
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="policy: expected finite probabilities"):
+        source().sample(model, prompts, seed=0)
+
+
 def sample(model, prompts, batch=0, seed=0, **sampling):
     sampling = Sampling(**{"end_ids": (END,), "pad_id": 0, "max_new_tokens": 8, **sampling})
     drawn = sample_batch(model, prompts, sampling, seed=seed, batch=batch)

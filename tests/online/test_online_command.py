@@ -20,6 +20,7 @@ from transformers import (
 from word_files import WORDS, write_pairs_and_reward
 
 from fastdaa.cli import main
+from fastdaa.cli.online import _print_summary
 from fastdaa.cli.online_arguments import parse
 from fastdaa.cli.runs import continuation
 from fastdaa.data.tokenise_prompts import TokenizedPrompt
@@ -251,3 +252,11 @@ def test_a_full_disk_is_one_line(files, tmp_path, capsys):
     assert main(arguments(files, folder, reward=f"{files}/reward.py:count")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fastdaa online: error: output_dir: expected room on the disk for what")
+
+
+def test_the_last_numbers_are_written_alike(capsys):
+    """Four digits or whole numbers, never powers of ten beside separators."""
+    rates = {"rollout_tokens_per_second": 9852.1, "update_tokens_per_second": 11224.9}
+    _print_summary({**rates, "objective/raw_scores": 0.0123456}, "out")
+    said = capsys.readouterr().out
+    assert "9,852" in said and "11,225" in said and "0.01235" in said

@@ -117,9 +117,10 @@ def test_a_function_gets_prompts_of_the_data_and_text(tmp_path):
         ([1.0], "expected 3 numbers"),
         ([1.0, float("nan"), 2.0], "expected finite numbers, got nan at place 1"),
         ("abc", "expected a list of 3 numbers"),
-        (None, "expected a list of 3 numbers"),
+        (None, "expected a list of 3 numbers, got None"),
+        (["a", "b", "c"], r"expected a list of 3 numbers, got \['a', 'b', 'c'\]"),
     ],
-    ids=["too few", "nan", "text", "none"],
+    ids=["too few", "nan", "text", "none", "texts"],
 )
 def test_nonsense_of_functions(given, message):
     with pytest.raises(ValueError, match=message):

@@ -205,7 +205,7 @@ def test_tables_without_what_is_asked_for(made, settings, message):
         ({"budgets": (2.0, 1.0)}, "budgets: expected rising KLs"),
         ({"budgets": ()}, "budgets: expected rising KLs"),
         ({"budgets": (0.0, 1.0)}, "budgets: expected rising KLs"),
-        ({"repeats": 1}, "repeats: expected at least 100"),
+        ({"repeats": 1}, "--bootstrap.: expected at least 100"),
         ({"confidence": 1.0}, "confidence: expected a number"),
     ],
 )

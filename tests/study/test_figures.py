@@ -261,6 +261,14 @@ def test_runs_of_two_model_sizes_are_two_on_policy_pictures() -> None:
     assert found[1].title.endswith("preset H, d64")
 
 
+def test_a_single_iteration_has_one_whole_number_on_its_axis() -> None:
+    rows = [row for row in synthetic["online_rows"](1) if row.get("fraction", 1.0) == 1.0]
+    rows = [row | {"iteration": 3} if "iteration" in row else row for row in rows]
+    (picture,) = online.pictures(Results(rows=Table(rows)))
+    axis = render(picture, "wide").axes[1].xaxis
+    assert all(float(place).is_integer() for place in axis.get_majorticklocs())
+
+
 def test_only_trained_policies_are_counted() -> None:
     rows = synthetic["online_rows"](1)
     best = {"score": 9.0, "algorithm": "kl_optimum"}

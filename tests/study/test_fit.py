@@ -237,7 +237,7 @@ def test_laws_that_noise_does_not_tell_apart_are_tied():
     [
         ({"laws": ("cubic",)}, "laws: expected one of"),
         ({"laws": ()}, "laws: expected at least one"),
-        ({"repeats": 10}, "repeats: expected at least 100"),
+        ({"repeats": 10}, "--bootstrap.: expected at least 100"),
         ({"confidence": 95}, "confidence: expected a number in"),
         ({"resample": "losses"}, "resample: expected one of"),
         ({"offset": math.nan}, "offset: expected a finite number"),

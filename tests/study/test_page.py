@@ -318,3 +318,9 @@ def test_figure_modules_are_known() -> None:
     folder = Path(__file__).resolve().parents[2] / "fastdaa" / "study" / "figures"
     others = {"__init__", "style", "end_labels", "course", "needs"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(FIGURES)
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"output: expected a folder, {tmp_path / 'file'}"):
+        build_report(study, tmp_path / "file")

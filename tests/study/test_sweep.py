@@ -241,6 +241,14 @@ def test_a_sweep_keeps_its_runs(tmp_path):
     assert len(read_table(tmp_path / POINTS)) == 6
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        NotADirectoryError, match=r"output_dir: expected a folder, .*file is a file"
+    ):
+        sweep(tiny_grid(), tmp_path / "file", workers=1)
+
+
 def test_a_killed_run_is_done_again_and_leaves_no_second_rows(tmp_path):
     runs = tiny_grid()
     sweep(runs, tmp_path, workers=1)

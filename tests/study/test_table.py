@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
 from fastdaa.study.table import Table, append_rows, read_table, write_table
-from fastdaa.study.whole_file import whole_file
 
 ROW = {"run": "a", "checkpoint": 10, "kl": 0.25, "score": 1.5}
 
@@ -32,23 +32,6 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["points.jsonl"]
 
 
-def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder" / "file"
-    with whole_file(path) as partial:
-        partial.write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
-        partial.write_text("ha")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-
-
-def test_a_full_disk_is_told_with_the_file(tmp_path):
-    path = tmp_path / "file"
-    with pytest.raises(OSError, match=f"No space left on device: '{path}'"), whole_file(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not list(tmp_path.iterdir())
-
-
 def test_csv_cells_get_their_types(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text(
@@ -62,6 +45,15 @@ def test_csv_cells_get_their_types(tmp_path):
         "final": True, "beta": None, "reward_name": "7b",
     }  # fmt: skip
     assert second["kl"] == 0.25 and second["final"] is False and second["reward_name"] is None
+
+
+def test_names_of_csv_columns_are_taken_without_blanks_and_once(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text("run, checkpoint, kl, score\na, 0, 0.5, 1\n")
+    assert list(read_table(path)) == [{"run": "a", "checkpoint": 0, "kl": 0.5, "score": 1}]
+    path.write_text("run,checkpoint,kl,score,score \na,0,0.5,1,2\n")
+    with pytest.raises(ValueError, match=r"csv:1: expected every column once, got 'score' again"):
+        read_table(path)
 
 
 def test_columns_can_have_other_names(tmp_path):
@@ -187,6 +179,24 @@ def test_half_a_row_at_the_end_is_left_out(tmp_path, capsys):
         file.write('{"run": "b", "chec')
     assert [entry["run"] for entry in read_table(path)] == ["a"]
     assert capsys.readouterr().err == f"{path}:2: the file breaks off in this row; left out\n"
+
+
+def test_a_disk_that_takes_a_part_of_a_line_is_full_and_named(tmp_path, monkeypatch):
+    path, room, write = tmp_path / "rows.jsonl", [20], os.write
+
+    def write_what_fits(descriptor, line):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = write(descriptor, line[: room[0]])
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr("fastdaa.study.table.os.write", write_what_fits)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        append_rows(path, [ROW])
+    monkeypatch.undo()
+    append_rows(path, [ROW])
+    assert list(read_table(path)) == [ROW]
 
 
 def test_appending_makes_the_folder(tmp_path):

@@ -215,3 +215,8 @@ def test_command_tells_what_does_not_hold(tmp_path, capsys, monkeypatch, small):
 def test_command_refuses_workers_below_one(capsys):
     assert main(["study", "tree", "--workers", "0"]) == 2
     assert "--workers: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_file_is_said_before_the_work(tmp_path, capsys):
+    assert main(["study", "tree", "--output", str(tmp_path)]) == 2
+    assert f"--output: expected a file, {tmp_path} is a folder" in capsys.readouterr().err

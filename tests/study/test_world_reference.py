@@ -79,7 +79,7 @@ def test_reference_is_cached(
     for settings in others:
         with pytest.raises(AssertionError, match="trained again"):
             make_reference(*settings, folder)
-    assert not list(folder.glob(".making-*"))
+    assert not list(folder.glob(".*.partial"))
 
 
 def test_reference_is_a_model_folder(reference: Reference, folder: Path) -> None:

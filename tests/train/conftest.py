@@ -86,6 +86,26 @@ def pairs() -> Callable[..., Dataset]:
     return build
 
 
+@pytest.fixture(scope="session")
+def unpaired(pairs: Callable[..., Dataset]) -> Callable[..., Dataset]:
+    """``unpaired(count, seed=0)``: tokenised completions of many lengths, with labels."""
+
+    def build(count: int = 8, seed: int = 0) -> Dataset:
+        rows = pairs(count, seed).to_list()
+        return Dataset.from_list(
+            [
+                {
+                    "prompt_ids": row["prompt_ids"],
+                    "completion_ids": row["chosen_ids"],
+                    "label": number % 3 != 1,
+                }
+                for number, row in enumerate(rows)
+            ]
+        )
+
+    return build
+
+
 @pytest.fixture
 def make_trainer(
     tmp_path: Path, tiny_model: Callable[..., Any], pairs: Callable[..., Dataset]
@@ -185,7 +205,7 @@ def start_run() -> Callable[..., Any]:
     The processes are forked from one that has imported everything and has done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastdaa.train.trainer", "peft", "datasets"])
+    context.set_forkserver_preload(["fastdaa.train.unpaired", "peft", "datasets"])
 
     def start(**options: Any) -> Any:
         # Functions of this file could not be imported there.
@@ -265,7 +285,7 @@ def _ranks(count: int) -> dict[str, str]:
 
 RUN_OPTIONS = {
     *("pairs", "reshard", "end", "resume", "adapter", "lora", "eval", "model", "env"),
-    *("launcher", "slow_end"),
+    *("launcher", "slow_end", "groups"),
 }
 
 

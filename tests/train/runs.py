@@ -3,8 +3,9 @@
 Run by the fixture ``start_run`` with the global ``OPTIONS``: ``settings`` of the config, ``model``
 (configuration of a tiny Llama), ``pairs``, ``adapter`` (folder of one to continue), ``resume``,
 ``end`` (where and how the process ends), ``slow_end`` (whether the first process takes long after
-its last step) and ``env``. Writes the final weights to ``final.safetensors`` in the output folder.
-With ``argv`` it is the command line that runs.
+its last step), ``env`` and ``groups`` (mismatched completions are those of so many rows at a time).
+Pairs with a ``label`` are unpaired data. Writes the final weights to ``final.safetensors`` in the
+output folder. With ``argv`` it is the command line that runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from datasets import Dataset  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import TrainerCallback, TrainerState  # noqa: E402
 
-from fastdaa.train import PreferenceConfig, PreferenceTrainer  # noqa: E402
+from fastdaa.data.unpaired_collate import UnpairedCollator  # noqa: E402
+from fastdaa.train import (  # noqa: E402
+    PreferenceConfig,
+    PreferenceTrainer,
+    UnpairedConfig,
+    UnpairedTrainer,
+)
 from fastdaa.train.callbacks import Curves, was_interrupted  # noqa: E402
 
 
@@ -100,6 +107,21 @@ def killed_while_saving(step: int, place: str) -> None:
         raise ValueError(place)
 
 
+def mismatch_in_groups(size: int) -> None:
+    """Have one process take the mismatched completions that several would take."""
+    original = UnpairedCollator.__call__
+
+    def collate(self: UnpairedCollator, rows: Any) -> dict[str, Any]:
+        parts = [original(self, rows[i : i + size]) for i in range(0, len(rows), size)]
+        packs = [pack for part in parts for pack in part["kl_packs"]]
+        return {
+            **original(self, rows), "kl_packs": packs,
+            "mismatched": sum(part["mismatched"] for part in parts),
+        }  # fmt: skip
+
+    UnpairedCollator.__call__ = collate  # type: ignore[method-assign]
+
+
 def allow_fsdp_on_cpu(args: PreferenceConfig) -> None:
     """accelerate would quietly take DDP on CPU; FSDP2 itself runs there as it does on GPUs."""
     from accelerate.state import PartialState
@@ -137,10 +159,13 @@ def main(options: dict[str, Any]) -> None:
         from peft import LoraConfig
 
         lora = LoraConfig(task_type="CAUSAL_LM", **lora)
-    args = PreferenceConfig(**options["settings"])
+    unpaired = "label" in data.column_names
+    args = (UnpairedConfig if unpaired else PreferenceConfig)(**options["settings"])
     if args.fsdp:
         allow_fsdp_on_cpu(args)
-    trainer = PreferenceTrainer(
+    if "groups" in options:
+        mismatch_in_groups(options["groups"])
+    trainer = (UnpairedTrainer if unpaired else PreferenceTrainer)(
         build_model(options["model"], options.get("adapter")),
         args=args,
         train_dataset=data,

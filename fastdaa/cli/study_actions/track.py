@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastdaa.cli.runs import INTERRUPTED
+from fastdaa.cli.runs import INTERRUPTED, no_bars_in_files
 
 HELP = "measure quality and KL of finished checkpoints"
 _NUMBERS: tuple[tuple[str, int | float, str, str], ...] = (
@@ -65,19 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure every checkpoint that has no row yet; 130 after Ctrl-C."""
     from fastdaa.study.track.finished import Checkpoint, find_checkpoints
+    from fastdaa.writable import check_writable
 
     checkpoints = find_checkpoints(options.model)
     if not options.no_start and all(one.step > 0 for one in checkpoints):
         checkpoints.insert(0, Checkpoint(None, 0, {"fraction": 0.0, "final": False}))
     more = dict(map(_column, options.set))
+    check_writable(Path(options.table).parent, "--table")
     record = _record(options, checkpoints)
-    known = {row["checkpoint"] for row in record.resume(float("inf"))}
+    rows = record.resume(float("inf"))
+    _check_set(rows, more, options.table)
+    known = {row["checkpoint"] for row in rows}
     missing = [one for one in checkpoints if one.step not in known]
     if len(missing) < len(checkpoints):
         print(f"{len(checkpoints) - len(missing)} checkpoints are in {options.table} already")
     if missing:
         try:
-            _measure(options, record, checkpoints, missing, more)
+            with no_bars_in_files():
+                _measure(options, record, checkpoints, missing, more)
         except KeyboardInterrupt:
             print("\ninterrupted; what is measured is kept, the same command continues")
             return INTERRUPTED
@@ -163,6 +168,18 @@ def _tokenizer_folder(checkpoint: Path, reference: str) -> str:
         if (folder / "tokenizer_config.json").is_file():
             return str(folder)
     return tokenizer_source(reference)
+
+
+def _check_set(rows: list[dict[str, Any]], more: dict[str, Any], table: str) -> None:
+    """Raise ``ValueError`` for columns that the rows of the run, which stay, do not have."""
+    for row in rows:
+        for name, value in more.items():
+            if row.get(name) != value:
+                raise ValueError(
+                    f"--set: expected {name} = {row.get(name)!r} as in the row of checkpoint "
+                    f"{row['checkpoint']} in {table}, got {value!r}; rows stay as they are, so "
+                    "choose another table or --run, or add the column there"
+                )
 
 
 def _column(given: str) -> tuple[str, Any]:

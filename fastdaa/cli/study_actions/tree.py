@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     settings = TreeSettings(
         losses=tuple(options.losses), betas=tuple(options.betas), seeds=options.seeds
     )
-    check_writable(Path(options.output).parent)
+    check_writable(Path(options.output).parent, "--output")
+    if Path(options.output).is_dir():
+        raise IsADirectoryError(f"--output: expected a file, {options.output} is a folder")
     tasks = len(settings.pairs) * settings.seeds
     workers = min(options.workers or cores(), tasks)
     console = Console()

@@ -180,7 +180,7 @@ def draw_time(results: Results, rows: Sequence[Row]) -> Callable[[Layout], Figur
                 ax.set_title(_title(name, group))
                 ax.set_xlabel("optimiser step")
                 ax.set_ylabel(label)
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         legend_below(figure, axes, columns=legend_columns(layout, 5))
         return figure
 

@@ -144,7 +144,7 @@ def _draw_growth(ax: Axes, found: dict[str, list[Setting]]) -> list[EndLabel]:
             ends.append(EndLabel(f"{setting.strength:g}", last, setting.mean("kl"), colour))
     ax.set_yscale("log")
     label_log_scale(ax.yaxis)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("iteration")
     ax.set_ylabel("KL to the reference (nats)")
     ax.set_title("KL by setting (λ, or PPO's coefficient)")

@@ -17,8 +17,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fastdaa.study.whole_file import whole_file
 from fastdaa.study.wording import preset_suffix
+from fastdaa.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

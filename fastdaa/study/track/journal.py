@@ -11,7 +11,7 @@ from typing import Any
 from fastdaa.study.table import append_rows
 from fastdaa.study.track.decline import Measured
 from fastdaa.study.track.scoring import Sample, Scores
-from fastdaa.study.whole_file import whole_file
+from fastdaa.whole_file import naming, whole_file
 
 TABLE = "track.jsonl"
 """Name of the table in the output folder of a run."""
@@ -158,5 +158,5 @@ def _rewrite(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    with file.open("a", encoding="utf-8") as lines:
+    with naming(file), file.open("a", encoding="utf-8") as lines:
         lines.write(text)

@@ -96,6 +96,10 @@ def test_a_run_and_its_finished_checkpoints_give_the_same_rows(
     assert rows(tmp_path / "later.jsonl") == after
     assert measure("--temperature", "0.5") == 2
     assert "expected temperature = 1.0" in capsys.readouterr().err
+    assert measure("--set", "loss=dpo") == 0
+    assert measure("--set", "loss=ipo") == 2
+    assert "--set: expected loss = 'dpo' as in the row of checkpoint 0" in capsys.readouterr().err
+    assert rows(tmp_path / "later.jsonl") == after
 
 
 def test_adapters_know_where_they_started_and_a_judge_stands_beside_the_reward(
@@ -161,6 +165,16 @@ def test_errors_come_before_anything_is_loaded(given, message, files, tmp_path, 
     printed = capsys.readouterr()
     assert code == 2 and message in printed.err
     assert not (tmp_path / "out").exists() and "pairs kept" not in printed.err
+
+
+def test_a_table_that_cannot_be_written_is_said_first(measure, train, files, tmp_path, capsys):
+    assert train("--track_reward", f"{files}/reward.py:words") == 0
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert measure("--table", str(tmp_path / "file" / "track.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"--table: expected a folder, {tmp_path / 'file'} is a file\n")
+    assert "Loading" not in said
 
 
 def test_what_cannot_be_measured(measure, train, files, tmp_path, capsys):
