@@ -49,7 +49,8 @@ class CallSize(NamedTuple):
     entropy: bool = False
     """The gradient is that of entropies: probabilities beside their logs."""
     gathered: bool = False
-    """Chunks of a single pass gather the selected rows that they need: no copy of all."""
+    """Selected rows are copied as they are needed, but where gradients of the logits are kept until
+    backward."""
 
     @property
     def wide(self) -> int:
@@ -135,12 +136,17 @@ class CallSize(NamedTuple):
 
     @property
     def gathered_row(self) -> int:
-        """Bytes of a copy of a row of hidden states, where chunks gather theirs."""
-        return self.own_hidden.itemsize * self.hidden_size * self.gathered
+        """Bytes of a copy of a row of hidden states, where it is copied as it is needed."""
+        return self.own_hidden.itemsize * self.hidden_size * (self.gathered or self.sparse)
 
     @property
     def selection(self) -> int:
         """Bytes of the copy of the selected rows, and of its gradient."""
+        return 0 if self.gathered else self.kept_selection
+
+    @property
+    def kept_selection(self) -> int:
+        """The same where gradients of the logits are kept until backward."""
         return self.own_rows if self.selected else 0
 
 

@@ -140,18 +140,18 @@ def pair_loss_gradients(
         grads = head_gradients(logits, targets, scaled, state, plan, wants)
     rows, *others = grads
     if rows is not None:
-        rows = torch.zeros_like(hidden_states).index_add_(0, positions, rows)
+        rows = hidden_states.new_zeros(hidden_states.shape).index_add_(0, positions, rows)
     return present((rows, others[0], others[1]), hidden_states)
 
 
 def selected_logits(
     hidden_states: Tensor, head: LmHead, operand: torch.dtype, plan: HeadPlan, positions: Tensor
 ) -> Logits:
-    """Those of the rows at ``positions [N]`` of ``[P, D]``: copied here, or chunk by chunk where
-    the plan has chunks."""
-    if plan.path == "single_pass" and not plan.kept_whole:
-        return Logits(hidden_states, head, operand, plan.engine, positions)
-    return Logits(hidden_states.index_select(0, positions), head, operand, plan.engine)
+    """Those of the rows at ``positions [N]`` of ``[P, D]``: copied here where gradients of the
+    logits are kept until backward, else as they are needed."""
+    if plan.kept_whole:
+        return Logits(hidden_states.index_select(0, positions), head, operand, plan.engine)
+    return Logits(hidden_states, head, operand, plan.engine, positions)
 
 
 @pair_loss_gradients.register_fake

@@ -188,10 +188,15 @@ def _evaluate(
         )
         return results, sums.fields()
     if plan.path == "frozen":
-        logps, slopes, values = logps_and_slopes(rows, head, targets, plan, logits.operand, stats)
+        logps, slopes, values = logps_and_slopes(
+            rows, head, targets, plan, logits.operand, stats, logits.positions
+        )
         saved = {"hidden": slopes.entries, "hidden_scales": slopes.scales}
     else:
-        state, more = score(rows, head, targets, plan, stats=stats, operand=logits.operand)
+        state, more = score(
+            rows, head, targets, plan, stats=stats, operand=logits.operand,
+            positions=logits.positions,
+        )  # fmt: skip
         logps, saved = state.logps, {"m": state.m, "log_s": state.log_s}
         values = list(more) if more else [logps.new_empty(0) for _ in range(STATISTICS)]
     told = TokenStats(*values) if stats else None

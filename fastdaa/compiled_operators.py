@@ -100,7 +100,9 @@ def present_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`present` gives for the gradients of ``tensors``, without their values."""
     grads = [
-        torch.empty_like(t) if want and t is not None else None
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if want and t is not None
+        else None
         for t, want in zip(tensors, wanted, strict=True)
     ]
     return present((grads[0], grads[1], grads[2]), tensors[0])

@@ -24,19 +24,23 @@ from fastdaa.waiting_rows import WaitingRows
 
 
 class Frozen(torch.autograd.Function):
-    """``apply(hidden_states [N, D], head, targets [N], plan, stats)`` to log-probs ``[N]``.
+    """``apply(hidden_states, head, targets [N], plan, stats, positions)`` to log-probs ``[N]``.
 
-    Beside them, without gradient, the token statistics (empty unless ``stats``).
+    Beside them, without gradient, the token statistics (empty unless ``stats``). Hidden states are
+    ``[N, D]``, or ``[P, D]`` with ``positions [N]``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, stats: bool
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, hidden_states: Tensor, head: LmHead, targets: Tensor, plan: HeadPlan, stats: bool,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """One pass over the vocabulary; keeps one ``[N, D]``."""
-        logps, slopes, values = logps_and_slopes(hidden_states, head, targets, plan, stats=stats)
-        ctx.save_for_backward(*slopes)
-        ctx.dtype = hidden_states.dtype
+        logps, slopes, values = logps_and_slopes(
+            hidden_states, head, targets, plan, stats=stats, positions=positions
+        )
+        ctx.save_for_backward(positions, *slopes)
+        ctx.dtype, ctx.count = hidden_states.dtype, hidden_states.shape[0]
         ctx.mark_non_differentiable(*values)
         return logps, *values
 
@@ -44,8 +48,13 @@ class Frozen(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """A row scale."""
-        slopes = WaitingRows(*ctx.saved_tensors)
-        return slopes.scaled(coefficients, ctx.dtype), None, None, None, None
+        positions, *fields = ctx.saved_tensors
+        slopes = WaitingRows(*fields)
+        if positions is None:
+            grad = slopes.scaled(coefficients, ctx.dtype)
+        else:
+            grad = slopes.scattered(coefficients, ctx.dtype, positions, ctx.count)
+        return grad, None, None, None, None, None
 
 
 def logps_and_slopes(
@@ -55,15 +64,16 @@ def logps_and_slopes(
     plan: HeadPlan,
     operand: torch.dtype | None = None,
     stats: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, WaitingRows, list[Tensor]]:
     """Log-probs ``[N]``, ``d logp / d hidden [N, D]`` and statistics ``[N]``."""
-    logits = Logits(hidden_states, head, operand, engine=plan.engine)
+    logits = Logits(hidden_states, head, operand, engine=plan.engine, positions=positions)
     slopes = slopes_of(logits)
     with without_autocast(hidden_states.device):
         logps = torch.empty_like(slopes.scales)
         values: list[TokenStats] = []
         weight = logits.columns(slice(0, head.width))
-        for rows in blocks(hidden_states.shape[0], plan.block_rows):
+        for rows in blocks(logits.tokens, plan.block_rows):
             logps[rows], more = _rows(logits, weight, targets[rows], rows, stats, slopes)
             values += [more] if more is not None else []
     return logps, slopes, join(values, STATISTICS, logps.new_empty(0))
@@ -72,7 +82,8 @@ def logps_and_slopes(
 def slopes_of(logits: Logits) -> WaitingRows:
     """Memory for slopes ``[N, D]`` of results by the hidden states."""
     hidden = logits.hidden_states
-    return WaitingRows.empty(hidden, logits.wide, packed=packs(hidden.dtype))
+    packed = packs(hidden.dtype)
+    return WaitingRows.empty(hidden, logits.wide, packed=packed, rows=logits.tokens)
 
 
 def _rows(

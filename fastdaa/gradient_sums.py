@@ -101,7 +101,7 @@ class GradientSums:
             self.hidden = WaitingRows.empty(hidden, wide, packed=packed, rows=rows)
             self.hidden.entries.zero_()  # rows that are left out
         if wanted[1]:
-            self.weight = torch.empty_like(head.weight, dtype=wide)
+            self.weight = head.weight.new_empty(head.weight.shape, dtype=wide)
         if wanted[2] and head.bias is not None:
             self.bias = torch.zeros_like(head.bias, dtype=wide)
         self.head, self.column_sums = head, logits.engine.column_sums

@@ -117,13 +117,15 @@ def waiting_gradients(
         columns = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         # The weight first: its factor is gone before the gradient of the hidden states comes.
         weight, bias = (
-            torch.empty_like(t) if t is not None and want else None
+            torch.empty_like(t, memory_format=torch.contiguous_format)
+            if t is not None and want
+            else None
             for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
         )
         columns.write_head(hidden, weight, bias)
         by_hidden = None
         if wanted[0]:
             made = torch.empty_like if kept.active is None else torch.zeros_like
-            by_hidden = made(hidden)
+            by_hidden = made(hidden, memory_format=torch.contiguous_format)
             columns.write_hidden(head.weight, by_hidden)
     return by_hidden, weight, bias

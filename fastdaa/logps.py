@@ -111,10 +111,13 @@ def head_logps_and_stats(
     sparse: bool = False,
     selected: bool = False,
     keep: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, TokenStats | None]:
     """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`.
 
-    ``keep`` prefers ``impl="single_pass"`` where the head is trained and it fits in memory.
+    ``keep`` prefers ``impl="single_pass"`` where the head is trained and it fits in memory. With
+    ``positions [N]`` hidden states are ``[P, D]``, of which the paths ``score``, ``frozen`` and
+    ``recompute`` copy the rows that they need at a time.
     """
     if impl == "single_pass" or (keep and impl == "auto"):
         kept = plan_kept(
@@ -127,7 +130,7 @@ def head_logps_and_stats(
             return logps, TokenStats(*more) if stats else None
     plan = plan_call(
         hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
-        sparse=sparse, selected=selected,
+        sparse=sparse, selected=selected, tokens=None if positions is None else len(positions),
     )  # fmt: skip
     if plan.path == "reference":
         if head.shard is not None:
@@ -142,13 +145,13 @@ def head_logps_and_stats(
         )
         return logps, values
     if plan.path == "score":
-        state, values = score(hidden_states, head, targets, plan, stats=stats)
+        state, values = score(hidden_states, head, targets, plan, stats=stats, positions=positions)
         return state.logps, values
     if plan.path == "frozen":
-        logps, *more = Frozen.apply(hidden_states, head, targets, plan, stats)
+        logps, *more = Frozen.apply(hidden_states, head, targets, plan, stats, positions)
     else:
         logps, *more = Recompute.apply(
-            hidden_states, head.weight, head.bias, targets, head.detach(), plan, stats
+            hidden_states, head.weight, head.bias, targets, head.detach(), plan, stats, positions
         )
     return logps, TokenStats(*more) if stats else None
 

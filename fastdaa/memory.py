@@ -210,7 +210,8 @@ class Room:
     def score(self) -> Tiles:
         """Statistics of rows; of few columns at a time where the engine merges those."""
         size, entry = self.size, statistics_entry(self.size, self.engine)
-        sums, copy = size.selection + size.weight_copy, size.row_copy + self.fill
+        sums = size.selection + size.weight_copy
+        copy = size.row_copy + size.gathered_row + self.fill
         budget = self.beside(sums, self.tile)
         if self.engine != "triton" or budget < STATISTICS_BYTES:
             return self.whole_rows(sums, entry * size.width + copy)
@@ -230,12 +231,12 @@ class Room:
     def frozen(self) -> Tiles:
         """Whole rows go on to their product with the weight."""
         size, sums = self.size, self.frozen_sums
-        row = slopes_row(size, self.engine) + self.fill
+        row = slopes_row(size, self.engine) + size.gathered_row + self.fill
         if self.engine != "torch" and size.operand == torch.bfloat16:
             row += size.narrow * size.width  # slopes beside the logits, from one read of them
         if packs(size.own_hidden):  # their product is wide at first
             product = size.narrow * size.width + size.wide * size.hidden_size
-            row = max(row, size.row_copy + self.fill + product)
+            row = max(row, size.row_copy + size.gathered_row + self.fill + product)
         return self.whole_rows(sums, row)
 
     def whole_rows(self, sums: int, row: int) -> Tiles:
@@ -254,22 +255,23 @@ class Room:
         if path == "divergence":
             fields = configs.DIVERGENCE_FIELDS
         sums = size.selection + size.weight_copy
-        row = configs.state_bytes(size.width, fields) + size.row_copy
+        row = configs.state_bytes(size.width, fields) + size.row_copy + size.gathered_row
         rows = self.rows(self.beside(sums, self.tile), row)
         return Tiles(rows, rows, size.width, sums + row * min(rows, size.tokens))
 
     def recompute(self) -> Tiles:
         """Statistics of whole rows, then slices of the vocabulary for as many tokens as fit."""
         size, first = self.size, self.score()
-        copies = size.selection + size.picked_row * size.tokens
+        copies = size.selection
         adds = size.hidden_grad and size.tokens > 0
         if adds and not size.head_grad:
             return self.by_rows(first, copies)
         ways = []
         for hidden in self.hidden_ways():
-            sums = copies + hidden.total + hidden.part
+            numbers = 2 * size.wide * size.tokens * self.apart  # what rounding takes from targets
+            sums = copies + hidden.total + hidden.part + numbers
             narrowed = size.own_hidden.itemsize != size.wide
-            if not (adds and narrowed) or self.leaves_room(sums + self.product):
+            if not (adds and narrowed) or self.leaves_room(sums + max(self.product, hidden.last)):
                 tile = self.tile - hidden.beyond
                 ways += [(hidden, sums, self.slices(sums, tile, hidden.packed))] if tile > 0 else []
         if not ways:
@@ -313,7 +315,7 @@ class Room:
             copies += size.own_hidden.itemsize * size.tokens * size.hidden_size
         budget = self.beside(copies + self.product, self.tile)
         # A block's wide sum takes a quarter at most; more rows than fill a product gain nothing.
-        row = size.wide * size.hidden_size + size.row_copy
+        row = size.wide * size.hidden_size + size.row_copy + size.gathered_row
         rows = min(self.rows(budget // 4, row), _CPU_BLOCK_ROWS if self.on_cpu else _DEVICE_ROWS)
         entry, copy = gradient_entry(size, self.engine), size.slice_copy * size.hidden_size
         columns = (budget - self.held(rows, row)) // (self.held(rows, entry) + copy)
@@ -324,13 +326,6 @@ class Room:
         return Tiles(
             first.block_rows, rows, columns, held, hidden_rows=rows, hidden_columns=columns
         )
-
-    def hidden_sums(self, copies: int) -> HiddenSums:
-        """A sum of the hidden states' gradient beside copies of so many bytes: a wide one if it is
-        small enough."""
-        wide, *packed = self.hidden_ways()
-        fits = wide.beyond == 0 and self.leaves_room(copies + wide.total + self.product)
-        return wide if fits or not packed else packed[0]
 
     def hidden_ways(self) -> list[HiddenSums]:
         """Sums of the hidden states' gradient."""

@@ -126,13 +126,16 @@ def _eager(
         flat, head, coupled=objective.coupled, sparse=objective.sparse, tokens=tokens, stats=stats,
         impl=impl, engine=engine, max_bytes=max_bytes,
     )  # fmt: skip
-    memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes, "selected": True}
+    memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes}
     batch = PairBatch(selection, objective, *references, totals, plan.engine)
     if plan.path == "single_pass":
         return _single_pass(flat, head, batch, plan, stats, told)
-    rows = select_rows(flat, selection.rows)
+    if plan.path == "reference":
+        flat = select_rows(flat, selection.rows)
+    else:
+        memory["positions"] = selection.rows
     logps, values = head_logps_and_stats(
-        rows, head, targets, stats=stats, impl=plan.path, sparse=objective.sparse, **memory
+        flat, head, targets, stats=stats, impl=plan.path, sparse=objective.sparse, **memory
     )
     losses = batch.losses(logps, batch.everything, values)
     loss = losses.sum() / batch.totals.pairs

@@ -77,8 +77,8 @@ def plan_head(
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
         entropy: the call is :func:`fastdaa.token_entropy` (with ``stats``).
-        gathered: a single pass in chunks copies only those selected rows that a chunk needs, as
-            that of :func:`fastdaa.pair_loss` does.
+        gathered: selected rows are copied as they are needed, as :func:`fastdaa.pair_loss` does but
+            where gradients of the logits are kept until backward.
 
     Raises:
         TypeError: a size or budget that is no integer.

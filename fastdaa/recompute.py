@@ -22,7 +22,7 @@ from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients
 from fastdaa.outputs import STATISTICS
-from fastdaa.row_passes import RowState, set_target
+from fastdaa.row_passes import RowState, in_tile
 from fastdaa.score import score
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 from fastdaa.tiles import (
@@ -37,10 +37,12 @@ from fastdaa.waiting_rows import WaitingRows
 
 
 class Recompute(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, targets, head, plan, stats)`` to log-probs ``[N]``.
+    """``apply(hidden_states, weight, bias, targets, head, plan, stats, positions)`` to log-probs
+    ``[N]``.
 
     Beside them, without gradient, the token statistics (empty unless ``stats``). ``head``
-    carries the options; its tensors are replaced by ``weight`` and ``bias``.
+    carries the options; its tensors are replaced by ``weight`` and ``bias``. Hidden states are
+    ``[N, D]``, or ``[P, D]`` with ``positions [N]``.
     """
 
     @staticmethod
@@ -53,10 +55,11 @@ class Recompute(torch.autograd.Function):
         head: LmHead,
         plan: HeadPlan,
         stats: bool,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Statistics only; the inputs and three numbers a token are kept."""
-        state, values = score(hidden_states, head, targets, plan, stats=stats)
-        ctx.save_for_backward(hidden_states, weight, bias, targets, *state)
+        state, values = score(hidden_states, head, targets, plan, stats=stats, positions=positions)
+        ctx.save_for_backward(hidden_states, weight, bias, targets, positions, *state)
         ctx.plan = plan
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.operand = operand_dtype(hidden_states, weight)
@@ -69,17 +72,20 @@ class Recompute(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
-        hidden_states, weight, bias, targets, *rows = ctx.saved_tensors
+        hidden_states, weight, bias, targets, positions, *rows = ctx.saved_tensors
         head = replace(ctx.options, weight=weight, bias=bias)
-        grads = head_gradients(
-            Logits(hidden_states, head, ctx.operand, ctx.plan.engine),
+        by_hidden, *others = head_gradients(
+            Logits(hidden_states, head, ctx.operand, ctx.plan.engine, positions),
             targets,
             coefficients,
             RowState(*rows),
             ctx.plan,
             ctx.needs_input_grad[:3],
         )
-        return *grads, None, None, None, None
+        if by_hidden is not None and positions is not None:
+            whole = hidden_states.new_zeros(hidden_states.shape)
+            by_hidden = whole.index_add_(0, positions, by_hidden)
+        return by_hidden, *others, None, None, None, None, None
 
 
 def head_gradients(
@@ -92,8 +98,8 @@ def head_gradients(
     entropy: Tensor | None = None,
     kept: KeptGradients | None = None,
 ) -> Gradients:
-    """Gradients of ``sum(coefficients * logps)`` by hidden states, weight and bias; those of
-    ``sum(coefficients * entropy)`` where ``entropy [N]`` is given.
+    """Gradients of ``sum(coefficients * logps)`` by rows ``[N, D]`` of hidden states, weight and
+    bias; those of ``sum(coefficients * entropy)`` where ``entropy [N]`` is given.
 
     A slice of the weight's gradient is one product over all tokens, or a wide sum of several, and
     rounded and written once: no wide ``[V, D]`` exists.
@@ -113,10 +119,10 @@ def head_gradients(
             replace(plan, sparse=False), wanted, None if entropy is None else entropy[active],
             None if kept is None else kept.of_active(),
         )  # fmt: skip
-        return _among(hidden_states, active, by_hidden), weight, bias
+        return _among(logits, active, by_hidden), weight, bias
     made = torch.empty_like if targets.shape[0] else torch.zeros_like  # without products
     weight, bias = (
-        made(t) if t is not None and want else None
+        made(t, memory_format=torch.contiguous_format) if t is not None and want else None
         for t, want in zip((head.weight, head.bias), wanted[1:], strict=True)
     )
     with without_autocast(hidden_states.device):
@@ -129,7 +135,9 @@ def head_gradients(
         call = _Backward(logits, targets, coefficients, rows, plan, entropy, start)
         total, by_hidden = None, None
         if wanted[0] and not plan.hidden_rows:
-            total = WaitingRows.empty(hidden_states, logits.wide, packed=plan.packs_sum)
+            total = WaitingRows.empty(
+                hidden_states, logits.wide, packed=plan.packs_sum, rows=logits.tokens
+            )
         if first is not None and total is not None:
             first.put_hidden(head.weight, total)
         if total is not None or weight is not None or bias is not None:
@@ -158,6 +166,8 @@ class _Backward:
         if self.apart:
             own = coefficients * own_slope(logits.head, rows)
             self.own = torch.where(targets >= start, own, 0.0)  # others are where start came from
+            self.rest = torch.zeros_like(self.own)
+            """What rounding the targets' entries to factors has taken from them."""
         self.factor = GradientFactor(logits, coefficients)
         self.scaled = self.factor.scaled(coefficients)
         self.parts = list(blocks(targets.shape[0], plan.tile_rows))
@@ -193,7 +203,8 @@ class _Backward:
     def hidden_by_rows(self, block_rows: int, width: int) -> Tensor:
         """The gradient of the hidden states: the wide sum of a block of rows at a time, each
         rounded once."""
-        grad = torch.empty_like(self.logits.hidden_states)
+        hidden = self.logits.hidden_states
+        grad = hidden.new_empty((self.logits.tokens, hidden.shape[1]))
         for rows in blocks(grad.shape[0], block_rows):
             hidden = self.logits.rows(rows)
             total = torch.empty_like(grad[rows], dtype=self.logits.wide)
@@ -205,7 +216,7 @@ class _Backward:
                 del dz, operand  # before the next ones are made
             sum_over_shards(total, self.logits.head)
             if self.apart:
-                ones = torch.ones_like(self.own[rows])
+                ones = torch.ones_like(self.rest[rows])
                 self._finish(total, ones, rows, grad[rows])
             else:
                 grad[rows] = total
@@ -227,17 +238,22 @@ class _Backward:
     def add_targets(self, weight: Tensor) -> None:
         """Adds to the weight's gradient what was left out of the products."""
         if self.apart:
-            rows = TargetRows(self.targets, self.own, self.own)
-            add_target_rows(weight, self.logits.hidden_states, rows, engine=self.logits.engine_name)
+            rows = TargetRows(self.targets, self.rest, self.rest)
+            hidden, positions = self.logits.hidden_states, self.logits.positions
+            add_target_rows(weight, hidden, rows, positions, self.logits.engine_name)
 
     def _finish(self, sums: Tensor, scales: Tensor, rows: slice, out: Tensor) -> None:
-        of = TargetRows(self.targets[rows], scales, self.own[rows])
+        of = TargetRows(self.targets[rows], scales, self.rest[rows])
         finish_hidden(sums, of, self.logits.head.weight, out, engine=self.logits.engine_name)
 
     def _as_factor(self, dz: Tensor, rows: slice, columns: slice) -> Tensor:
+        dz = dz.to(self.factor.operand)
         if self.apart:
-            set_target(dz, self.targets[rows], 0.0, columns.start)
-        return dz.to(self.factor.operand)
+            inside, local = in_tile(self.targets[rows], columns.start, dz.shape[1])
+            entries = self.factor.restore(dz.gather(1, local[:, None])[:, 0].to(self.own.dtype))
+            rest = torch.where(inside, self.own[rows] - entries, self.rest[rows])
+            self.rest[rows] = rest
+        return dz
 
     def _add_hidden(
         self, sums: WaitingRows, rows: slice, dz: Tensor, weight: Tensor, *, first: bool
@@ -261,8 +277,11 @@ class _Backward:
 
 
 def _takes_targets_apart(logits: Logits) -> bool:
-    """The entry of a row's target, the largest by far where logits are flat, is added in fp32
-    where a factor would round it and no tensor has to be copied for it."""
+    """What a factor would round off from the entry of a row's target, by far the largest where
+    logits are flat, is added in fp32 where no tensor has to be copied for it.
+
+    The entry itself stays in the products: without it they, and what would be added, could cancel.
+    """
     dtypes = {logits.head.weight.dtype, logits.hidden_states.dtype}
     return takes_targets_apart(logits.operand, dtypes) and logits.head.shard is None
 
@@ -284,8 +303,8 @@ def _active(coefficients: Tensor) -> Tensor | None:
     return active if active.shape[0] < coefficients.shape[0] else None
 
 
-def _among(like: Tensor, active: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Gradients of the rows ``active`` of a tensor among those that have none."""
+def _among(logits: Logits, active: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Gradients of the rows ``active`` of all tokens among those that have none."""
     if rows is None:
         return None
-    return torch.zeros_like(like, dtype=rows.dtype).index_copy_(0, active, rows)
+    return rows.new_zeros((logits.tokens, rows.shape[1])).index_copy_(0, active, rows)

@@ -27,29 +27,29 @@ def score(
     *,
     stats: bool = False,
     operand: torch.dtype | None = None,
+    positions: Tensor | None = None,
 ) -> _Scores:
     """Statistics ``[N]`` of all rows, and those that only metrics need if ``stats``.
 
-    ``operand`` is the dtype of the factors where autocast was seen elsewhere.
+    ``operand`` is the dtype of the factors where autocast was seen elsewhere; ``positions`` as in
+    :class:`fastdaa.tiles.Logits`.
     """
-    if plan.engine == "fused":
-        operand = Logits(hidden_states, head, operand).operand
-        return _fused(hidden_states, head, targets, plan.block_rows, stats, operand)
-    logits = Logits(hidden_states, head, operand, engine=plan.engine)
+    fused = plan.engine == "fused"
+    logits = Logits(hidden_states, head, operand, "torch" if fused else plan.engine, positions)
+    if fused:
+        return _fused(logits, targets, plan.block_rows, stats)
     with without_autocast(hidden_states.device):
         weight = logits.columns(slice(0, head.width))
         results = [
             logits.statistics(logits.rows(rows), weight, targets[rows], stats)
-            for rows in blocks(hidden_states.shape[0], plan.block_rows)
+            for rows in blocks(logits.tokens, plan.block_rows)
         ]
     return _joined(results, hidden_states.new_zeros(0, dtype=logits.wide), stats)
 
 
-def _fused(
-    hidden_states: Tensor, head: LmHead, targets: Tensor, block_rows: int, stats: bool,
-    operand: torch.dtype,
-) -> _Scores:  # fmt: skip
+def _fused(logits: Logits, targets: Tensor, block_rows: int, stats: bool) -> _Scores:
     """From the accumulator of the product itself: no logits in memory, Triton's kernel."""
+    head, operand = logits.head, logits.operand
     if operand == torch.float64 or head.shard is not None:
         got = operand if head.shard is None else "a slice of the vocabulary"
         raise ValueError(f"engine='fused': expected fp16, bf16 or fp32 and all of V, got {got}")
@@ -57,14 +57,14 @@ def _fused(
 
     weight = head.weight.to(operand).contiguous()
     results: list[_Scores] = []
-    for rows in blocks(hidden_states.shape[0], block_rows):
+    for rows in blocks(logits.tokens, block_rows):
         scores = score_tokens(
-            hidden_states[rows].to(operand).contiguous(), weight, targets[rows], bias=head.bias,
+            logits.rows(rows).contiguous(), weight, targets[rows], bias=head.bias,
             logit_scale=head.logit_scale, softcap=head.softcap, temperature=head.temperature,
             stats=stats,
         )  # fmt: skip
         results.append(state_and_values(scores))
-    return _joined(results, hidden_states.new_zeros(0, dtype=torch.float32), stats)
+    return _joined(results, weight.new_zeros(0, dtype=torch.float32), stats)
 
 
 def _joined(results: list[_Scores], empty: Tensor, stats: bool) -> _Scores:

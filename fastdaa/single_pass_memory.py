@@ -13,9 +13,9 @@ once.
 from __future__ import annotations
 
 from fastdaa.call_size import CallSize, gradient_row, packs, statistics_entry
-from fastdaa.memory import Room, Tiles
+from fastdaa.memory import HiddenSums, Room, Tiles
 from fastdaa.slices import COLUMN_MULTIPLE, PRODUCT_BYTES, ROW_MULTIPLE, plan_slices
-from fastdaa.target_rows import held_by_target_rows
+from fastdaa.target_rows import held_by_finished_rows, held_by_target_rows
 
 # A chunk of n tokens reads and writes the fp32 sum of the weight's gradient, 8 V D bytes; computing
 # its logits again is 2 n V D FLOP. Equal at 4 FLOP a second / bytes a second: 610 tokens on an
@@ -57,9 +57,12 @@ class SinglePassRoom:
         """As many of the gradients as there is memory for, if it is enough for any."""
         if not self.may_keep:
             return None
-        tiles, limit = _kept_part(self.room), self.room.max_bytes
-        fits = limit is None or tiles.extra_bytes <= limit
-        return tiles if fits and tiles.kept_columns else None
+        limit = self.room.max_bytes
+        ways = [_kept_part(self.room, hidden) for hidden in self.room.hidden_ways()]
+        fit = [t for t in ways if t.kept_columns and (limit is None or t.extra_bytes <= limit)]
+        # A wide sum takes less time, about a sixteenth of U.
+        worth = self.size.width // 16
+        return max(fit, key=lambda t: t.kept_columns - worth * t.packs_sum, default=None)
 
     def best(self) -> tuple[Tiles | None, str]:
         """The way worth taking, and the reason; None and the obstacle if ``recompute`` is
@@ -117,8 +120,7 @@ class SinglePassRoom:
 
 def single_pass_sums(size: CallSize) -> int:
     """Bytes of the sums and copies of a single pass in chunks: they do not shrink."""
-    copies = size.weight_copy + (0 if size.gathered else size.selection)
-    return size.waiting_hidden + size.weight_sum + copies
+    return size.selection + size.waiting_hidden + size.weight_sum + size.weight_copy
 
 
 def _chunks_end(room: Room) -> int:
@@ -218,12 +220,12 @@ def _kept_whole(room: Room) -> Tiles:
 
 def _kept_sums(size: CallSize) -> int:
     """Bytes of all kept gradients, and copies."""
-    return size.selection + size.weight_copy + 2 * size.width * size.tokens
+    return size.kept_selection + size.weight_copy + 2 * size.width * size.tokens
 
 
 def _kept_backward(room: Room) -> int:
     """Bytes of the backward pass with all gradients of logits."""
-    return _kept_sums(room.size) + _after(room, room.size.tokens, room.size.selection)
+    return _kept_sums(room.size) + _after(room, room.size.tokens, room.size.kept_selection)
 
 
 def _after(room: Room, tokens: int, last: int) -> int:
@@ -233,15 +235,15 @@ def _after(room: Room, tokens: int, last: int) -> int:
     factor = room.held(tokens, size.narrow * size.hidden_size)
     picked = room.result // 2 if size.sparse else 0  # no place of their own to be rounded in
     joining = held_by_target_rows(tokens, size.hidden_size, size.wide, room.engine)
-    return max(room.result + max(factor, last) + picked, joining)
+    finish = held_by_finished_rows(size.hidden_size, size.wide, size.narrow, room.engine)
+    return max(room.result + max(factor, last) + picked + finish, joining)
 
 
-def _kept_part(room: Room) -> Tiles:
+def _kept_part(room: Room, hidden: HiddenSums) -> Tiles:
     """Gradients of the first columns are kept, those of the others made in backward."""
     size, most, tile = room.size, _most_kept(room.size), room.tile
     numbers = 16 * size.wide * size.tokens  # one of each kind a token
-    sums = size.selection + size.picked_row * size.tokens + size.weight_copy + numbers
-    hidden = room.hidden_sums(sums)
+    sums = size.kept_selection + size.picked_row * size.tokens + size.weight_copy + numbers
     packed, total, last, part, _ = hidden
     joining = hidden.end + room.joining
     first = _first_product(room)  # before there is a gradient of the hidden states

@@ -103,7 +103,8 @@ def _at_once(
     size: CallSize, engine: str, budget: int, columns: int, adding: int
 ) -> Iterator[Slices]:
     """Tiles with all tokens, if they are known."""
-    budget -= size.tokens * size.row_copy
+    copies = size.tokens * (size.row_copy + size.gathered_row)
+    budget -= copies
     entry = gradient_entry(size, engine) * size.tokens + size.slice_copy * size.hidden_size
     if not size.tokens:
         return
@@ -126,7 +127,7 @@ def _at_once(
         if most < 1:
             return
         own = whole_columns(min(columns, most))
-    yield Slices(size.tokens, own, held(own) + size.tokens * size.row_copy, adding / own)
+    yield Slices(size.tokens, own, held(own) + copies, adding / own)
 
 
 def _summed(
@@ -136,7 +137,7 @@ def _summed(
     """Tiles with some of the tokens; fewer columns leave room for more of them."""
     entry = size.slice_entry * size.hidden_size
     while True:
-        row = gradient_entry(size, engine) * columns + size.row_copy
+        row = gradient_entry(size, engine) * columns + size.row_copy + size.gathered_row
         rest = budget - entry * columns
         rows = rows_in(max(rest, 0), row)
         if size.tokens:

@@ -178,7 +178,7 @@ class Logits:
     def pick(self, rows: Tensor) -> Logits:
         """The logits of some rows."""
         picked = copy(self)
-        picked.hidden_states, picked.positions = self.own_rows(rows), None
+        picked.positions = rows if self.positions is None else self.positions[rows]
         return picked
 
     @property
@@ -188,8 +188,11 @@ class Logits:
 
     def own_rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states ``[r, D]``."""
-        where = rows if self.positions is None else self.positions[rows]
-        return self.hidden_states[where]
+        if self.positions is not None:
+            rows = self.positions[rows]
+        if isinstance(rows, slice):
+            return self.hidden_states[rows]
+        return self.hidden_states.index_select(0, rows)  # which takes no negative numbers
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Hidden states ``[r, D]`` as a factor."""

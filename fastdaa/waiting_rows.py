@@ -3,7 +3,8 @@
 A bf16 gradient has 8 significant bits. Until it is rounded to them its entries wait in fp16, which
 has 11, with a power of two for every row that brings it into fp16's range: 2 bytes an entry in the
 place of 4. Being rounded twice, a result is off by 1.67e-3 in the place of 1.66e-3 (root mean
-squares, relative). Other dtypes wait in the wide one.
+squares, relative); one that is summed in fp16 is rounded with every part. Other dtypes wait in the
+wide one.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class WaitingRows(NamedTuple):
 
     def _lift(self, rows: slice | Tensor, values: Tensor) -> Tensor:
         """What brings values into the range of fp16, ``[r, 1]``; the scales undo it."""
+        if not values.numel():
+            return values.new_ones((values.shape[0], 1))
         largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=1)
         # Rows that are not finite stay so.
         largest = torch.where(largest.isfinite(), largest, 1.0).clamp_(min=_SMALLEST)

@@ -141,7 +141,7 @@ def test_statistics_are_those_of_recompute():
     [
         pytest.param(torch.bfloat16, "torch", 8192, 3, id="bf16"),
         pytest.param(torch.bfloat16, "triton", 8192, 3, id="bf16-triton"),
-        pytest.param(torch.bfloat16, "torch", 8448, 3 + 15872 / 128256, id="bf16-a-few-too-many"),
+        pytest.param(torch.bfloat16, "torch", 8448, 3 + 18432 / 128256, id="bf16-a-few-too-many"),
         pytest.param(torch.bfloat16, "triton", 1 << 17, 4, id="bf16-too-many"),
         pytest.param(torch.float32, "triton", 1024, 3, id="fp32"),
         pytest.param(torch.float16, "torch", 1024, 4, id="fp16"),

@@ -409,8 +409,12 @@ def test_what_is_held_in_forward_grows_by_the_gradients_that_are_returned(path):
     short, long = (
         count(path, **{**LLAMA, "n": n}, pairs=n // 512, positions=n) for n in (32768, 65536)
     )
-    returned = 0 if path in ("score", "recompute") else 2 * 32768 * LLAMA["d"]
-    assert abs(long.held - short.held - returned) < 2 * MIB
+    returned = 0 if path == "score" else 2 * 32768 * LLAMA["d"]
+    grown = long.held - short.held
+    if path == "recompute":  # whose sum takes the memory of what it returns, sooner or later
+        assert long.plan.packs_sum and not short.plan.packs_sum and grown < 0
+    else:
+        assert abs(grown - returned) < 2 * MIB
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])

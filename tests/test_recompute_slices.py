@@ -78,7 +78,7 @@ def test_each_way_to_a_slice_is_rounded_once(half_factors, monkeypatch, dtype, r
         products.append(options.get("out") is not None)
         return inner(*args, **options)
 
-    def fixed(*_):
+    def fixed(*_, **__):
         return Slices(rows, 128, 0, 0.0)
 
     monkeypatch.setattr(memory, "plan_slices", fixed)

@@ -121,4 +121,4 @@ def test_a_sum_in_the_memory_of_what_is_returned_is_as_exact(
 
     wide, packed = error(1 << 40), error(-(1 << 40))
     # Triton's interpreter cuts off what does not fit in bf16.
-    assert wide != packed and packed <= 1.01 * wide < (2.2e-3 if engine == "torch" else 6e-3)
+    assert wide != packed and packed <= 1.05 * wide < (2.2e-3 if engine == "torch" else 6e-3)
