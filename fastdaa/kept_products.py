@@ -65,9 +65,14 @@ class FirstColumns:
         self.kept, self.width, self.engine = kept, kept.dz.shape[1], engine
         self.rows = kept.rows(targets, coefficients, vocab_size)
 
-    def write_head(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Into gradients ``[V, D]`` and ``[V]``, where wanted: each rounded once."""
-        dz, rows, active = self.kept.dz, self.rows, self.kept.active
+    def write_head(
+        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Into gradients ``[V, D]`` and ``[V]``, where wanted: each rounded once. Rows of ``hidden``
+        are those at ``positions``, or else those that are active."""
+        dz, rows = self.kept.dz, self.rows
+        active = self.kept.active if positions is None else positions
         if weight is not None:
             factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
             write_product(weight[: self.width], dz.T, factor)

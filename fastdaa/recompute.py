@@ -130,7 +130,7 @@ def head_gradients(
         if kept is not None:
             first = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         if first is not None:
-            first.write_head(hidden_states, weight, bias)
+            first.write_head(hidden_states, weight, bias, logits.positions)
         start = 0 if first is None else first.width
         call = _Backward(logits, targets, coefficients, rows, plan, entropy, start)
         total, by_hidden = None, None

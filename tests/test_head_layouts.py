@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdaa import LmHead, memory, token_entropy, token_logps
+from fastdaa.compiled_operators import present_fake
 from fastdaa.plan_call import plan_call
 
 N, D, V = 20, 24, 37
@@ -64,7 +65,10 @@ def test_any_layout_gives_the_same_gradients(monkeypatch, half_factors, name, la
         assert plan.packs_sum == ("packed" in name)
         logps = token_logps(hidden, weight, targets, **call)
         wanted = [t for t in leaves if t.requires_grad]
-        found.append([logps, *torch.autograd.grad(logps.square().sum(), wanted)])
+        grads = torch.autograd.grad(logps.square().sum(), wanted)
+        # As the fake implementations of the compiled operators say.
+        assert all(grad.is_contiguous() for grad in grads)
+        found.append([logps, *grads])
     for got, want in zip(*found, strict=True):
         # The same numbers; only a CPU's products may add in another order.
         assert (got - want).norm() <= 2.0**-8 * want.norm()
@@ -81,3 +85,11 @@ def test_any_layout_gives_the_same_entropies(layout, trained):
         found.append([values, *torch.autograd.grad(values.square().sum(), wanted)])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_fake_gradients_lie_in_memory_as_real_ones_do():
+    """A compiler plans memory by them; inductor stops where they differ."""
+    (_, leaves), wanted = inputs("transposed", torch.bfloat16), [True, True, False]
+    fakes = present_fake((*leaves, None), wanted)
+    assert [tuple(t.shape) for t in fakes[:2]] == [(N, D), (V, D)]
+    assert all(t.is_contiguous() for t in fakes)

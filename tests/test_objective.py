@@ -234,9 +234,9 @@ def test_beta_of_the_rewards():
 
 def test_every_loss_and_alias_is_in_the_documentation(repository_root: Path):
     page = (repository_root / "docs" / "objectives.md").read_text(encoding="utf-8")
-    rows = {
-        line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")
-    }
+    # The table of pairs is the first one; that of single completions has some of its names.
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    rows = {line.split("|")[1].strip(): line for line in reversed(lines)}
     for name, loss in LOSSES.items():
         row = rows[f"`{name}`"]
         for hyperparameter, default in loss.hyperparameters.items():
