@@ -69,8 +69,8 @@ class FirstColumns:
         self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None,
         positions: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Into gradients ``[V, D]`` and ``[V]``, where wanted: each rounded once. Rows of ``hidden``
-        are those at ``positions``, or else those that are active."""
+        """Into gradients ``[V, D]`` and ``[V]``, where wanted: each rounded once. Of ``hidden`` the
+        rows at ``positions`` are meant, or else those that are active."""
         dz, rows = self.kept.dz, self.rows
         active = self.kept.active if positions is None else positions
         if weight is not None:
