@@ -136,7 +136,8 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
         return 0.0
     n, v, d = case.tokens, case.vocab, case.hidden
     waits = _Waiting(packs=w == 2 and case.dtype == "bfloat16")
-    factor = 2 * w  # the hidden states are made one, times coefficients
+    # The hidden states are made one, times coefficients; a half is read beside the targets' rows.
+    factor = 2 * w + w * (w == 2) * case.wants_head_grad
     kernels = plan.engine == "triton"  # each of these in one read and one write
     # Normalised, and the targets' rows of the weight are copied and added.
     joined = w if kernels else 8 + 8 + 3 * w
@@ -155,7 +156,9 @@ def _gradient_sums(case: Case, path: str, plan: HeadPlan, w: int) -> float:
         # kept add to the gradient of the hidden states.
         slices = math.ceil((v - plan.kept_columns) / plan.tile_columns)
         again = _summed(plan, slices + 1) + apart if slices else 0.0
-        return n * d * (rounded + factor + targets + again)
+        # The weight's are filled with zeros, and read by the product that adds to them.
+        begun = 2.0 * w * plan.kept_columns * d * (w == 2) * case.wants_head_grad
+        return n * d * (rounded + factor + targets + again) + begun
     if path == "recompute":
         parts = math.ceil(n / plan.tile_rows)
         slices = math.ceil(v / (plan.hidden_columns or plan.tile_columns))

@@ -4,8 +4,8 @@
   :class:`FusedLinearSLiCLoss`, :class:`FusedLinearAPALoss`, and :class:`FusedLinearPairLoss` for
   every other objective in :data:`LOSSES`.
 - Functions below them: :func:`token_logps`, :func:`pair_loss`, :func:`token_divergence`,
-  :func:`token_entropy`; :class:`LmHead` and :func:`select_pairs` make their inputs,
-  :func:`plan_head` says what a call costs.
+  :func:`token_entropy`, :func:`token_logps_and_entropy`; :class:`LmHead` and
+  :func:`select_pairs` make their inputs, :func:`plan_head` says what a call costs.
 - Trainers, data and other parts are imported by name: ``fastdaa.train``, ``fastdaa.data``,
   ``fastdaa.drop_in``, ``fastdaa.online``, ``fastdaa.study``.
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastdaa.head import LmHead
     from fastdaa.head_plan import HeadPlan
     from fastdaa.logps import sequence_logps, token_logps, token_stats
+    from fastdaa.logps_and_entropy import token_logps_and_entropy
     from fastdaa.losses import LOSSES, Objective, custom_loss, implicit_rewards
     from fastdaa.modules import (
         FusedLinearAPALoss,
@@ -70,6 +71,7 @@ __all__ = [
     "token_entropy",
     "token_kl",
     "token_logps",
+    "token_logps_and_entropy",
     "token_stats",
 ]
 
@@ -79,6 +81,7 @@ _NAMES_OF_MODULES = {
     "head": ("LmHead",),
     "head_plan": ("HeadPlan",),
     "logps": ("sequence_logps", "token_logps", "token_stats"),
+    "logps_and_entropy": ("token_logps_and_entropy",),
     "losses": ("LOSSES", "Objective", "custom_loss", "implicit_rewards"),
     "modules": (
         "FusedLinearAPALoss", "FusedLinearDPOLoss", "FusedLinearIPOLoss", "FusedLinearPairLoss",

@@ -51,6 +51,8 @@ class CallSize(NamedTuple):
     gathered: bool = False
     """Selected rows are copied as they are needed, but where gradients of the logits are kept until
     backward."""
+    bonus: bool = False
+    """The gradient of entropies joins that of log-probs."""
 
     @property
     def wide(self) -> int:

@@ -156,10 +156,13 @@ def _target_differences(z: Tensor) -> dict[str, Tensor]:
     """Of the hidden states that join the weight's rows of three targets."""
     hidden, own = z[:, 1000:1600].bfloat16(), z[:, 0]
     targets = torch.arange(z.shape[0], device=z.device) % 3
+    entries, factor = own.roll(1), hidden.roll(1, dims=1).contiguous()
     got = torch.ones_like(hidden[:3])
-    add_target_rows(got, hidden, TargetRows(targets, own, own), engine="triton")
+    rows = TargetRows(targets, own, own, entries)
+    add_target_rows(got, hidden, rows, engine="triton", factor=factor)
     truth = torch.ones_like(got, dtype=torch.float64)
     truth.index_add_(0, targets, own.double()[:, None] * hidden.double())
+    truth.index_add_(0, targets, -entries.double()[:, None] * factor.double())
     return {"rows of targets": _relative(got, truth)}
 
 

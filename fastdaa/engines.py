@@ -17,6 +17,7 @@ from fastdaa.head import LmHead
 from fastdaa.outputs import TokenStats
 from fastdaa.row_passes import (
     FP16_TARGET,
+    EntropyTerm,
     RowState,
     entropy_gradient,
     finish_logits,
@@ -54,7 +55,7 @@ class RowSlopes(NamedTuple):
     factors: Tensor
     """``[r]``, wide."""
     own: Tensor
-    """``[r]``, wide. The largest entry, which a product need not round."""
+    """``[r]``, wide. The largest entry, which need not be rounded as the others are."""
 
 
 class RowTile(Protocol):
@@ -84,8 +85,12 @@ class RowTile(Protocol):
         """Statistics of whole rows and the derivatives of their log-probs by the raw products, or,
         with an ``out [r, <= c]`` as above, by its columns."""
 
-    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
-        """Gradient of ``sum(coefficients * entropy)`` by the raw products, as :meth:`gradient`."""
+    def entropy_gradient(
+        self, state: RowState, term: EntropyTerm, targets: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Gradient of the sum of entropies, times the term's coefficients, by the raw products, as
+        :meth:`gradient`; that of ``sum(coefficients * logps)`` as well, if they are given."""
 
     @staticmethod
     def column_sums(gradient: Tensor) -> Tensor:
@@ -133,7 +138,10 @@ class TorchTile:
         """See :class:`RowTile`."""
         return _slopes_in_two_passes(self, targets, stats, out)
 
-    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
+    def entropy_gradient(
+        self, state: RowState, term: EntropyTerm, targets: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :class:`RowTile`; wide, in the memory of the tile."""
         logps, slope = self.z, self.slope
         if slope is None:
@@ -141,8 +149,11 @@ class TorchTile:
             logps.sub_(state.m[:, None])
         else:  # statistics have left exponentials
             logps.log_()
-        return scale_tile(entropy_gradient(logps.sub_(state.log_s[:, None]), entropy, coefficients),
-                          slope)  # fmt: skip
+        dz = entropy_gradient(logps.sub_(state.log_s[:, None]), term, coefficients)
+        if targets is not None and coefficients is not None:
+            own = term.slope(state.logps) - coefficients * torch.expm1(state.logps)
+            set_target(dz, targets, own, self.head.first_token + self.columns.start)
+        return scale_tile(dz, slope)
 
     @staticmethod
     def column_sums(gradient: Tensor) -> Tensor:
@@ -208,14 +219,19 @@ class TritonTile:
         state, values = state_and_values(found)
         return RowSlopes(state, values, out, factors, own_slope(self.head, state))
 
-    def entropy_gradient(self, state: RowState, entropy: Tensor, coefficients: Tensor) -> Tensor:
+    def entropy_gradient(
+        self, state: RowState, term: EntropyTerm, targets: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :class:`RowTile`; in ``operand``, over the logits."""
         from fastdaa.kernels.row_gradient import write_row_gradient
 
-        nowhere = torch.full_like(coefficients, -1, dtype=torch.int64)  # no token is a target
+        if targets is None or coefficients is None:  # no token is a target
+            targets = torch.full_like(term.values, -1, dtype=torch.int64)
+            coefficients = torch.zeros_like(term.values)
         return write_row_gradient(
-            self.z, nowhere, *state, torch.zeros_like(coefficients), dtype=self.operand,
-            entropy=entropy, entropy_coefficients=coefficients, **self.options,
+            self.z, targets, *state, coefficients, dtype=self.operand, entropy=term.values,
+            entropy_coefficients=term.coefficients, first_column=self.first_token, **self.options,
         )  # fmt: skip
 
     @staticmethod
@@ -242,11 +258,16 @@ def _slopes_in_two_passes(
     return RowSlopes(state, values, slopes, factors, own_slope(tile.head, state))
 
 
-def own_slope(head: LmHead, state: RowState) -> Tensor:
-    """``d logp / d z`` at the target: the slope of its logit times ``1 - p``, which would round to
-    0 for a confident token."""
+def own_slope(
+    head: LmHead, state: RowState, coefficients: Tensor | float = 1.0,
+    entropy: EntropyTerm | None = None,
+) -> Tensor:  # fmt: skip
+    """``d logp / d z`` at the target, times coefficients: the slope of its logit times ``1 - p``,
+    which would round to 0 for a confident token. That of a term of entropies is added."""
     target_logit = state.m + state.log_s + state.logps
-    return logit_slope(head, target_logit) * -torch.expm1(state.logps)
+    own = coefficients * -torch.expm1(state.logps)
+    own = own if entropy is None else own + entropy.slope(state.logps)
+    return logit_slope(head, target_logit) * own
 
 
 def merged_statistics(

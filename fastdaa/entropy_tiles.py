@@ -14,7 +14,7 @@ from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.plan_call import plan_call
 from fastdaa.recompute import head_gradients
-from fastdaa.row_passes import RowState
+from fastdaa.row_passes import EntropyTerm, RowState
 from fastdaa.score import score
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
 from fastdaa.waiting_rows import WaitingRows
@@ -64,7 +64,7 @@ def entropies_and_slopes(
             state, stats = tile.statistics(targets[rows], stats=True, keep=True)
             assert stats is not None
             values[rows] = stats.entropy
-            dz = tile.entropy_gradient(state, stats.entropy, scaled[rows])
+            dz = tile.entropy_gradient(state, EntropyTerm(stats.entropy, scaled[rows]))
             del tile
             dz = dz.to(logits.operand)
             slopes.keep(rows, factor.restore(product(dz, weight, slopes.place(rows))))
@@ -84,8 +84,8 @@ def entropy_gradients(
     """Gradients of ``sum(coefficients * values)``, the entropies, from statistics of the rows."""
     # Their gradient does not read the log-probs of targets.
     return head_gradients(
-        logits, _any_targets(logits.hidden_states), coefficients, RowState(m, log_s, values), plan,
-        wanted, entropy=values,
+        logits, _any_targets(logits.hidden_states), None, RowState(m, log_s, values), plan, wanted,
+        entropy=EntropyTerm(values, coefficients),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.gradient_sums import GradientSums
 from fastdaa.head_plan import HeadPlan
-from fastdaa.kept_products import hidden_gradient_parts, leave_out, scaled_rows
+from fastdaa.kept_products import hidden_gradient_parts, leave_out, scaled_rows, with_entries
 from fastdaa.outputs import TokenStats
 from fastdaa.score import statistics_of
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
@@ -70,13 +70,16 @@ class KeptChunks:
         of = TargetRows(
             self.targets[rows], coefficients * kept.factors[:count], coefficients * kept.own[:count]
         )
-        if self.logits.head.shard is not None:
-            first = self.logits.head.first_token
-            of = of.among(slice(first, first + dz.shape[1]))
         of = of if active is None else of.pick(active)
+        head = self.logits.head
+        columns = slice(head.first_token, head.first_token + dz.shape[1])
+        of = with_entries(of, dz, columns, head.vocab_size)
         if grads.weight is not None:
-            grads.add_to_weight(dz, scaled_rows(hidden, of.coefficients, dz.dtype, active))
-            add_target_rows(grads.weight, hidden, of, active, self.plan.engine)
+            factor = scaled_rows(hidden, of.coefficients, dz.dtype, active)
+            grads.add_to_weight(dz, factor)
+            rounded = None if of.entries is None else factor
+            add_target_rows(grads.weight, hidden, of, active, self.plan.engine, rounded)
+            del factor, rounded  # before the gradient of the hidden states comes
         if grads.hidden is not None:
             for part, result in hidden_gradient_parts(dz, of, kept.weight, self.plan.engine):
                 at = part if active is None else active[part]

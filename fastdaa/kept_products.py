@@ -4,11 +4,15 @@ Every loss of token log-probs has ``dL/dz_i = c_i (onehot_i - p_i)``, with one c
 row. The rest of the row does not depend on the loss, and waits in the dtype of the next product.
 The coefficients then scale the rows of the hidden states' gradient, and the hidden states where
 they are a factor of the weight's gradient. The entry of the target, ``o_i = 1 - p_i``, is the
-largest of its row. It stays out of the products, which round their factors:
+largest of its row. What rounding takes from it is added in fp32:
 
-    dH = c * (f * (dz W) + o * W[targets]),    dW = dz^T (c * f * H),  dW[targets] += c * o * H
+    dH = c * (f * (dz W) + (o - f * r) * W[targets]),
+    dW = dz^T G,   dW[targets] += c * o * H - r * G,   G = c * f * H, rounded
 
-where ``dz`` holds the kept rows and ``f`` a factor a row.
+where ``dz`` holds the kept rows, ``f`` a factor a row and ``r`` the rounded ``o / f`` that stand in
+``dz`` at the targets. They stand there because ``dW`` is rounded before it is added to: without
+them the products would be of the size of what is added, and often cancel it. Where factors are not
+rounded, ``r`` is 0.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdaa.row_passes import move_to_front
+from fastdaa.row_passes import in_tile, move_to_front
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
-from fastdaa.tiles import product, product_slices, row_slices, write_product
+from fastdaa.tiles import add_product, product, product_slices, row_slices, write_product
 from fastdaa.waiting_rows import WaitingRows
 
 # Moving rows costs 4 bytes a logit and saves 4 D FLOP a logit that is left out, so it pays up to
@@ -30,8 +34,8 @@ _WORTH_MOVING = 15 / 16
 
 
 class KeptGradients(NamedTuple):
-    """``d logp / d z`` of tokens and the first columns: ``factors[:, None] * dz``, and ``own`` at
-    the targets, where ``dz`` is 0."""
+    """``d logp / d z`` of tokens and the first columns: ``factors[:, None] * dz``, but ``own`` at
+    the targets, where ``dz`` has it rounded to a half, or 0 if it is wide."""
 
     dz: Tensor
     """``[a, k]``, a factor."""
@@ -50,8 +54,7 @@ class KeptGradients(NamedTuple):
         """What scales the rows ``[a]``, for the loss's coefficients ``[N]``."""
         rows = TargetRows(targets, coefficients * self.factors, coefficients * self.own)
         rows = rows if self.active is None else rows.pick(self.active)
-        width = self.dz.shape[1]
-        return rows if width == vocab_size else rows.among(slice(0, width))
+        return with_entries(rows, self.dz, slice(0, self.dz.shape[1]), vocab_size)
 
 
 class FirstColumns:
@@ -74,10 +77,15 @@ class FirstColumns:
         dz, rows = self.kept.dz, self.rows
         active = self.kept.active if positions is None else positions
         if weight is not None:
+            out = weight[: self.width]
             factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
-            write_product(weight[: self.width], dz.T, factor)
-            del factor
-            add_target_rows(weight[: self.width], hidden, rows, active, self.engine)
+            if rows.entries is None:
+                write_product(out, dz.T, factor)
+                del factor  # before the targets' rows come
+                add_target_rows(out, hidden, rows, active, self.engine)
+            else:
+                add_target_rows(out.zero_(), hidden, rows, active, self.engine, factor)
+                add_product(out, dz.T, factor)
         if bias is not None:
             total = torch.zeros_like(bias[: self.width], dtype=rows.own.dtype)
             add_column_sums(total, dz, rows)
@@ -94,6 +102,16 @@ class FirstColumns:
         for part, result in hidden_gradient_parts(self.kept.dz, self.rows, factor, self.engine):
             out.put(part, result)
             del result  # before the next one is made
+
+
+def with_entries(rows: TargetRows, dz: Tensor, columns: slice, vocab_size: int) -> TargetRows:
+    """The rows ``[a]`` of ``dz [a, k]``, which has these columns of the vocabulary, with what
+    stands at their targets where it is rounded."""
+    if dz.dtype != rows.own.dtype:
+        inside, local = in_tile(rows.targets, columns.start, dz.shape[1])
+        entries = dz.gather(1, local[:, None])[:, 0].to(rows.own.dtype)
+        rows = rows._replace(entries=torch.where(inside, entries, 0.0))
+    return rows if dz.shape[1] == vocab_size else rows.among(columns)
 
 
 def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -137,7 +155,7 @@ def write_hidden_gradient(
 def hidden_gradient_parts(
     dz: Tensor, rows: TargetRows, weight: Tensor, engine: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``coefficients * (dz weight) + own * weight[targets]``, ``[a, D]`` and wide, some rows at a
+    """``coefficients * (dz weight) + rest * weight[targets]``, ``[a, D]`` and wide, some rows at a
     time; ``weight`` is a factor."""
     for part in row_slices(dz.shape[0], weight.shape[1]):
         result = product(dz[part], weight)

@@ -112,14 +112,16 @@ def head_logps_and_stats(
     selected: bool = False,
     keep: bool = False,
     positions: Tensor | None = None,
+    bonus: bool = False,
 ) -> tuple[Tensor, TokenStats | None]:
     """:func:`head_logps` and, from the same logits, the statistics of :func:`token_stats`.
 
-    ``keep`` prefers ``impl="single_pass"`` where the head is trained and it fits in memory. With
-    ``positions [N]`` hidden states are ``[P, D]``, of which the paths ``score``, ``frozen`` and
-    ``recompute`` copy the rows that they need at a time.
+    With a ``bonus`` the entropy is differentiable, too. ``keep`` prefers ``impl="single_pass"``
+    where the head is trained and it fits in memory. With ``positions [N]`` hidden states are
+    ``[P, D]``, of which the paths ``score``, ``frozen`` and ``recompute`` copy the rows that they
+    need at a time.
     """
-    if impl == "single_pass" or (keep and impl == "auto"):
+    if impl == "single_pass" or (keep and impl == "auto" and not bonus):
         kept = plan_kept(
             hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
             sparse=sparse, selected=selected,
@@ -131,6 +133,7 @@ def head_logps_and_stats(
     plan = plan_call(
         hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
         sparse=sparse, selected=selected, tokens=None if positions is None else len(positions),
+        bonus=bonus,
     )  # fmt: skip
     if plan.path == "reference":
         if head.shard is not None:
@@ -151,8 +154,9 @@ def head_logps_and_stats(
         logps, *more = Frozen.apply(hidden_states, head, targets, plan, stats, positions)
     else:
         logps, *more = Recompute.apply(
-            hidden_states, head.weight, head.bias, targets, head.detach(), plan, stats, positions
-        )
+            hidden_states, head.weight, head.bias, targets, head.detach(), plan, stats, positions,
+            bonus,
+        )  # fmt: skip
     return logps, TokenStats(*more) if stats else None
 
 

@@ -286,7 +286,7 @@ class Room:
         """``recompute`` adds the targets' entries in fp32."""
         size = self.size
         own = {size.own_weight, size.own_hidden}
-        return takes_targets_apart(size.operand, own) and not size.entropy
+        return takes_targets_apart(size.operand, own) and (size.bonus or not size.entropy)
 
     @property
     def joining(self) -> int:

@@ -44,6 +44,7 @@ def plan_head(
     divergence: bool = False,
     sharded: bool = False,
     entropy: bool = False,
+    bonus: bool = False,
     gathered: bool = False,
 ) -> HeadPlan:
     """Choose a path and an engine.
@@ -77,6 +78,7 @@ def plan_head(
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
         entropy: the call is :func:`fastdaa.token_entropy` (with ``stats``).
+        bonus: the call is :func:`fastdaa.token_logps_and_entropy` (with ``stats``).
         gathered: selected rows are copied as they are needed, as :func:`fastdaa.pair_loss` does but
             where gradients of the logits are kept until backward.
 
@@ -90,7 +92,7 @@ def plan_head(
     check_choice("engine", engine, ENGINES)
     size = CallSize(
         vocab_size, hidden_size, tokens, operand, weight_dtype, hidden_dtype, softcap, stats,
-        sparse, selected, hidden_grad, head_grad, entropy, gathered,
+        sparse, selected, hidden_grad, head_grad, entropy or bonus, gathered, bonus,
     )  # fmt: skip
     _check_sizes(size, max_bytes)
     # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.

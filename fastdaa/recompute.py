@@ -22,7 +22,7 @@ from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import FirstColumns, KeptGradients
 from fastdaa.outputs import STATISTICS
-from fastdaa.row_passes import RowState, in_tile
+from fastdaa.row_passes import EntropyTerm, RowState, in_tile
 from fastdaa.score import score
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 from fastdaa.tiles import (
@@ -37,12 +37,12 @@ from fastdaa.waiting_rows import WaitingRows
 
 
 class Recompute(torch.autograd.Function):
-    """``apply(hidden_states, weight, bias, targets, head, plan, stats, positions)`` to log-probs
-    ``[N]``.
+    """``apply(hidden_states, weight, bias, targets, head, plan, stats, positions, bonus)`` to
+    log-probs ``[N]``.
 
-    Beside them, without gradient, the token statistics (empty unless ``stats``). ``head``
-    carries the options; its tensors are replaced by ``weight`` and ``bias``. Hidden states are
-    ``[N, D]``, or ``[P, D]`` with ``positions [N]``.
+    Beside them the token statistics (empty unless ``stats``), without gradient, but for the first,
+    the entropy, with a ``bonus``. ``head`` carries the options; its tensors are replaced by
+    ``weight`` and ``bias``. Hidden states are ``[N, D]``, or ``[P, D]`` with ``positions [N]``.
     """
 
     @staticmethod
@@ -56,23 +56,35 @@ class Recompute(torch.autograd.Function):
         plan: HeadPlan,
         stats: bool,
         positions: Tensor | None = None,
+        bonus: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Statistics only; the inputs and three numbers a token are kept."""
+        """Statistics only; the inputs and three or four numbers a token are kept."""
         state, values = score(hidden_states, head, targets, plan, stats=stats, positions=positions)
-        ctx.save_for_backward(hidden_states, weight, bias, targets, positions, *state)
         ctx.plan = plan
         ctx.options = replace(head, weight=head.weight[:0], bias=None)
         ctx.operand = operand_dtype(hidden_states, weight)
         absent = state.m.new_empty(0)
         more = list(values) if values is not None else [absent.clone() for _ in range(STATISTICS)]
-        ctx.mark_non_differentiable(*more)
-        return state.logps.clone(), *more  # the caller may change it, backward reads the other
+        # The caller may change what is returned, backward reads what is saved.
+        kept = more[0].clone() if bonus else None
+        ctx.save_for_backward(hidden_states, weight, bias, targets, positions, kept, *state)
+        ctx.mark_non_differentiable(*more[1:] if bonus else more)
+        ctx.set_materialize_grads(False)
+        return state.logps.clone(), *more
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, coefficients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, coefficients: Tensor | None, by_entropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, the weight and the bias, those that are wanted."""
-        hidden_states, weight, bias, targets, positions, *rows = ctx.saved_tensors
+        hidden_states, weight, bias, targets, positions, values, *rows = ctx.saved_tensors
+        nothing = (None,) * 6
+        if coefficients is None and by_entropy is None:
+            return None, None, None, *nothing
+        entropy = None if by_entropy is None else EntropyTerm(values, by_entropy)
+        if coefficients is None:
+            coefficients = torch.zeros_like(rows[0])
         head = replace(ctx.options, weight=weight, bias=bias)
         by_hidden, *others = head_gradients(
             Logits(hidden_states, head, ctx.operand, ctx.plan.engine, positions),
@@ -81,25 +93,26 @@ class Recompute(torch.autograd.Function):
             RowState(*rows),
             ctx.plan,
             ctx.needs_input_grad[:3],
+            entropy,
         )
         if by_hidden is not None and positions is not None:
             whole = hidden_states.new_zeros(hidden_states.shape)
             by_hidden = whole.index_add_(0, positions, by_hidden)
-        return by_hidden, *others, None, None, None, None, None
+        return by_hidden, *others, *nothing
 
 
 def head_gradients(
     logits: Logits,
     targets: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     rows: RowState,
     plan: HeadPlan,
     wanted: tuple[bool, bool, bool],
-    entropy: Tensor | None = None,
+    entropy: EntropyTerm | None = None,
     kept: KeptGradients | None = None,
 ) -> Gradients:
-    """Gradients of ``sum(coefficients * logps)`` by rows ``[N, D]`` of hidden states, weight and
-    bias; those of ``sum(coefficients * entropy)`` where ``entropy [N]`` is given.
+    """Gradients of ``sum(coefficients * logps)``, of the sum of entropies with coefficients, or of
+    both, by rows ``[N, D]`` of hidden states, weight and bias.
 
     A slice of the weight's gradient is one product over all tokens, or a wide sum of several, and
     rounded and written once: no wide ``[V, D]`` exists.
@@ -112,11 +125,12 @@ def head_gradients(
     if kept is not None:
         active = kept.active
     elif plan.sparse:
-        active = _active(coefficients)
+        active = _active(coefficients, entropy)
     if active is not None:
         by_hidden, weight, bias = head_gradients(
-            logits.pick(active), targets[active], coefficients[active], rows.pick(active),
-            replace(plan, sparse=False), wanted, None if entropy is None else entropy[active],
+            logits.pick(active), targets[active],
+            None if coefficients is None else coefficients[active], rows.pick(active),
+            replace(plan, sparse=False), wanted, None if entropy is None else entropy.pick(active),
             None if kept is None else kept.of_active(),
         )  # fmt: skip
         return _among(logits, active, by_hidden), weight, bias
@@ -127,7 +141,7 @@ def head_gradients(
     )
     with without_autocast(hidden_states.device):
         first = None
-        if kept is not None:
+        if kept is not None and coefficients is not None:
             first = FirstColumns(kept, targets, coefficients, head.width, plan.engine)
         if first is not None:
             first.write_head(hidden_states, weight, bias, logits.positions)
@@ -158,18 +172,24 @@ class _Backward:
     """A backward pass, a slice of the vocabulary at a time."""
 
     def __init__(
-        self, logits: Logits, targets: Tensor, coefficients: Tensor, rows: RowState, plan: HeadPlan,
-        entropy: Tensor | None, start: int,
+        self, logits: Logits, targets: Tensor, coefficients: Tensor | None, rows: RowState,
+        plan: HeadPlan, entropy: EntropyTerm | None, start: int,
     ):  # fmt: skip
-        self.logits, self.targets, self.rows, self.entropy = logits, targets, rows, entropy
-        self.apart = entropy is None and _takes_targets_apart(logits)
-        if self.apart:
-            own = coefficients * own_slope(logits.head, rows)
+        self.logits, self.targets, self.rows = logits, targets, rows
+        self.apart = coefficients is not None and _takes_targets_apart(logits)
+        if coefficients is not None and self.apart:
+            own = own_slope(logits.head, rows, coefficients, entropy)
             self.own = torch.where(targets >= start, own, 0.0)  # others are where start came from
             self.rest = torch.zeros_like(self.own)
             """What rounding the targets' entries to factors has taken from them."""
-        self.factor = GradientFactor(logits, coefficients)
-        self.scaled = self.factor.scaled(coefficients)
+        of_entropy = None if entropy is None else entropy.coefficients
+        given = [c for c in (coefficients, of_entropy) if c is not None]
+        self.factor = GradientFactor(logits, torch.cat(given))
+        scaled = self.factor.scaled
+        self.scaled = None if coefficients is None else scaled(coefficients)
+        self.entropy = None
+        if entropy is not None:
+            self.entropy = entropy._replace(coefficients=scaled(entropy.coefficients))
         self.parts = list(blocks(targets.shape[0], plan.tile_rows))
 
     def add_slice(
@@ -266,10 +286,12 @@ class _Backward:
             del total  # before the next one is made
 
     def _gradient(self, tile: RowTile, rows: slice) -> Tensor:
-        state, scaled = self.rows.pick(rows), self.scaled[rows]
+        state, targets = self.rows.pick(rows), self.targets[rows]
+        scaled = None if self.scaled is None else self.scaled[rows]
         if self.entropy is not None:
-            return tile.entropy_gradient(state, self.entropy[rows], scaled)
-        return tile.gradient(state, self.targets[rows], scaled)
+            return tile.entropy_gradient(state, self.entropy.pick(rows), targets, scaled)
+        assert scaled is not None
+        return tile.gradient(state, targets, scaled)
 
     def _put(self, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """``a @ b``, a product with a tile, into a sum or where nothing is yet."""
@@ -297,10 +319,12 @@ def _joined(sums: WaitingRows, head: LmHead) -> WaitingRows:
     return sums
 
 
-def _active(coefficients: Tensor) -> Tensor | None:
+def _active(coefficients: Tensor | None, entropy: EntropyTerm | None) -> Tensor | None:
     """Tokens with a coefficient, None for all."""
-    active = coefficients.nonzero()[:, 0]
-    return active if active.shape[0] < coefficients.shape[0] else None
+    given = [coefficients, None if entropy is None else entropy.coefficients]
+    marks = torch.stack([c != 0 for c in given if c is not None]).any(dim=0)
+    active = marks.nonzero()[:, 0]
+    return active if active.shape[0] < marks.shape[0] else None
 
 
 def _among(logits: Logits, active: Tensor, rows: Tensor | None) -> Tensor | None:

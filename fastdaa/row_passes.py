@@ -162,9 +162,10 @@ def set_target(
 ) -> None:
     """``tile[i, targets[i]] = values[i]`` for the targets inside the tile."""
     inside, local = in_tile(targets, first_column, tile.shape[1])
-    column = local[:, None]
-    kept = tile.gather(1, column)[:, 0]
-    tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
+    kept = tile.gather(1, local[:, None])[:, 0]
+    # On CPU a scatter would copy a tile of half precision.
+    at = torch.arange(tile.shape[0], device=tile.device), local
+    tile.index_put_(at, torch.where(inside, values, kept))
 
 
 def logit_gradient(
@@ -184,10 +185,32 @@ def logit_gradient(
     return p
 
 
-def entropy_gradient(logps: Tensor, entropy: Tensor, coefficients: Tensor) -> Tensor:
-    """In place: log-probabilities ``[r, c]`` to ``-coefficients * p * (log p + entropy)``."""
+class EntropyTerm(NamedTuple):
+    """What a loss has of the entropies of rows, beside their log-probs; both ``[r]`` and wide."""
+
+    values: Tensor
+    coefficients: Tensor
+
+    def pick(self, rows: slice | Tensor) -> EntropyTerm:
+        """That of some rows."""
+        return EntropyTerm(self.values[rows], self.coefficients[rows])
+
+    def slope(self, logps: Tensor) -> Tensor:
+        """Its derivative by the logits of tokens with such log-probs, ``[r]`` or ``[r, 1]``."""
+        return -self.coefficients * logps.exp() * (logps.clamp(min=_FLOOR) + self.values)
+
+
+def entropy_gradient(
+    logps: Tensor, term: EntropyTerm, coefficients: Tensor | None = None
+) -> Tensor:
+    """In place: log-probabilities ``[r, c]`` to ``-p * (h * (log p + entropy) + coefficients)`` for
+    the term's coefficients ``h``; the last ones are those of the log-probs, beside their targets.
+    """
     p = logps.exp()
-    return logps.clamp_(min=_FLOOR).add_(entropy[:, None]).mul_(p).mul_(-coefficients[:, None])
+    logps.clamp_(min=_FLOOR).add_(term.values[:, None])
+    if coefficients is None:
+        return logps.mul_(p).mul_(-term.coefficients[:, None])
+    return logps.mul_(term.coefficients[:, None]).add_(coefficients[:, None]).mul_(p).neg_()
 
 
 def move_to_front(tile: Tensor, rows: Tensor) -> Tensor:

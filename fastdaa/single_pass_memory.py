@@ -234,7 +234,7 @@ def _after(room: Room, tokens: int, last: int) -> int:
     size = room.size
     factor = room.held(tokens, size.narrow * size.hidden_size)
     picked = room.result // 2 if size.sparse else 0  # no place of their own to be rounded in
-    joining = held_by_target_rows(tokens, size.hidden_size, size.wide, room.engine)
+    joining = factor + held_by_target_rows(tokens, size.hidden_size, size.wide, room.engine)
     finish = held_by_finished_rows(size.hidden_size, size.wide, size.narrow, room.engine)
     return max(room.result + max(factor, last) + picked + finish, joining)
 
@@ -275,4 +275,4 @@ def _first_product(room: Room) -> int:
     size = room.size
     factor = size.narrow * size.tokens * size.hidden_size
     joining = held_by_target_rows(size.tokens, size.hidden_size, size.wide, room.engine)
-    return max(factor + room.result, joining)
+    return factor + max(room.result, joining)

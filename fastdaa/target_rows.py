@@ -1,7 +1,8 @@
 """What the entries of targets contribute to the gradients of a head.
 
 ``d logp / d z`` is ``1 - p`` at the target, by far the largest entry of its row where logits are
-flat. A factor of a product in half precision would round it, so it is added in fp32.
+flat. A factor of a product in half precision would round it, so it is added in fp32: all of it, or
+what the product of rounded factors lacks of it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,18 @@ class TargetRows(NamedTuple):
     """Wide: the factor of all entries except the target's."""
     own: Tensor
     """Wide: the entry of the target."""
+    entries: Tensor | None = None
+    """Wide: what stands in its place in the product's factor, which ``coefficients`` multiply; None
+    for 0."""
+
+    @property
+    def rest(self) -> Tensor:
+        """What the product's factor lacks of the entry of the target."""
+        return self.own if self.entries is None else self.own - self.coefficients * self.entries
 
     def pick(self, rows: slice | Tensor) -> TargetRows:
         """The same for some rows."""
-        return TargetRows(self.targets[rows], self.coefficients[rows], self.own[rows])
+        return TargetRows(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     def among(self, columns: slice) -> TargetRows:
         """The same for some entries of the vocabulary: targets elsewhere add 0."""
@@ -42,14 +51,16 @@ class TargetRows(NamedTuple):
             torch.where(inside, local, elsewhere),
             self.coefficients,
             torch.where(inside, self.own, 0.0),
+            None if self.entries is None else torch.where(inside, self.entries, 0.0),
         )
 
 
 def add_target_rows(
     out: Tensor, hidden: Tensor, rows: TargetRows, active: Tensor | None = None,
-    engine: str = "torch",
+    engine: str = "torch", factor: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``out[targets] += own * hidden``, rounded once.
+    """``out[targets] += own * hidden - entries * factor``, rounded once: what a product with the
+    ``factor``, which is ``coefficients * hidden`` rounded, lacks of the targets' part.
 
     Rows with the same target are first summed in their order, in the wide dtype.
 
@@ -57,37 +68,47 @@ def add_target_rows(
         out: ``[V, D]``. hidden: ``[N, D]``. rows: ``[a]``.
         active: ``[a]``: which hidden states the rows belong to, None for all.
         engine: ``"torch"``, or ``"triton"`` for its kernel.
+        factor: ``[a, D]``, where rows have ``entries``.
     """
+    assert (rows.entries is None) == (factor is None)
     if engine == "triton":
         from fastdaa.kernels.target_rows import add_sorted_rows
 
         targets, order = rows.targets.sort(stable=True)
         source = order if active is None else active[order]
-        add_sorted_rows(out, hidden, targets, source, rows.own[order])
+        less = None
+        if factor is not None and rows.entries is not None:
+            less = factor, order, rows.entries[order]
+        add_sorted_rows(out, hidden, targets, source, rows.own[order], less)
         return
     groups = _Groups(rows.targets)
     own, source = rows.own[groups.order, None], groups.order
+    entries = None if rows.entries is None else rows.entries[groups.order, None]
     source = source if active is None else active[source]
     step = max(_PART_BYTES // (own.element_size() * max(own.shape[0], 1)), 1)
     for start in range(0, out.shape[1], step):
         columns = slice(start, start + step)
-        groups.add(out[:, columns], hidden[:, columns][source] * own)
+        parts = hidden[:, columns][source] * own
+        if factor is not None and entries is not None:
+            parts.addcmul_(factor[:, columns][groups.order], entries, value=-1)
+        groups.add(out[:, columns], parts)
 
 
 def finish_hidden(
     result: Tensor, rows: TargetRows, weight: Tensor, out: Tensor | None = None,
     places: Tensor | None = None, engine: str = "torch",
 ) -> None:  # fmt: skip
-    """``coefficients * result + own * weight[targets]``, rounded once.
+    """``coefficients * result + rest * weight[targets]``, rounded once.
 
     Args:
-        result: ``[a, D]``, wide: a product with gradients that are 0 at the targets. Not to be used
-            afterwards, unless there is no ``out``.
+        result: ``[a, D]``, wide: a product with gradients that have the ``entries`` of the rows at
+            their targets. Not to be used afterwards, unless there is no ``out``.
         weight: ``[V, D]``. rows: ``[a]``; those with ``own`` 0 may have any target.
         out: ``[N, D]``; None for ``result`` itself.
         places: ``[a]`` rows of ``out``, None for its first ones.
         engine: ``"torch"``, or ``"triton"`` for its kernel.
     """
+    rows = rows._replace(own=rows.rest, entries=None)
     if engine == "triton":
         from fastdaa.kernels.hidden_rows import finish_hidden_rows
 
@@ -121,7 +142,8 @@ def held_by_target_rows(rows: int, hidden_size: int, wide: int, engine: str) -> 
 
 
 def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
-    """``out += coefficients @ dz``, and ``own`` at the targets, for the gradient ``[V]`` of a bias.
+    """``out += coefficients @ dz``, and the ``rest`` at the targets, for the gradient ``[V]`` of a
+    bias.
 
     Wide, a slice of the vocabulary at a time.
     """
@@ -130,7 +152,7 @@ def add_column_sums(out: Tensor, dz: Tensor, rows: TargetRows) -> None:
         columns = slice(start, start + step)
         out[columns] += rows.coefficients @ dz[:, columns].to(out.dtype)
     groups = _Groups(rows.targets)
-    groups.add(out, rows.own[groups.order])
+    groups.add(out, rows.rest[groups.order])
 
 
 class _Groups:

@@ -114,6 +114,18 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
             out[rows] = product(a[rows], b)
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``, rounded once to the dtype of ``out``."""
+    wide = torch.float32 if a.dtype in _HALVES else a.dtype
+    if out.dtype == wide:
+        accumulate(out, a, b)
+    elif out.dtype == a.dtype and out.numel() >= UNSPLIT_ENTRIES:
+        out.addmm_(a, b)
+    else:
+        for rows in product_slices(out):
+            out[rows] += product(a[rows], b)
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b`` in the dtype of ``total``."""
     if a.dtype in _HALVES:

@@ -9,14 +9,15 @@ from fastdaa.engines import logits_memory
 from fastdaa.head_plan import HeadPlan
 from fastdaa.kept_products import KeptGradients
 from fastdaa.outputs import STATISTICS, TokenStats
-from fastdaa.row_passes import RowState
+from fastdaa.row_passes import RowState, set_target
 from fastdaa.score import join
 from fastdaa.tiles import Logits, blocks, filled_rows
 
 
 class Unscaled:
     """``d logp / d logits`` of tokens and the plan's first columns, tile by tile, as
-    :class:`fastdaa.kept_products.KeptGradients` has it: rounded to the dtype of the next product.
+    :class:`fastdaa.kept_products.KeptGradients` has it: rounded to the dtype of the next product,
+    the targets' entries as well if that is a half.
     """
 
     def __init__(
@@ -63,7 +64,17 @@ class Unscaled:
         for block in blocks(logps.shape[0], self.plan.block_rows):
             at = slice(rows.start + block.start, rows.start + block.stop)
             logps[block] = self._tile(at, block if gradient else None, record)
+        if gradient and self.logits.operand != self.logits.wide:
+            self._set_targets(rows)
         return logps
+
+    def _set_targets(self, rows: slice) -> None:
+        made = slice(0, rows.stop - rows.start)
+        entries = (self.own[made] / self.factors[made]).to(self.dz.dtype)
+        # With what fills up the rows: deterministic PyTorch would copy what is not contiguous.
+        width = self.dz.stride(0)
+        whole = self.dz[made].as_strided((entries.shape[0], width), (width, 1))
+        set_target(whole, self.targets[rows], entries, self.logits.head.first_token)
 
     def _tile(self, rows: slice, place: slice | None, record: bool) -> Tensor:
         targets, stats = self.targets[rows], self.stats and record

@@ -8,9 +8,9 @@ target ``t``, whose logit is read first, the entries beside the target are
 
 and ``p_t`` scales the row of the next product. bf16 keeps its 8 bits over the whole range of such
 ratios, which fp16 does not. The entry of the target, ``1 - p_t``, is left to the caller: it is the
-largest, it is known in fp32, and in a product of its own it is not rounded at all. Rows with a
-target less likely than ``exp(LEAST_LOGP)`` are read again by a second kernel and get ``-p`` itself,
-with factor 1: their ratios would be out of proportion.
+largest, it is known in fp32, and it need not be rounded as the others are. Rows with a target less
+likely than ``exp(LEAST_LOGP)`` are read again by a second kernel and get ``-p`` itself, with factor
+1: their ratios would be out of proportion.
 """
 
 from __future__ import annotations

@@ -19,8 +19,11 @@ from fastdaa.kernels.operands import on_device
 
 # Vectors change with the batch, and are read a few values at a time.
 @triton.jit(
-    do_not_specialize_on_alignment=["targets_ptr", "ends_ptr", "sources_ptr", "factors_ptr"],
-)
+    do_not_specialize_on_alignment=[
+        "targets_ptr", "ends_ptr", "sources_ptr", "factors_ptr", "less_sources_ptr",
+        "less_factors_ptr",
+    ],
+)  # fmt: skip
 def _add_target_rows_kernel(
     out_ptr,  # [V, D]
     hidden_ptr,  # [N, D]
@@ -28,8 +31,11 @@ def _add_target_rows_kernel(
     ends_ptr,  # [rows] int64: where the target's rows end
     sources_ptr,  # [rows] int64 rows of hidden
     factors_ptr,  # [rows] fp32
+    less_ptr,  # [M, D], contiguous, or None, as the next two
+    less_sources_ptr,  # [rows] int64 rows of less
+    less_factors_ptr,  # [rows] fp32
     V, D, column_blocks, stride_ov, stride_od, stride_hn, stride_hd,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_LESS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # One axis of programs: the second one of a grid ends at 65535.
     first = tl.program_id(0) // column_blocks
@@ -49,7 +55,14 @@ def _add_target_rows_kernel(
             offsets = source[:, None] * stride_hn + columns[None, :] * stride_hd
             mask = (at < end)[:, None] & inside[None, :]
             hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0)
-            acc += factor[:, None] * hidden.to(tl.float32)
+            part = factor[:, None] * hidden.to(tl.float32)
+            if HAS_LESS:
+                source = tl.load(less_sources_ptr + at, mask=at < end, other=0)
+                factor = tl.load(less_factors_ptr + at, mask=at < end, other=0.0)
+                offsets = source[:, None] * D + columns[None, :]
+                less = tl.load(less_ptr + offsets, mask=mask, other=0.0)
+                part -= factor[:, None] * less.to(tl.float32)
+            acc += part
         out = out_ptr + target * stride_ov + columns * stride_od
         total = tl.load(out, mask=inside, other=0.0).to(tl.float32) + tl.sum(acc, axis=0)
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -61,6 +74,7 @@ def add_sorted_rows(
     targets: Tensor,
     sources: Tensor,
     factors: Tensor,
+    less: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     config: RowConfig | None = None,
 ) -> None:
@@ -72,6 +86,8 @@ def add_sorted_rows(
         targets: ``[a]`` int64, ascending; those outside ``[0, V)`` are left out.
         sources: ``[a]`` int64 rows of ``hidden``.
         factors: ``[a]`` fp32.
+        less: rows ``[M, D]``, contiguous, sources and factors, as above, of what is subtracted
+            before anything is rounded; None for nothing.
         config: block sizes; None for the table's.
     """
     config = config or row_config("target_rows", out.device)
@@ -80,11 +96,12 @@ def add_sorted_rows(
     if rows * column_blocks == 0:
         return
     targets = targets.contiguous()
+    others = (None, None, None) if less is None else tuple(t.contiguous() for t in less)
     ends = torch.searchsorted(targets, targets, right=True)
     with on_device(out):
         _add_target_rows_kernel[(rows * column_blocks,)](
-            out, hidden, targets, ends, sources.contiguous(), factors.contiguous(),
+            out, hidden, targets, ends, sources.contiguous(), factors.contiguous(), *others,
             *out.shape, column_blocks, *out.stride(), *hidden.stride(),
-            BLOCK_N=config.block_n, BLOCK_V=config.block_v,
+            HAS_LESS=less is not None, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

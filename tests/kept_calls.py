@@ -54,6 +54,40 @@ def truth(leaves, selection, objective, **kwargs):
     return run(wide, selection, objective, impl="reference", **kwargs)
 
 
+class OneSign:
+    """Coefficients of one sign, hidden states with a common mean of so many standard deviations,
+    targets drawn from the model: the targets' part of the weight's gradient and the others cancel.
+    """
+
+    def __init__(self, mean: float, n: int = 2048, v: int = 512, d: int = 64):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(n, d, generator=generator)
+        hidden += mean * torch.randn(1, d, generator=generator)
+        self.hidden = hidden.bfloat16().requires_grad_()
+        self.weight = (torch.randn(v, d, generator=generator) / 11).bfloat16().requires_grad_()
+        p = (self.hidden.double() @ self.weight.double().T).softmax(dim=1)
+        self.targets = torch.multinomial(p, 1, generator=generator)[:, 0]
+        usual = self.gradients(self.materialised)
+        self.exact = self.gradients(self.materialised, torch.float64)
+        self.usual = [relative(*pair) for pair in zip(usual, self.exact, strict=True)]
+
+    @staticmethod
+    def materialised(hidden, weight, targets):
+        """``(h @ w.T).float()`` and autograd; fp64 as it is."""
+        z = hidden @ weight.T
+        z = z.float() if z.dtype == torch.bfloat16 else z
+        return z.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+    def gradients(self, logps_of, dtype=torch.bfloat16):
+        leaves = [t.detach().to(dtype).clone().requires_grad_() for t in (self.hidden, self.weight)]
+        return torch.autograd.grad(logps_of(*leaves, self.targets).sum(), leaves)
+
+    def check(self, gradients) -> None:
+        """No worse than materialised logits, nor than two roundings of the result."""
+        for got, exact, usual in zip(gradients, self.exact, self.usual, strict=True):
+            assert relative(got, exact) <= min(usual, 2.4e-3)
+
+
 def relative(got, want) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 

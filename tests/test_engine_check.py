@@ -130,11 +130,15 @@ def test_a_wrong_kernel_of_the_targets_rows_is_named(monkeypatch):
 
     ours = target_rows.add_sorted_rows
 
-    def twice(out, hidden, targets, sources, factors):
-        ours(out, hidden, targets, sources, 1.1 * factors)
+    def twice(out, hidden, targets, sources, factors, less):
+        ours(out, hidden, targets, sources, 1.1 * factors, less)
 
-    monkeypatch.setattr(target_rows, "add_sorted_rows", twice)
-    assert wrong_results(torch.device("cpu")) == ["rows of targets"]
+    def without(out, hidden, targets, sources, factors, less):
+        ours(out, hidden, targets, sources, factors)
+
+    for wrong in (twice, without):
+        monkeypatch.setattr(target_rows, "add_sorted_rows", wrong)
+        assert wrong_results(torch.device("cpu")) == ["rows of targets"]
 
 
 @pytest.mark.interpreter

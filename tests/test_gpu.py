@@ -7,8 +7,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from kept_calls import OneSign
 
-from fastdaa import LmHead, Objective, TokenSelection, pair_loss, token_kl, token_logps
+from fastdaa import (
+    LmHead,
+    Objective,
+    TokenSelection,
+    pair_loss,
+    token_entropy,
+    token_kl,
+    token_logps,
+    token_logps_and_entropy,
+)
 from fastdaa.engine_check import LEAST_CAPABILITY, triton_obstacle
 
 pytestmark = pytest.mark.gpu
@@ -84,6 +94,29 @@ def test_gradients_are_as_good_as_those_of_materialised_fp32_logits(dtype: torch
     for name, t, a, b in zip(("hidden", "weight"), truth, ours, theirs, strict=True):
         error, allowed = (a - t).norm() / t.norm(), (b - t).norm() / t.norm()
         assert error <= 1.5 * allowed + 1e-4, (name, float(error), float(allowed))
+
+
+@pytest.mark.parametrize("impl", ["single_pass", "recompute"])
+@pytest.mark.parametrize("mean", [0, 1, 3])
+def test_targets_that_cancel_the_others(mean: int, impl: str) -> None:
+    problem = OneSign(mean)
+
+    def logps(*call: torch.Tensor) -> torch.Tensor:
+        return token_logps(*(t.to(DEVICE) for t in call), impl=impl).cpu()
+
+    problem.check(problem.gradients(logps))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_one_gradient_of_log_probs_and_entropies(dtype: torch.dtype, trained: bool) -> None:
+    *leaves, targets = _case(300, 5003, 512, dtype)
+    wanted = [t.requires_grad_() for t in leaves[: 1 + trained]]
+    logps, entropy = token_logps_and_entropy(*leaves, targets)
+    got = torch.autograd.grad(logps.sum() - 0.1 * entropy.sum(), wanted)
+    total = token_logps(*leaves, targets).sum() - 0.1 * token_entropy(*leaves).sum()
+    for a, b in zip(got, torch.autograd.grad(total, wanted), strict=True):
+        assert (a.double() - b.double()).norm() <= 0.01 * b.double().norm()
 
 
 def _pairs(lengths: tuple[int, ...]) -> TokenSelection:

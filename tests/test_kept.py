@@ -13,6 +13,7 @@ from kept_calls import (
     EVERYTHING,
     D,
     Linear,
+    OneSign,
     V,
     check_wanted_alone,
     keep_at_most,
@@ -137,19 +138,36 @@ def test_gradients_are_as_good_as_those_of_materialised_logits(half_factors, pea
         assert relative(got, want) <= relative(leaf.grad, want)
 
 
+@pytest.mark.parametrize("mean", [0, 1, 3])
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunks"])
+def test_targets_that_cancel_the_others(half_factors, monkeypatch, chunked, mean):
+    problem = OneSign(mean)
+    half_factors(torch.bfloat16)
+    counts = 128 * (16,)
+    selection = TokenSelection(
+        torch.arange(2048), problem.targets, torch.tensor(counts), counts
+    )  # fmt: skip
+    leaves = [problem.hidden, problem.weight, None]
+    if chunked:
+        keep_at_most(monkeypatch, 2 * 512 * 320)
+        monkeypatch.setattr(SinglePassRoom, "whole", lambda self: None)
+    plan = planned(leaves)
+    assert (plan.kept_tokens, plan.kept_whole) == ((320, False) if chunked else (2048, True))
+    _, grads = run(leaves, selection, Linear(), ref_logps=torch.ones(128))
+    problem.check(grads)
+
+
 def test_a_large_weight_gradient_is_one_product(half_factors, monkeypatch):
     half_factors(torch.bfloat16)
     leaves, selection = tensors(torch.bfloat16, bias=True)
     call = (leaves, selection, Objective.parse("dpo", beta=0.1))
     _, sliced = run(*call)
     monkeypatch.setattr(tiles, "UNSPLIT_ENTRIES", 0)
-    products = []
-    inner = torch.mm
-    monkeypatch.setattr(
-        torch, "mm", lambda *a, **k: products.append(k.get("out")) or inner(*a, **k)
-    )
+    sums = []
+    inner = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a: sums.append(a[0].shape) or inner(*a))
     _, whole = run(*call)
-    assert [out.shape for out in products if out is not None] == [(V, D)]
+    assert sums == [(V, D)]
     _, wide = truth(*call)
     assert relative(whole[1], wide[1]) < 1.02 * relative(sliced[1], wide[1])
 

@@ -8,6 +8,7 @@ from kept_calls import (
     COUNTS,
     EVERYTHING,
     Linear,
+    OneSign,
     V,
     check_wanted_alone,
     keep_at_most,
@@ -98,6 +99,14 @@ def test_gradients_are_as_good_as_those_of_materialised_logits(in_part, peak):
     ours = torch.autograd.grad((logps * coefficients).sum(), leaves)
     for got, other, exact in zip(ours, usual, want, strict=True):
         assert relative(got, exact) <= relative(other, exact)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 3])
+def test_targets_that_cancel_the_others(in_part, mean):
+    problem = OneSign(mean)
+    in_part(256, 2048)
+    assert plan_kept(problem.hidden, LmHead(problem.weight)).kept_columns == 256
+    problem.check(problem.gradients(lambda *call: token_logps(*call, impl="single_pass")))
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])

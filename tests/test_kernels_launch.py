@@ -84,6 +84,8 @@ TARGETS = """if True:
         numbers = torch.zeros(rows + 1, dtype=torch.int64)[1:]
         factors, product = torch.zeros(rows + 1)[1:], torch.zeros(rows, 80)
         add_sorted_rows(weight, weight[:rows], numbers, numbers, factors)
+        less = weight[:rows], numbers, factors
+        add_sorted_rows(weight, weight[:rows], numbers, numbers, factors, less)
         finish_hidden_rows(product, factors, factors, weight, numbers, weight[:rows])
 """
 SCORE = """if True:
@@ -155,7 +157,7 @@ OBJECTIVE = """if True:
             id="slopes",
         ),
         pytest.param(
-            TARGETS, {"_add_target_rows_kernel": 1, "_finish_hidden_rows_kernel": 1}, id="targets"
+            TARGETS, {"_add_target_rows_kernel": 2, "_finish_hidden_rows_kernel": 1}, id="targets"
         ),
         pytest.param(SCORE, {"_score_tiles_kernel": 1, "_merge_splits_kernel": 1}, id="score"),
         pytest.param(

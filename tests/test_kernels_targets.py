@@ -59,6 +59,22 @@ def test_rows_of_a_target_are_added_and_rounded_once(name, d, dtype):
     assert ((out.double() - want).abs() <= unit * want.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_other_rows_are_subtracted_before_anything_is_rounded(name, dtype):
+    """Most of both cancels, as what is rounded does with what it was rounded from."""
+    targets = TARGETS[name]
+    out, hidden, targets, sources, factors = problem(len(targets), 45, DTYPES[dtype], targets)
+    n = len(targets)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    less, entries = torch.empty_like(hidden[:n]).T.contiguous().T, 1.01 * factors
+    less[order] = hidden[sources]
+    want = exact(exact(out, hidden, targets, sources, factors), less, targets, order, -entries)
+    add_sorted_rows(out, hidden, targets, sources, factors, (less, order, entries), config=SMALL)
+    unit = {"fp32": 2e-7, "bf16": 2.0**-7, "fp16": 2.0**-11}[dtype]
+    assert ((out.double() - want).abs() <= unit * want.abs() + 2e-5).all()
+
+
 def test_only_rows_of_targets_are_written():
     out, hidden, targets, sources, factors = problem(4, 20, torch.float32, TARGETS["one"])
     memory = torch.full((V, 64), float("nan"), device=DEVICE)
@@ -101,21 +117,23 @@ def test_rows_may_have_any_strides():
     assert torch.allclose(out.double(), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("less", [False, True], ids=["all-of-it", "what-is-lacking"])
 @pytest.mark.parametrize("picked", [False, True], ids=["all", "active"])
-def test_both_engines_add_the_same(picked):
+def test_both_engines_add_the_same(picked, less):
     generator = torch.Generator().manual_seed(4)
     n, d = 60, 33
     targets = torch.randint(V, (n,), generator=generator)
-    rows = TargetRows(targets, *torch.randn(2, n, generator=generator))
+    rows = TargetRows(targets, *torch.randn(3 if less else 2, n, generator=generator))
     active = torch.arange(0, n, 3) if picked else None
     rows = rows if active is None else rows.pick(active)
+    factor = torch.randn(len(rows.targets), d, generator=generator).to(DEVICE) if less else None
     hidden, start = (torch.randn(d, m, generator=generator).T for m in (n, V))
     outs = []
     for engine in ("torch", "triton"):
         out = start.contiguous().to(DEVICE)
         some = None if active is None else active.to(DEVICE)
-        of = TargetRows(*(t.to(DEVICE) for t in rows))
-        add_target_rows(out, hidden.to(DEVICE), of, some, engine)
+        of = TargetRows(*(t.to(DEVICE) for t in rows if t is not None))
+        add_target_rows(out, hidden.to(DEVICE), of, some, engine, factor)
         outs.append(out)
     assert torch.allclose(*outs, atol=1e-5)
 

@@ -14,10 +14,10 @@ from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, fi
 N, V, D = 60, 11, 7  # every target several times
 
 
-def rows_of(n=N):
+def rows_of(n=N, vectors=2):
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(V - 1, (n,), generator=generator)  # the last entry is no target
-    return TargetRows(targets, *torch.randn(2, n, generator=generator))
+    return TargetRows(targets, *torch.randn(vectors, n, generator=generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -40,6 +40,36 @@ def test_rows_of_one_target_are_summed_before_they_are_rounded(monkeypatch, dtyp
     assert torch.equal(out[-1], last)
     unit = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
     assert ((out.double() - want).abs() <= unit * want.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("part", [4 << 20, 4 * N * 3], ids=["at-once", "in-parts"])
+@pytest.mark.parametrize("picked", [False, True], ids=["all", "active"])
+def test_what_products_have_of_targets_is_not_added_again(monkeypatch, part, picked):
+    monkeypatch.setattr(target_rows, "_PART_BYTES", part)
+    rows, active = rows_of(vectors=3), torch.arange(0, N, 3) if picked else None
+    rows = rows if active is None else rows.pick(active)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    some = hidden if active is None else hidden[active]
+    factor = (rows.coefficients[:, None] * some).bfloat16().float()
+    without = torch.randn(len(some), V).scatter_(1, rows.targets[:, None], 0.0)
+    dz = without.scatter(1, rows.targets[:, None], rows.entries[:, None])
+
+    by_hidden = rows.coefficients[:, None] * (without @ weight)
+    by_hidden += rows.own[:, None] * weight[rows.targets]
+    got = dz @ weight
+    finish_hidden(got, rows, weight)
+    assert torch.allclose(got, by_hidden, atol=1e-4)
+
+    by_weight = without.T @ factor
+    by_weight.index_add_(0, rows.targets, rows.own[:, None] * some)
+    got = dz.T @ factor
+    add_target_rows(got, hidden, rows, active, factor=factor)
+    assert torch.allclose(got, by_weight, atol=1e-4)
+
+    by_bias = (rows.coefficients @ without).index_add(0, rows.targets, rows.own)
+    got = torch.zeros(V)
+    add_column_sums(got, dz, rows)
+    assert torch.allclose(got, by_bias, atol=1e-4)
 
 
 def test_no_row_changes_nothing():

@@ -35,11 +35,13 @@ def test_trl_by_hand() -> None:
 def test_single_pass_by_hand() -> None:
     n, v, d = 8192, 128256, 4096
     case = Case("llama3-8b", n, "dpo", dtype="bfloat16")
-    rounded, factor = n * d * 6, n * d * 4  # the weight's product rounds its results itself
+    # The weight's product adds to zeros and targets' rows, and rounds its results itself.
+    rounded, factor, begun = n * d * 6, n * d * (4 + 2), v * d * (2 + 2)
     assert n * v * 2 <= 2 << 30 and v * d >= 1 << 24
     targets = n * d * (2 + 3 * 2)  # their rows of the weight, and of its gradient
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
-    assert cost == Cost(3 * case.unit, (4 + 2) * n * v + rounded + factor + targets, "bfloat16")
+    sums = rounded + factor + targets + begun
+    assert cost == Cost(3 * case.unit, (4 + 2) * n * v + sums, "bfloat16")
 
 
 def test_single_pass_in_chunks_by_hand() -> None:
@@ -48,7 +50,7 @@ def test_single_pass_in_chunks_by_hand() -> None:
     packed, read = 4 + 6, 2 + 2  # its largest entry and itself; the loss's gradient in backward
     sums = v * d * (packed + read) + n * d * (2 + packed + read)  # rows are zeros at first
     # The first product writes the weight's sum.
-    sums += (chunks - 1) * v * d * 8 + n * d * (8 + 4 + 2 + (8 + 2))
+    sums += (chunks - 1) * v * d * 8 + n * d * (8 + (4 + 2) + 2 + (8 + 2))
     cost = cost_model.tiled(case, "single_pass", "triton", "cuda")
     assert cost == Cost(3 * case.unit, (4 + 2) * n * v + sums, "bfloat16")
 
@@ -66,7 +68,7 @@ def test_a_single_pass_in_part_by_hand() -> None:
     whole = cost_model.tiled(case, "single_pass", "triton", "cuda")
     cost = cost_model.tiled(case, "single_pass", "triton", *call)
     # Slices add to a wide sum, which the targets' rows join in the end.
-    again = (4 + 2) * n * others + (8 * slices + 2 + 3 * 2) * n * d
+    again = (4 + 2) * n * others + (8 * slices + 2 + 3 * 2) * n * d - (2 + 2) * others * d
     assert cost.flop == pytest.approx(whole.flop + 2 * n * others * d)
     assert cost.bytes == pytest.approx(whole.bytes + again)
 

@@ -129,8 +129,8 @@ def test_evaluation(trainers, saved, data):
         (False, {}, 3),
         (True, {}, 2),
         (False, {"loss_type": "cispo", "top_entropy_quantile": 0.5}, 3),
-        (False, {"entropy_coef": 0.1}, 3 + 4),
-        (True, {"entropy_coef": 0.1}, 2 + 2),
+        (False, {"entropy_coef": 0.1}, 4),
+        (True, {"entropy_coef": 0.1}, 3),
     ],
     ids=["full", "lora", "cispo", "entropy-bonus", "lora-entropy-bonus"],
 )

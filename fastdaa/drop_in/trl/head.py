@@ -29,6 +29,7 @@ def add_head(
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     keep: bool = False,
+    bonus: bool = False,
     max_bytes: int | None = None,
 ) -> None:
     """Let ``model(..., labels=..., fused_lm_head=True)`` return TRL's ``FusedCausalLMOutput``.
@@ -41,10 +42,12 @@ def add_head(
         temperature: divisor of the logits.
         cast_lm_head_to_fp32: hidden states in fp32, outside autocast.
         outputs: what is wanted of ``"log_probs"``, ``"entropy"``, ``"mean_logits"``, ``"is_top1"``,
-            ``"log_sum_sq_probs"``. Log-probs and entropy are differentiable; see
-            :mod:`fastdaa.drop_in.trl.entropy_gradient`.
+            ``"log_sum_sq_probs"``. Log-probs and entropy are differentiable.
         keep: gradients of the logits of a trained head wait for the loss where they fit in memory
             (3U in place of 4U, whatever the loss).
+        bonus: the loss has a gradient of the entropy. It is made with that of the log-probs then,
+            3U for both or, of a trained head, 4U. Without it each gradient is made on its own, see
+            :mod:`fastdaa.drop_in.trl.entropy_gradient`.
         max_bytes: memory of a call, as in :func:`fastdaa.plan_head`.
 
     Raises:
@@ -59,7 +62,10 @@ def add_head(
     # copy of it.
     wrapped = model.__dict__.get("forward")
     stats = any(name in outputs for name in _STATS)
-    options = {"stats": stats, "keep": keep, "max_bytes": max_bytes, "selected": True}
+    bonus = bonus and "entropy" in outputs
+    options = {
+        "stats": stats, "keep": keep, "bonus": bonus, "max_bytes": max_bytes, "selected": True
+    }  # fmt: skip
     wanted = _Wanted(temperature, cast_lm_head_to_fp32, options)
 
     @functools.wraps(type(model).forward)  # `generate` reads the names of the arguments
@@ -123,11 +129,13 @@ def _score(
 
 def _per_token(rows: Tensor, head: LmHead, tokens: Tensor, wanted: _Wanted) -> dict[str, Tensor]:
     """What TRL reads of every scored token, ``[N]`` each, by name."""
-    max_bytes = wanted.options["max_bytes"]
-    logps, stats = head_logps_and_stats(rows, head, tokens, **wanted.options)
+    options = wanted.options
+    logps, stats = head_logps_and_stats(rows, head, tokens, **options)
     found = {"log_probs": logps}
     if stats is not None:
-        found["entropy"] = with_gradient(stats.entropy, rows, head, max_bytes)
+        found["entropy"] = stats.entropy
+        if not options["bonus"]:
+            found["entropy"] = with_gradient(stats.entropy, rows, head, options["max_bytes"])
         found["mean_logits"] = stats.mean_logit
         found["is_top1"] = stats.top1 > 0
         found["log_sum_sq_probs"] = stats.log_sum_sq

@@ -69,7 +69,8 @@ class OnHead(Trainer):
                 check_trainer(name, self)
             # Its hooks would offload what is kept.
             keep = not getattr(self.args, "activation_offloading", False)
-            add_head(model, keep=keep, max_bytes=head_max_bytes, **options)
+            bonus = self.has_entropy_bonus()
+            add_head(model, keep=keep, bonus=bonus, max_bytes=head_max_bytes, **options)
             heads += 1
 
         functions: dict[str, Callable[..., Any]] = {"add_fused_lm_head": add_checked}
@@ -82,6 +83,10 @@ class OnHead(Trainer):
                 f"expected trl.{name} to call add_fused_lm_head, got no call: this TRL is not the "
                 "one that fastdaa.drop_in.trl was written for"
             )
+
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has a gradient of the entropy."""
+        return False
 
     @classmethod
     def check_given(cls, given: dict[str, Any]) -> None:

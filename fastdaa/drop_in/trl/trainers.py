@@ -63,13 +63,18 @@ class GRPOTrainer(OnHead, grpo_trainer.GRPOTrainer):
 
     Same arguments, generation, rewards, losses, metrics and checkpoints; ``temperature`` and
     ``cast_lm_head_to_fp32`` are those of the log-probs, too. Generation has nothing to do with this
-    head. An entropy bonus (``entropy_coef``, ``use_adaptive_entropy``) has the gradient of the
-    entropy, for 2U more where the head is frozen and 4U where it is trained, more than TRL's head
-    takes (3U and 4U for both gradients). Further arguments, work, memory and errors:
+    head. With an entropy bonus (``entropy_coef``, ``use_adaptive_entropy``) the gradients of
+    log-probs and entropies are made together, and the head takes 3U where it is frozen and 4U where
+    it is trained, as TRL's. Further arguments, work, memory and errors:
     :class:`fastdaa.drop_in.trl.on_head.OnHead`.
     """
 
     trl_class = grpo_trainer.GRPOTrainer
+
+    def has_entropy_bonus(self) -> bool:
+        """As TRL's trainer decides it."""
+        args: Any = self.args
+        return bool(args.entropy_coef != 0.0 or args.use_adaptive_entropy)
 
 
 class RLOOTrainer(OnHead, rloo_trainer.RLOOTrainer):
