@@ -274,7 +274,7 @@ def select_cases(
         dtype: take this dtype instead of that of each case.
 
     Raises:
-        ValueError: an unknown selection or loss, or a name that fits no case.
+        ValueError: an unknown selection or loss, a loss of no case, or a name that fits no case.
     """
     selections = SELECTIONS[kind]
     if selection not in selections:
@@ -300,6 +300,13 @@ def select_cases(
             if any(name == case.id or (name not in ids and name in case.id) for name in names)
         ]  # fmt: skip
     if losses:
+        there = list(dict.fromkeys(case.work for case in cases if case.is_loss))
+        absent = [loss for loss in losses if loss not in there]
+        if absent:
+            raise ValueError(
+                f"losses: expected some of {', '.join(there) or 'none'}, which the chosen cases "
+                f"have, got {absent[0]!r}; another --selection, or --cases, has others"
+            )
         cases = [case for case in cases if not case.is_loss or case.work in losses]
     if dtype is not None:
         cases = list(dict.fromkeys(replace(case, dtype=dtype) for case in cases))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -309,6 +310,8 @@ def test_the_finished_bar_is_drawn_once(
         ("tokens", 12711.6, "12,712"),
         ("loss", 0.693147, "0.6931"),
         ("rewards/margins", -0.0, "0"),
+        ("eval_rewards/rejected", math.nan, "-"),  # there was none
+        ("loss", math.nan, "nan"),
     ],
 )
 def test_numbers_as_they_are_shown(key: str, value: float, text: str) -> None:

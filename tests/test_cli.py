@@ -20,7 +20,7 @@ from fastdaa.cli import doctor, main
 from fastdaa.cli import train as train_command
 from fastdaa.cli.arguments import build_parser, parse
 from fastdaa.cli.runs import continuation, log_lines, print_continuation
-from fastdaa.cli.summary import ALIGNMENT, last_values, print_summary
+from fastdaa.cli.summary import ALIGNMENT, STAGE, last_values, print_summary
 from fastdaa.train.checkpoints import last_complete
 from fastdaa.train.run_record import new_record, write_record
 
@@ -347,7 +347,8 @@ def test_chat_template_from_a_file(
         pytest.param({"resume_from_checkpoint": "{tmp}"}, "complete checkpoint", id="half"),
         pytest.param({"eval_strategy": "steps"}, "nothing to evaluate on", id="no eval data"),
         pytest.param({"output_dir": "{tmp}/pairs.jsonl"}, "is a file", id="output is a file"),
-        pytest.param({"test_size": "8"}, "less than all 8 pairs", id="all for the test"),
+        pytest.param({"test_size": "8"}, "less than all 8 rows", id="all for the test"),
+        pytest.param({"test_size": "0.95"}, "less than all 8 rows, got 0.95", id="rounded up"),
         pytest.param({"dataset_split": "tset"}, "split: expected one of train", id="split"),
     ],
 )  # fmt: skip
@@ -465,6 +466,13 @@ def test_summary_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines() == [
         "dpo()", "2.0 s of training", f"model and tokenizer: {folder}"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shown", [STAGE, ALIGNMENT], ids=["stage", "train"])
+def test_summary_names_our_model_card_alone(tmp_path, capsys, shown) -> None:
+    (tmp_path / "README.md").write_text("PEFT writes one beside an adapter", encoding="utf-8")
+    print_summary([], tmp_path, shown)
+    assert ("model card" in capsys.readouterr().out) == (shown is ALIGNMENT)
 
 
 def test_doctor(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

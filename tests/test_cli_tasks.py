@@ -29,6 +29,31 @@ def test_training_may_be_asked_for():
     assert config.do_train and config.eval_strategy == "epoch"
 
 
+@pytest.mark.parametrize("given", ["none", "azure_ml kubeflow", "kubeflow"])
+def test_several_trackers(given, monkeypatch):
+    """As in a YAML file."""
+    monkeypatch.setattr("fastdaa.train.trainer_options._check_trackers", lambda names: None)
+    _, config = parse([*NEEDED, "--report_to", *given.split()])
+    assert config.report_to == [name for name in given.split() if name != "none"]
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy"),
+    [
+        ("", "no"),
+        ("--eval_steps 5", "no"),
+        ("--test_size 8", "epoch"),
+        ("--test_size 8 --eval_steps 5", "steps"),
+        ("--test_size 8 --eval_steps 5 --eval_strategy epoch", "epoch"),
+        ("--test_size 8 --eval_strategy no", "no"),
+    ],
+)
+def test_when_evaluations_are_made(given, strategy):
+    """``no`` is obeyed, and ``eval_steps`` need no second option."""
+    _, config = parse([*NEEDED, *given.split()])
+    assert config.eval_strategy == strategy
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

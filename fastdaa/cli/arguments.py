@@ -255,8 +255,10 @@ def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments)
             than training.
     """
     _check_task(values, evaluates=arguments.evaluates)
-    if arguments.evaluates and values["eval_strategy"] == "no":
-        values["eval_strategy"] = "epoch"
+    if values["eval_strategy"] is None:
+        by_steps = values["eval_steps"] is not None
+        strategy = ("steps" if by_steps else "epoch") if arguments.evaluates else "no"
+        values = {**values, "eval_strategy": strategy}
     config = build(kind, values)
     if config.eval_strategy != "no" and not arguments.evaluates:
         raise ValueError(

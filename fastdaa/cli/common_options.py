@@ -133,13 +133,14 @@ WORDS = {
     "use_cpu": "Stay on the CPU where there is an accelerator.",
     "tf32": "Multiply float32 matrices in TF32 on GPUs that have it.",
     "activation_checkpointing": "Recompute activations: less memory, slower.",
-    "eval_strategy": "When to evaluate. Default: epoch where there is something to evaluate on.",
-    "eval_steps": "Steps between evaluations. For --eval_strategy steps; below 1: a share of all "
-    "steps. Default: logging_steps.",
+    "eval_strategy": "When to evaluate. Default: where there is something to evaluate on, steps "
+    "with --eval_steps, else epoch.",
+    "eval_steps": "Steps between evaluations. Below 1: a share of all steps. Default: "
+    "logging_steps.",
     "save_steps": "Steps between checkpoints. Below 1: a share of all steps.",
     "save_total_limit": "Newest checkpoints to keep. With --load_best_model_at_end the best one "
     "stays, too. Default: all.",
-    "report_to": "Tracker, such as wandb. With all: every installed one.",
+    "report_to": "Trackers, such as wandb. With all: every installed one.",
     "use_liger_kernel": "Liger's kernels for the layers (GPU only); its losses stay off.",
     "neftune_noise_alpha": "Noise on embeddings (NEFTune); needs --layout padded.",
     "label_smoothing_factor": "Must stay 0: it is for the labels of classifiers.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def _split(rows: Dataset, test_size: float | None, seed: int) -> tuple[Dataset, 
     if test_size is None:
         return rows, None
     size = test_size if test_size < 1 else int(test_size)
-    if (size * len(rows) if size < 1 else size) >= len(rows):
-        raise ValueError(f"test_size: expected less than all {len(rows)} pairs, got {size}")
+    # `train_test_split` rounds a share up.
+    if (math.ceil(size * len(rows)) if size < 1 else size) >= len(rows):
+        raise ValueError(f"test_size: expected less than all {len(rows)} rows, got {size}")
     parts = rows.train_test_split(size, seed=seed)
     return parts["train"], parts["test"]

@@ -91,6 +91,8 @@ def option_parser(
     if trainer:
         # Scripts of transformers ask for it; here, asking for something else would be an error.
         parser.set_defaults(do_train=True)
+        # So that a `no` that was given is known from none: see `trainer_config`.
+        parser.set_defaults(eval_strategy=None)
     if parser.common:
         parser._option_string_actions["--help"].help = "show the common options, and exit"
     for option, text in (
@@ -109,6 +111,7 @@ def option_parser(
         parser._option_string_actions[
             "--output_dir"
         ].help = "Folder of checkpoints, metrics and the model. Default: trainer_output."
+        parser._option_string_actions["--report_to"].nargs = "+"
     for action in parser._actions:
         action.help = plain_words(action.dest, action.help)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}

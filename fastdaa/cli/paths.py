@@ -68,10 +68,13 @@ def check_model(name: str, value: str) -> None:
 
     Raises:
         OSError: there is neither such a folder nor such a model on the hub.
-        ValueError: the folder holds no model.
+        ValueError: the folder holds no model, or it is a file.
     """
     _check_exists(name, value, ())
     folder = Path(value).expanduser()
+    if folder.is_file():
+        function = "; a function is given as file.py:function" if name.endswith("reward") else ""
+        raise ValueError(f"{name}: expected a folder or a hub id, {value} is a file{function}")
     if not folder.is_dir():
         _check_hub(name, value)
         return

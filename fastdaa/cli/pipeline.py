@@ -155,15 +155,38 @@ def _is_done(folder: Path, words: list[str]) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     if done != words:
-        changed = [f"{a} -> {b}" for a, b in zip(done, words, strict=False) if a != b]
         raise ValueError(
             f"{folder}: expected a stage of the same options, this one was done with others "
-            f"({'; '.join(changed[:3]) or 'more or fewer of them'}); delete it or choose another "
+            f"({'; '.join(_changes(done, words)[:3])}); delete it or choose another "
             "output_dir"
         )
     with log_lines():
         logger.info("stage %s is done: %s", folder.name, folder)
     return True
+
+
+def _changes(done: list[str], words: list[str]) -> list[str]:
+    """The options that differ, each with its values then and now."""
+    before, now = _named(done), _named(words)
+    return [
+        f"{name} {before.get(name, 'not given')} -> {now.get(name, 'not given')}".strip()
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _named(words: list[str]) -> dict[str, str]:
+    """Values by option; those of no option are one value, but for an object of settings."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:]
+        elif not name and word.startswith("{"):
+            found |= {key: str(value) for key, value in json.loads(word).items()}
+        else:
+            found[name] = f"{found[name]} {word}" if name in found else word
+    return found
 
 
 def _mark_done(folder: Path, words: list[str]) -> None:

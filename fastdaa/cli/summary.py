@@ -91,7 +91,8 @@ def print_summary(
     folder = Path(output_dir)
     console.print(f"model and tokenizer: {folder}", highlight=False, soft_wrap=True)
     for file, what in _FILES:
-        if (folder / file).is_file():
+        blank = file == "README.md" and shown is STAGE  # PEFT's, beside an adapter
+        if (folder / file).is_file() and not blank:
             console.print(f"{what}: {folder / file}", highlight=False, soft_wrap=True)
 
 

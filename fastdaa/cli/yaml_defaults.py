@@ -142,7 +142,7 @@ def _from_yaml(action: argparse.Action, value: Any) -> Any:
     if value is None:
         return _convert(action, "none") if action.default is not None else None
     if isinstance(value, list):
-        # `report_to` takes a list although its option takes one word.
+        # `optim_target_modules` takes a list although its option takes one word.
         return [_convert(action, item) for item in value]
     converted = _convert(action, value)
     return [converted] if action.nargs == "+" else converted

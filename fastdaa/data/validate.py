@@ -37,7 +37,10 @@ def normalise_pair(record: Any) -> dict[str, Any]:
         if field not in record:
             got = f"only {', '.join(map(repr, record)) or 'no fields'}"
             if "label" in record and "completion" in record:
-                got += "; rows with a label are unpaired data, for --loss kto, bco or apo_zero"
+                got += (
+                    "; rows with a label are unpaired data, for --loss kto, bco or apo_zero of "
+                    "`fastdaa train`, without other losses"
+                )
             elif record and "rejected" not in record and field == "chosen":
                 got += "; chosen_column and rejected_column say which columns hold the answers"
             raise bad_field("missing field", field, "text or a list of messages", got)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 _NOT_NEGATIVE = ("kl/token", "kl/sequence")
+_OF_ANSWERS = ("rewards/", "logps/", "logits/")
 
 
 def shown_value(key: str, value: float) -> float:
@@ -22,5 +25,11 @@ def shown_as(key: str, value: float, spec: str) -> str:
 
 
 def shown_text(key: str, value: float) -> str:
-    """Four significant digits, or a whole number with separators from 1,000 on."""
+    """Four significant digits, or a whole number with separators from 1,000 on.
+
+    A dash for the mean of answers of which there was none, as of one label of unpaired data. What
+    diverged is shown as ``nan``, the loss above all.
+    """
+    if math.isnan(value) and key.removeprefix("eval_").startswith(_OF_ANSWERS):
+        return "-"
     return shown_as(key, value, ",.0f" if 1000 <= abs(value) < 1e15 else ".4g")

@@ -187,7 +187,8 @@ def _check_trackers(names: Any) -> None:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"report_to: expected one of {', '.join(sorted(known))}, got {shown(name)}"
+                f"report_to: expected none, all, or some of {', '.join(sorted(known))}, got "
+                f"{shown(name)}"
             )
         module, package = _TRACKERS.get(name, (name, name))
         installed = getattr(integration_utils, f"is_{module}_available", None)

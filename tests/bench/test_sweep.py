@@ -63,6 +63,15 @@ def test_losses_where_there_are_none_are_refused(kind: str) -> None:
         sweep.chosen_cases(kind, options(losses=["dpo"]))
 
 
+def test_a_loss_without_a_case_is_an_error() -> None:
+    """It would be left out, and the table would not say so."""
+    for losses in (["dpo", "ipo"], ["ipo"]):
+        with pytest.raises(ValueError, match=r"losses: expected some of dpo, .* got 'ipo';"):
+            sweep.chosen_cases("loss", options(losses=losses))
+    chosen = sweep.chosen_cases("loss", options(losses=["ipo", "dpo"], selection="cpu"))
+    assert {case.work for case in chosen} == {"dpo", "ipo"}
+
+
 def test_contenders_for_other_work_are_an_error(tiny: None) -> None:
     with pytest.raises(ValueError, match="got fastdaa-frozen, who do other work"):
         head.run(options(contenders=["fastdaa-frozen"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -120,9 +121,14 @@ def test_pipeline_in_one_command_and_again(files, tmp_path, capsys):
     said = capsys.readouterr().err
     assert [f"stage {name} is done" in said for name in ("sft", "reward", "online")] == [True] * 3
     assert before == _times(folder)
-    for changed in ({"kl_lambda": 1.0}, {"ref_model": files / "model"}):
+    for changed, said in (
+        ({"kl_lambda": 1.0}, r"\(kl_lambda 0.5 -> 1.0\)"),
+        ({"ref_model": files / "model"}, "ref_model "),
+        ({"max_train_samples": 5}, r"\(max_train_samples not given -> 5\)"),
+    ):
         assert main(pipeline(files, folder, **changed)) == 2
-        assert "this one was done with others" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert re.search(f"this one was done with others .*{said}", error), error
 
 
 def _times(folder):
@@ -153,6 +159,7 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({}, "expected --reward with a model or a function"),
         ({"reward": "none/here/too"}, "reward: expected a path or a hub id"),
         ({"reward": "x.py:f"}, "there is no x.py"),
+        ({"reward": __file__}, ".py is a file; a function is given as file.py:function"),
         ({"reward": "math:sqrt", "kl_lamda": 1}, "did you mean '--kl_lambda'"),
         ({"reward": "math:sqrt", "algorithm": "dpo"}, "expected one of apa, ppo, awr, got 'dpo'"),
         ({"reward": "math:sqrt", "eval_steps": 0}, "eval_steps"),
@@ -165,8 +172,8 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ),
     ],
     ids=[
-        "no reward", "no model", "no file", "typo", "choice", "number", "prompts", "json", "set",
-        "attention",
+        "no reward", "no model", "no file", "no function", "typo", "choice", "number", "prompts",
+        "json", "set", "attention",
     ],
 )  # fmt: skip
 def test_errors_in_one_line(files, tmp_path, capsys, options, message):

@@ -38,7 +38,7 @@ REFUSED = {
     "cut batches": (
         {"accelerator_config": {"dispatch_batches": True}}, "expected dispatch_batches off"
     ),
-    "unknown tracker": ({"report_to": "foo"}, "report_to: expected one of .* got 'foo'"),
+    "unknown tracker": ({"report_to": "foo"}, "report_to: expected none, .* got 'foo'"),
     "schedule without its number": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
         "lr_scheduler_kwargs: expected what cosine_with_min_lr needs, got None",

@@ -434,6 +434,7 @@ def test_the_command_takes_what_the_data_are(files, tmp_path, capfd):
 
 COMMANDS = [
     (("rows", "--loss", "dpo"), "rows with a label are unpaired data, for --loss kto, bco or"),
+    (("rows", "--loss", "kto", "dpo"), "rows with a label are .*, without other losses"),
     (("pairs", "--loss", "apo_zero_unpaired"), "expected unpaired data, .* got a preference pair"),
     (("rows", "--loss", "kto", "--layout", "prefix_shared"), "layout: expected auto, packed or"),
     (("rows", "--loss", "kto", "--track_reward", "x.py:f", "--test_size", "2"), "track_reward, "),
