@@ -15,7 +15,8 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def takes_targets_apart(operand: torch.dtype, dtypes: set[torch.dtype]) -> bool:
-    """``recompute`` leaves targets out of products of these factors, of tensors in ``dtypes``."""
+    """``recompute`` adds what rounding to these factors takes from the targets' entries, where the
+    tensors have these ``dtypes``."""
     return operand in _HALVES and dtypes == {operand}
 
 

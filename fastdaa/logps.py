@@ -121,7 +121,7 @@ def head_logps_and_stats(
     ``[P, D]``, of which the paths ``score``, ``frozen`` and ``recompute`` copy the rows that they
     need at a time.
     """
-    if impl == "single_pass" or (keep and impl == "auto" and not bonus):
+    if not bonus and (impl == "single_pass" or (keep and impl == "auto")):
         kept = plan_kept(
             hidden_states, head, stats=stats, impl=impl, engine=engine, max_bytes=max_bytes,
             sparse=sparse, selected=selected,

@@ -283,7 +283,7 @@ class Room:
 
     @property
     def apart(self) -> bool:
-        """``recompute`` adds the targets' entries in fp32."""
+        """``recompute`` adds what rounding takes from the targets' entries."""
         size = self.size
         own = {size.own_weight, size.own_hidden}
         return takes_targets_apart(size.operand, own) and (size.bonus or not size.entropy)

@@ -10,7 +10,8 @@ forward pass, and the backward pass is a row scale |
 | single pass | 3U to 4U | the loss is known inside a chunk of whole pairs
 (:func:`fastdaa.pair_loss`), or bf16 gradients of logits, all or a part of them, fit: see
 :mod:`fastdaa.single_pass_memory` |
-| recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major |
+| recompute | 4U | anything else: the backward pass computes the logits again, vocabulary-major; 3U
+for log-probs and entropies of a head that is not trained, which would keep two gradients |
 """
 
 from __future__ import annotations
@@ -21,16 +22,23 @@ GEMMS = {"score": 1, "frozen": 2, "single_pass": 3, "recompute": 4, "reference":
 
 
 def choose_path(
-    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool
+    impl: str, hidden_grad: bool, head_grad: bool, loss_inside: bool, bonus: bool = False
 ) -> tuple[str, str]:
     """The cheapest path that can serve, or the one that is asked for; and why, for people.
+
+    ``bonus``: one gradient of log-probs and entropies is wanted.
 
     Raises:
         ValueError: the one that is asked for cannot serve.
     """
     path, reason = _cheapest(hidden_grad, head_grad, loss_inside)
+    if bonus and path != "score":
+        path, reason = "recompute", "log-probs and entropies have one gradient"
     if impl in ("auto", path):
         return path, reason
+    if bonus and impl != "score":
+        raise ValueError(f"impl={impl!r} cannot serve a gradient of log-probs and entropies: "
+                         "expected 'auto' or 'recompute'")  # fmt: skip
     _check_explicit(impl, hidden_grad, head_grad, loss_inside)
     return impl, "asked for"
 

@@ -39,15 +39,13 @@ def plan_call(
         selected: the rows are a copy, made from hidden states of more positions.
         divergence: tiles are compared with those of a reference under a head of the same size.
         entropy: the gradient is that of entropies.
-        bonus: it is that of log-probs and entropies; ``auto`` is ``recompute`` then.
+        bonus: it is that of log-probs and entropies.
         tokens: how many rows will be selected of ``rows``, chunk by chunk where there are chunks;
             None where they are all scored.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
     """
     grad = torch.is_grad_enabled()
     hidden_grad, head_grad = wanted or (grad and rows.requires_grad, grad and head.trained)
-    if bonus and impl == "auto" and hidden_grad and not head_grad:
-        impl = "recompute"  # a frozen head would keep two gradients, for as many products
     return plan_head(
         head.planned_width, rows.device, hidden_grad=hidden_grad, head_grad=head_grad,
         loss_inside=loss_inside, coupled=coupled, impl=impl, engine=engine, max_bytes=max_bytes,

@@ -113,7 +113,7 @@ def _plan(
     if engine == "auto":
         plain = divergence or impl == "reference"
         name, engine_reason = _best_engine(size, device, plain=plain, sharded=sharded)
-    path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside)
+    path, reason = choose_path(impl, size.hidden_grad, size.head_grad, loss_inside, size.bonus)
     if engine in ("triton", "fused"):
         _check_triton(engine, path, device)
     room, tiles = Room(size, name, on_cpu, max_bytes), None

@@ -196,7 +196,7 @@ class EntropyTerm(NamedTuple):
         return EntropyTerm(self.values[rows], self.coefficients[rows])
 
     def slope(self, logps: Tensor) -> Tensor:
-        """Its derivative by the logits of tokens with such log-probs, ``[r]`` or ``[r, 1]``."""
+        """Its derivative by the logits of tokens ``[r]`` with such log-probs."""
         return -self.coefficients * logps.exp() * (logps.clamp(min=_FLOOR) + self.values)
 
 

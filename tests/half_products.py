@@ -10,6 +10,7 @@ from fastdaa import (
     compiled_entropy,
     compiled_kept,
     compiled_logps,
+    compiled_logps_and_entropy,
     compiled_loss,
     divergence_tiles,
     entropy,
@@ -23,7 +24,10 @@ from fastdaa import (
 )
 
 _NUMERIC = (tiles, frozen, kept_products, gradient_sums, divergence_tiles, entropy_tiles)
-_COMPILED = (compiled_divergence, compiled_entropy, compiled_kept, compiled_logps, compiled_loss)
+_COMPILED = (
+    compiled_divergence, compiled_entropy, compiled_kept, compiled_logps,
+    compiled_logps_and_entropy, compiled_loss,
+)  # fmt: skip
 
 
 def take_half_factors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> set[torch.dtype]:

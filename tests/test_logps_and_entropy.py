@@ -8,7 +8,15 @@ import pytest
 import torch
 from device_memory import META, counted
 
-from fastdaa import LmHead, reference, token_entropy, token_logps, token_logps_and_entropy
+from fastdaa import (
+    LmHead,
+    plan_head,
+    reference,
+    token_entropy,
+    token_logps,
+    token_logps_and_entropy,
+)
+from fastdaa.logps import head_logps_and_stats
 from fastdaa.plan_call import plan_call
 
 N, V, D = 37, 97, 16
@@ -250,6 +258,32 @@ def test_one_node_of_a_graph(same_compiled, made, options, of):
         return {"both": logps + entropy.sin(), "logps": logps, "entropy": entropy}[of].sum()
 
     same_compiled(torch.compile(loss, backend="aot_eager", fullgraph=True), loss, leaves)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_compiled_products_of_half_precision_factors(same_compiled, half_factors, trained):
+    seen = half_factors(torch.bfloat16)
+    hidden, weight, _ = leaves = problem(torch.bfloat16)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+
+    def loss():
+        return sum(t.sum() for t in token_logps_and_entropy(torch.tanh(hidden), weight, TARGETS))
+
+    same_compiled(torch.compile(loss, backend="aot_eager", fullgraph=True), loss, leaves)
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("impl", ["frozen", "single_pass", "reference"])
+def test_a_path_without_this_gradient_is_refused(impl):
+    hidden, weight, _ = problem()
+    with pytest.raises(ValueError, match="cannot serve a gradient of log-probs and entropies"):
+        head_logps_and_stats(
+            hidden.requires_grad_(), LmHead(weight), TARGETS, stats=True, bonus=True, impl=impl
+        )
+    plan = plan_head(V, "cpu", hidden_grad=True, head_grad=False, stats=True, bonus=True)
+    assert (plan.path, plan.gemms) == ("recompute", 3)
+    assert plan.reason == "log-probs and entropies have one gradient"
 
 
 def test_one_graph_for_all_lengths(same_compiled):

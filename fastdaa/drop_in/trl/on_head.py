@@ -29,11 +29,11 @@ class OnHead(Trainer):
     never scored by two different heads.
 
     Where ``U = 2 x scored tokens x vocabulary x hidden size`` FLOP, the head takes 1U without
-    gradient, 2U frozen, as under LoRA (TRL's takes 3U), and 3U trained, whatever the loss (TRL's
-    takes 4U): the gradients of the logits wait for it (:mod:`fastdaa.kept_logps`), as many as fit
-    in memory; the others are made again, up to 4U. 4U with ``activation_offloading``, which would
-    send them to the host. What waits is freed by the backward pass of its batch, so gradient
-    accumulation holds that of one batch at a time.
+    gradient, 2U frozen, as under LoRA (TRL's takes 3U), and 3U trained, whatever the loss of
+    log-probs (TRL's takes 4U): the gradients of the logits wait for it (:mod:`fastdaa.kept_logps`),
+    as many as fit in memory; the others are made again, up to 4U. 4U with
+    ``activation_offloading``, which would send them to the host. What waits is freed by the
+    backward pass of its batch, so gradient accumulation holds that of one batch at a time.
 
     Args:
         args, kwargs: those of TRL's trainer.
