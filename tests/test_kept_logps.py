@@ -79,6 +79,44 @@ def test_bf16_factors_round_no_more_than_materialised_logits(half_factors):
         assert (got.double() - want).norm() < 2 * torch.finfo(leaf.dtype).eps * want.norm()
 
 
+@pytest.mark.parametrize(
+    ("v", "d", "coefficient", "materialised", "single_pass", "recompute"),
+    [
+        (4, 8, 1.5, 1.9e-3, 4.5e-2, 1.9e-3),
+        (250, 16, 0.37, 5.1e-3, 5.8e-3, 2.9e-3),
+        (2000, 16, 0.37, 3.9e-3, 2.0e-3, 3.3e-3),
+    ],
+    ids=str,
+)
+def test_one_feature_that_all_tokens_share(
+    half_factors, v, d, coefficient, materialised, single_pass, recompute
+):
+    """The numbers of docs/head.md: a rounding of ``c * H`` that is the same for all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, d, generator=generator)
+    hidden[:, 0] = 30.3
+    hidden, targets = hidden.bfloat16(), torch.randint(v, (2048,), generator=generator)
+
+    def by_weight(logps_of, dtype=torch.bfloat16):
+        weight = torch.zeros(v, d, dtype=dtype, requires_grad=True)
+        logps = logps_of(hidden.to(dtype), weight)
+        return torch.autograd.grad(coefficient * logps.sum(), weight)[0].double()
+
+    def exact(hidden, weight):
+        return torch.log_softmax(hidden @ weight.T, 1).gather(1, targets[:, None])
+
+    def usual(hidden, weight):
+        return torch.log_softmax((hidden @ weight.T).float(), 1).gather(1, targets[:, None])
+
+    truth = by_weight(exact, torch.float64)
+    found = [by_weight(usual)]
+    half_factors(torch.bfloat16)
+    for impl in ("single_pass", "recompute"):
+        found.append(by_weight(lambda *call, impl=impl: token_logps(*call, targets, impl=impl)))
+    errors = [((got - truth).norm() / truth.norm()).item() for got in found]
+    assert errors == pytest.approx([materialised, single_pass, recompute], rel=0.06)
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["asked-for", "preferred"])
 def test_no_tokens_have_a_gradient_of_0(half_factors, keep):
     half_factors(torch.bfloat16)
