@@ -122,16 +122,17 @@ def pair_loss_gradients(
         grads = sums.scaled(grad_loss, dtypes, positions, len(hidden_states))
         return present(grads, hidden_states)
     head = HeadSettings(softcap, logit_scale, temperature, shard, group).head(weight, bias)
-    formula = Objective.by_key(objective)
+    # What is here says which way forward took, which has seen the lengths of pairs.
+    kept_any = factors.shape[0] > 0
     plan = plan_call(
         hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
-        coupled=formula.coupled, sparse=formula.sparse, tokens=len(positions), stats=stats,
-        operand=operand,
-        impl=impl, engine=engine, max_bytes=max_bytes,
+        coupled=kept_any, sparse=Objective.by_key(objective).sparse, tokens=len(positions),
+        stats=stats, operand=operand, impl=impl if kept_any else "recompute", engine=engine,
+        max_bytes=max_bytes,
     )  # fmt: skip
     logits = selected_logits(hidden_states, head, operand, plan, positions)
     scaled, state = coefficients * grad_loss, RowState(m, log_s, logps)
-    if factors.shape[0]:
+    if kept_any:
         some = active if dz.shape[0] < len(positions) else None
         kept = KeptGradients(dz[:, : weight.shape[0]], factors, own, some)
         waiting = Waiting(scaled, state, kept)

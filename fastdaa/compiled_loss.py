@@ -142,7 +142,7 @@ def _pair_loss(
     plan = plan_call(
         hidden_states, head, wanted=(wanted[0], wanted[1] or wanted[2]), loss_inside=True,
         coupled=formula.coupled, sparse=formula.sparse, tokens=tokens, stats=stats, operand=operand,
-        impl=impl, engine=engine, max_bytes=max_bytes,
+        impl=impl, engine=engine, max_bytes=max_bytes, counts=counts,
     )  # fmt: skip
     batch = PairBatch(
         TokenSelection(positions, targets, lengths, counts), formula,

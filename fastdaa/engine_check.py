@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-from fastdaa.engines import TorchTile, TritonTile
+from fastdaa.engines import TorchTile, TritonTile, logits_memory
 from fastdaa.head import LmHead
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
 from fastdaa.slices import least_columns
-from fastdaa.target_rows import TargetRows, add_target_rows
+from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 
-# Of the second of two splits of the vocabulary, narrow and odd.
-_MORE_COLUMNS = 53
-_ROWS = 8
+# Of the second of two splits of the vocabulary, narrow. Where they are a multiple of 16 rows are
+# read 16 bytes at a time: other machine code than that of odd ones, and models have either.
+_MORE_COLUMNS = (64, 53)
+_ROWS = 4
+# Multiples of 16 like those of models, as Triton compiles other code for others. The hidden states
+# take more than one program.
+_WEIGHT_ROWS, _HIDDEN = 16, 1040
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -98,22 +102,27 @@ def _free_to_wait() -> Iterator[None]:
 def wrong_results(device: torch.device) -> list[str]:
     """Names of what the kernels compute wrongly on a device: nothing, where they work.
 
-    Statistics and gradients of a tile of logits against fp64, with a nearly certain target and a
-    nearly impossible one; the same log-probs to the last bit beside a gradient, and the same
-    gradients over the logits as beside them; rows that join those of their targets; the objective
-    kernel's DPO against its formula.
+    Statistics and gradients of tiles of logits against fp64, with a nearly certain target and a
+    nearly impossible one; the same log-probs to the last bit beside a gradient and with other
+    statistics, and the same gradients over the logits as beside them; rows that join those of their
+    targets, in either gradient; the objective kernel's DPO against its formula.
     """
     generator = torch.Generator(device).manual_seed(0)
-    columns = least_columns() + _MORE_COLUMNS
-    # The caller's default dtype may be another one.
-    z = 4.0 * torch.randn((_ROWS, columns), generator=generator, device=device, dtype=torch.float32)
-    targets = torch.randint(columns, (_ROWS,), generator=generator, device=device)
-    found = _objective_differences(z[0, :16])
-    z[:2].scatter_(1, targets[:2, None], z.new_tensor([[45.0], [-45.0]]))
-    found |= _target_differences(z) | _tile_differences(z, targets)  # the last one spoils z
-    largest = torch.stack([value.double() for value in found.values()]).tolist()
+    found: list[tuple[str, Tensor]] = []
+    for more in _MORE_COLUMNS:
+        columns = least_columns() + more
+        z = logits_memory(_ROWS, columns, device, torch.float32)
+        z.normal_(0.0, 4.0, generator=generator)
+        targets = torch.randint(columns, (_ROWS,), generator=generator, device=device)
+        if not found:
+            found += _objective_differences(z[0, :16]).items()
+            found += (_target_differences(z) | _hidden_differences(z)).items()
+        z[:2].scatter_(1, targets[:2, None], z.new_tensor([[45.0], [-45.0]]))
+        found += _tile_differences(z, targets).items()  # spoils z
+    largest = torch.stack([value.double() for _, value in found]).tolist()
     limits = zip(found, largest, strict=True)
-    return [name for name, difference in limits if not difference <= _LIMITS[name]]
+    wrong = [name for (name, _), difference in limits if not difference <= _LIMITS[name]]
+    return list(dict.fromkeys(wrong))
 
 
 # Log-probs are some -20 and entropies some 3 nats; bf16 entries have 8 bits. In place, none may be
@@ -121,7 +130,7 @@ def wrong_results(device: torch.device) -> list[str]:
 _LIMITS = {
     "log-probs": 1e-4, "log-probs beside gradients": 0.0, "entropies": 1e-4, "gradients": 1e-2,
     "gradients in place": 2.0**-7, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
-    "rows of targets": 1e-2, "losses": 1e-5, "coefficients": 1e-5,
+    "rows of targets": 1e-2, "rows of hidden states": 1e-2, "losses": 1e-5, "coefficients": 1e-5,
 }  # fmt: skip
 
 
@@ -130,8 +139,10 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
     everything, coefficients = slice(0, z.shape[1]), torch.ones_like(z[:, 0])
     plain = TorchTile(head, z.double(), everything, torch.float64)
     ours = TritonTile(head, z, everything, torch.bfloat16)
-    state, stats = ours.statistics(targets, stats=True)
+    state, _ = ours.statistics(targets)
+    with_stats, stats = ours.statistics(targets, stats=True)
     frozen = ours.slopes(targets)
+    others = torch.stack([frozen.state.logps, with_stats.logps])
     beside = torch.empty_like(z, dtype=torch.bfloat16)
     ours.gradient(state, targets, coefficients, out=beside)
     sums, true_sums = ours.column_sums(beside), beside.double().sum(dim=0)
@@ -143,7 +154,7 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
     by_frozen.scatter_(1, targets[:, None], frozen.own.double()[:, None])
     return {
         "log-probs": (state.logps - true_state.logps).abs().amax(),
-        "log-probs beside gradients": (frozen.state.logps - state.logps).abs().amax(),
+        "log-probs beside gradients": (others - state.logps).abs().amax(),
         "entropies": (stats.entropy - true_stats.entropy).abs().amax(),
         "gradients": _relative(beside, truth),
         "gradients in place": _largest_ratio(in_place.double() - beside.double(), beside),
@@ -153,17 +164,38 @@ def _tile_differences(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _target_differences(z: Tensor) -> dict[str, Tensor]:
-    """Of the hidden states that join the weight's rows of three targets."""
-    hidden, own = z[:, 1000:1600].bfloat16(), z[:, 0]
-    targets = torch.arange(z.shape[0], device=z.device) % 3
-    entries, factor = own.roll(1), hidden.roll(1, dims=1).contiguous()
-    got = torch.ones_like(hidden[:3])
-    rows = TargetRows(targets, own, own, entries)
-    add_target_rows(got, hidden, rows, engine="triton", factor=factor)
-    truth = torch.ones_like(got, dtype=torch.float64)
+    """Of the hidden states that join the weight's rows of three targets, without and with what is
+    subtracted from them."""
+    hidden, own, targets = _hidden_rows(z)
+    entries, factor = own.roll(1), hidden.roll(1, dims=1)
+    truth, found = z.new_ones((_WEIGHT_ROWS, _HIDDEN), dtype=torch.float64), []
     truth.index_add_(0, targets, own.double()[:, None] * hidden.double())
-    truth.index_add_(0, targets, -entries.double()[:, None] * factor.double())
-    return {"rows of targets": _relative(got, truth)}
+    for less in (None, factor):
+        if less is not None:
+            truth.index_add_(0, targets, -entries.double()[:, None] * less.double())
+        got = torch.ones_like(truth, dtype=hidden.dtype)
+        rows = TargetRows(targets, own, own, None if less is None else entries)
+        add_target_rows(got, hidden, rows, engine="triton", factor=less)
+        found.append(_relative(got, truth))
+    return {"rows of targets": torch.stack(found).amax()}
+
+
+def _hidden_differences(z: Tensor) -> dict[str, Tensor]:
+    """Of the weight's rows of three targets that join rows of a product, rounded or in place."""
+    rounded, own, targets = _hidden_rows(z)
+    product, weight = z[:, -_HIDDEN:].contiguous(), rounded.repeat(_WEIGHT_ROWS // _ROWS, 1)
+    rows = TargetRows(targets, own.roll(1), own)
+    truth = rows.coefficients.double()[:, None] * product.double()
+    truth += own.double()[:, None] * weight[targets].double()
+    finish_hidden(product, rows, weight, rounded, engine="triton")
+    finish_hidden(product, rows, weight, engine="triton")
+    found = torch.stack([_relative(rounded, truth), _relative(product, truth)])
+    return {"rows of hidden states": found.amax()}
+
+
+def _hidden_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[r, D]`` of some numbers, one for each, and which of three targets they have."""
+    return z[:, :_HIDDEN].bfloat16(), z[:, -1], torch.arange(z.shape[0], device=z.device) % 3
 
 
 def _relative(got: Tensor, truth: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def _eager(
     told, stats = stats, stats or weighting_of(objective)[1]
     plan = plan_loss(
         flat, head, coupled=objective.coupled, sparse=objective.sparse, tokens=tokens, stats=stats,
-        impl=impl, engine=engine, max_bytes=max_bytes,
+        impl=impl, engine=engine, max_bytes=max_bytes, counts=selection.counts,
     )  # fmt: skip
     memory: dict[str, Any] = {"engine": engine, "max_bytes": max_bytes}
     batch = PairBatch(selection, objective, *references, totals, plan.engine)

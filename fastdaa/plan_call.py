@@ -25,6 +25,7 @@ def plan_call(
     entropy: bool = False,
     bonus: bool = False,
     tokens: int | None = None,
+    counts: tuple[int, ...] = (),
     operand: torch.dtype | None = None,
     impl: str = "auto",
     engine: str = "auto",
@@ -42,6 +43,7 @@ def plan_call(
         bonus: it is that of log-probs and entropies.
         tokens: how many rows will be selected of ``rows``, chunk by chunk where there are chunks;
             None where they are all scored.
+        counts: of these, those of every sequence, pair-major; empty if not known.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
     """
     grad = torch.is_grad_enabled()
@@ -54,4 +56,5 @@ def plan_call(
         hidden_dtype=rows.dtype, softcap=head.softcap is not None, stats=stats,
         sparse=sparse, selected=selected or tokens is not None, divergence=divergence,
         sharded=head.shard is not None, entropy=entropy, bonus=bonus, gathered=tokens is not None,
+        counts=counts,
     )  # fmt: skip

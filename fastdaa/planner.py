@@ -46,6 +46,7 @@ def plan_head(
     entropy: bool = False,
     bonus: bool = False,
     gathered: bool = False,
+    counts: tuple[int, ...] = (),
 ) -> HeadPlan:
     """Choose a path and an engine.
 
@@ -81,6 +82,8 @@ def plan_head(
         bonus: the call is :func:`fastdaa.token_logps_and_entropy` (with ``stats``).
         gathered: selected rows are copied as they are needed, as :func:`fastdaa.pair_loss` does but
             where gradients of the logits are kept until backward.
+        counts: scored tokens of every sequence, pair-major, as of a selection; a pair longer than a
+            chunk of a single pass is computed twice. Empty if not known.
 
     Raises:
         TypeError: a size or budget that is no integer.
@@ -99,13 +102,14 @@ def plan_head(
     may_keep = loss_inside and tokens > 0 and not sharded
     return _plan(
         size, torch.device(device), impl, engine, max_bytes, loss_inside=loss_inside,
-        coupled=coupled, may_keep=may_keep, divergence=divergence, sharded=sharded,
+        coupled=coupled, may_keep=may_keep, divergence=divergence, sharded=sharded, counts=counts,
     )  # fmt: skip
 
 
 def _plan(
     size: CallSize, device: torch.device, impl: str, engine: str, max_bytes: int | None, *,
     loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool, sharded: bool,
+    counts: tuple[int, ...],
 ) -> HeadPlan:  # fmt: skip
     """The plan for checked sizes; ``may_keep``: gradients of logits can wait for backward."""
     on_cpu = device.type == "cpu"
@@ -120,7 +124,7 @@ def _plan(
     if path == "frozen" and not divergence and not room.leaves_room(room.frozen_sums):
         path, reason = _instead_of_frozen(room, impl)
     if path == "single_pass":
-        ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled)
+        ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled, counts=counts)
         tiles, reason = ways.best() if impl == "auto" else (_asked_for(ways), "asked for")
         path = path if tiles else "recompute"
     tiles = tiles or room.tiles("divergence" if divergence else path)

@@ -13,6 +13,7 @@ once.
 from __future__ import annotations
 
 from fastdaa.call_size import CallSize, gradient_row, packs, statistics_entry
+from fastdaa.chunks import chunks_of_pairs
 from fastdaa.memory import HiddenSums, Room, Tiles
 from fastdaa.slices import COLUMN_MULTIPLE, PRODUCT_BYTES, ROW_MULTIPLE, plan_slices
 from fastdaa.target_rows import held_by_finished_rows, held_by_target_rows
@@ -35,10 +36,13 @@ class SinglePassRoom:
     Args:
         may_keep: gradients of logits can wait for backward.
         in_chunks: the loss is known inside a chunk of whole pairs.
+        counts: scored tokens of every sequence, pair-major; empty if not known.
     """
 
-    def __init__(self, room: Room, *, may_keep: bool, in_chunks: bool):
-        self.room, self.size, self.in_chunks = room, room.size, in_chunks
+    def __init__(
+        self, room: Room, *, may_keep: bool, in_chunks: bool, counts: tuple[int, ...] = ()
+    ):
+        self.room, self.size, self.in_chunks, self.counts = room, room.size, in_chunks, counts
         self.may_keep = may_keep and room.keeps_chunks and room.size.tokens > 0
 
     def whole(self) -> Tiles | None:
@@ -88,18 +92,21 @@ class SinglePassRoom:
         chunks, limit = self.chunks() if self.in_chunks else None, self.room.max_bytes
         if chunks and (limit is None or chunks.extra_bytes <= limit):
             reason = "the loss is known within a chunk of pairs"
-            found.append((3 + self._sums_cost(chunks), chunks, reason))
+            found.append((3 + self._chunks_cost(chunks), chunks, reason))
         if part:
             cost = 4 - part.kept_columns / self.size.width
             found.append((cost, part, "gradients of a part of the logits fit in memory"))
         return found
 
-    def _sums_cost(self, chunks: Tiles) -> float:
-        """What the traffic of the weight's sum costs, in U; nothing is known of CPUs and fp32."""
+    def _chunks_cost(self, chunks: Tiles) -> float:
+        """What chunks cost beyond 3U: the traffic of the weight's sum, and the logits of pairs that
+        are longer than a chunk, which are computed twice. Nothing is known of CPUs and fp32."""
         chunk, tokens = chunks.chunk_tokens, self.size.tokens
         if self.room.on_cpu or not self.size.half or 0 < tokens <= chunk:
             return 0
-        return _BREAK_EVEN_TOKENS / chunk
+        sizes = [c.tokens.stop - c.tokens.start for c in chunks_of_pairs(self.counts, chunk)]
+        again = sum(size for size in sizes if size > chunk)
+        return _BREAK_EVEN_TOKENS / chunk + again / max(tokens, 1)
 
     def _obstacle(self) -> str:
         """Why there is no good way."""
@@ -111,6 +118,11 @@ class SinglePassRoom:
                 f"a single pass takes {chunks.extra_bytes >> 20} MiB, "
                 f"{single_pass_sums(self.size) >> 20} MiB of them for sums, more than max_bytes = "
                 f"{limit >> 20} MiB"
+            )
+        if self._chunks_cost(chunks) > _BREAK_EVEN_TOKENS / chunks.chunk_tokens:
+            return (
+                f"chunks of {chunks.chunk_tokens} tokens would compute the logits of longer pairs "
+                "twice"
             )
         return (
             f"chunks of {chunks.chunk_tokens} tokens would spend more on the sum of the weight's "

@@ -142,6 +142,19 @@ def test_a_wrong_kernel_of_the_targets_rows_is_named(monkeypatch):
 
 
 @pytest.mark.interpreter
+def test_a_wrong_kernel_of_the_hidden_states_rows_is_named(monkeypatch):
+    from fastdaa.kernels import hidden_rows
+
+    ours = hidden_rows.finish_hidden_rows
+
+    def without_targets(product, factors, own, *rest):
+        ours(product, factors, torch.zeros_like(own), *rest)
+
+    monkeypatch.setattr(hidden_rows, "finish_hidden_rows", without_targets)
+    assert wrong_results(torch.device("cpu")) == ["rows of hidden states"]
+
+
+@pytest.mark.interpreter
 def test_a_nan_is_wrong(monkeypatch):
     objective = engine_check._objective_differences
     monkeypatch.setattr(

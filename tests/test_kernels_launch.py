@@ -134,6 +134,63 @@ OBJECTIVE = """if True:
 """
 
 
+CALLS = """if True:
+    from fastdaa import LmHead, engine_check, engines
+    from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
+
+    def memory(rows, width, device, dtype):
+        # Rows begin where they do on GPUs.
+        stride = on_a_gpu(rows, width, torch.device("meta"), dtype).stride(0)
+        return torch.zeros(rows, stride, dtype=dtype)[:, :width]
+
+    on_a_gpu = engines.logits_memory
+    engines.logits_memory = engine_check.logits_memory = memory
+
+    def tile(width, start, vocab):
+        z, head = memory(4, width, None, torch.float32), LmHead(torch.zeros(vocab, 1))
+        return engines.TritonTile(head, z, slice(start, start + width), torch.bfloat16)
+
+    engine_check.wrong_results(torch.device("cpu"))
+    checked = {name: set(found) for name, found in variants.items()}
+    variants.clear()
+    targets, ones = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    for vocab in (128256, 50257):
+        whole = tile(vocab, 0, vocab)
+        state = whole.statistics(targets)[0]
+        whole.slopes(targets)
+        for start, stop in ((0, 12544), (vocab // 12544 * 12544, vocab)):
+            tile(stop - start, start, vocab).states(targets)
+            tile(stop - start, start, vocab).gradient(state, targets, ones)
+    weight = torch.zeros(1600, 4096, dtype=torch.bfloat16)
+    rows = TargetRows(targets, ones, ones)
+    for entries, factor in ((None, None), (ones, weight[:4])):
+        of = rows._replace(entries=entries)
+        add_target_rows(weight, weight[:4], of, engine="triton", factor=factor)
+    for out in (None, weight[:4]):
+        finish_hidden(torch.zeros(4, 4096), rows, weight, out, engine="triton")
+    not_checked = [name for name, found in variants.items() if found - checked.get(name, set())]
+    print(json.dumps([len(variants), not_checked]))
+"""
+
+
+def test_the_code_that_calls_run_was_checked_before(tmp_path: Path, repository_root: Path) -> None:
+    """Other alignments are other machine code: ``engine="auto"`` has to try that of models."""
+    used, not_checked = json.loads(on_a_device(CALLS, tmp_path, repository_root))
+    assert used == 6 and not_checked == []
+
+
+def on_a_device(calls: str, cache: Path, root: Path) -> str:
+    """What calls print."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((DEVICE, calls))], cwd=root,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("calls", "expected"),
     [
@@ -191,17 +248,10 @@ OBJECTIVE = """if True:
 def test_a_launcher_compiles_one_variant_whatever_the_batch(
     calls: str, expected: dict[str, int], tmp_path: Path, repository_root: Path
 ) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     report = (
         "print(json.dumps([{name: len(found) for name, found in variants.items()}, list(fused)]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join((DEVICE, calls, report))], cwd=repository_root,
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found, fused = json.loads(done.stdout)
+    found, fused = json.loads(on_a_device(f"{calls}\n{report}", tmp_path, repository_root))
     assert found == expected
     # What is fused depends on the variant, and a row has the same bits in all of them. Equal terms
     # of an objective cancel.

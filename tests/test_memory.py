@@ -62,7 +62,7 @@ def count(
         rows = torch.empty(n, d, dtype=dtype, device=META, requires_grad=hidden.requires_grad)
         plan = plan_call(
             rows, head, loss_inside=selects, coupled=Objective.parse(loss).coupled, sparse=sparse,
-            **({"tokens": n} if selects else {}), **call,
+            **({"tokens": n, "counts": lengths} if selects else {}), **call,
         )  # fmt: skip
         rows = torch.empty_like(targets)
         sizes = torch.empty(len(lengths), dtype=torch.int64, device=META)
@@ -221,6 +221,13 @@ def test_selected_rows_and_their_gradient_are_in_the_plan(path, max_mib, case):
         assert found.held >= 0.85 * found.plan.extra_bytes, found.plan.extra_bytes / MIB
     if max_mib:
         assert found.plan.extra_bytes <= max_mib * MIB
+
+
+@pytest.mark.parametrize("pairs", [2, 4, 16])
+def test_long_pairs_are_not_computed_twice(pairs):
+    """Of 16384 tokens; a chunk of whole pairs has 2560."""
+    found = count("single_pass", impl="auto", n=16384, v=128256, d=4096, pairs=pairs)
+    assert found.cost == pytest.approx(found.plan.gemms, abs=1e-3) and found.cost < 3.7
 
 
 @pytest.mark.parametrize("n", [8192, 24576])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -210,6 +211,42 @@ def test_chunks_below_the_break_even_are_computed_again(dtype, path):
     if path == "recompute":
         assert "computing the logits again" in made.reason
     assert plan(device="cuda", impl="single_pass", **options).path == "single_pass"
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "reason"),
+    [
+        pytest.param((512,) * 32, 16384, "known within a chunk", id="short"),
+        pytest.param((2048,) * 8, 16384, "a part of the logits fit", id="long"),
+        pytest.param((8192,) * 16, 131072, "compute the logits of longer pairs twice", id="many"),
+        pytest.param((2048,) * 2 + (512,) * 120, 65536, "known within a chunk", id="one"),
+    ],
+)
+def test_pairs_that_chunks_would_compute_twice(counts, tokens, reason):
+    made = plan(
+        device="cuda", loss_inside=True, tokens=tokens, hidden_size=4096, operand=torch.bfloat16,
+        counts=counts,
+    )  # fmt: skip
+    assert reason in made.reason
+    if reason != "known within a chunk":
+        assert made.kept_whole == (made.path == "single_pass")
+
+
+@pytest.mark.parametrize("max_mib", [None, 600, 2300, 3500, 8000])
+@pytest.mark.parametrize("tokens", [2048, 8192, 16384, 65536])
+@pytest.mark.parametrize("longest", [256, 2048, 4096, 65536])
+def test_a_backward_pass_that_knows_what_was_kept_plans_as_forward_did(tokens, longest, max_mib):
+    """As under a compiler, whose backward pass does not know the lengths of pairs."""
+    each = min(longest, tokens) // 2
+    ask = partial(
+        plan, device="cuda", loss_inside=True, tokens=tokens, hidden_size=4096, selected=True,
+        gathered=True, operand=torch.bfloat16, max_bytes=max_mib and max_mib << 20,
+    )  # fmt: skip
+    forward = ask(counts=(each,) * (tokens // each))
+    if forward.kept_whole:
+        assert ask(coupled=True) == replace(forward, reason=ask(coupled=True).reason)
+    elif forward.path == "recompute":
+        assert ask(impl="recompute") == replace(forward, reason="asked for")
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])
