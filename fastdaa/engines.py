@@ -259,15 +259,17 @@ def _slopes_in_two_passes(
 
 
 def own_slope(
-    head: LmHead, state: RowState, coefficients: Tensor | float = 1.0,
+    head: LmHead, state: RowState, coefficients: Tensor | None = None,
     entropy: EntropyTerm | None = None,
 ) -> Tensor:  # fmt: skip
     """``d logp / d z`` at the target, times coefficients: the slope of its logit times ``1 - p``,
     which would round to 0 for a confident token. That of a term of entropies is added."""
-    target_logit = state.m + state.log_s + state.logps
-    own = coefficients * -torch.expm1(state.logps)
+    own = torch.expm1(state.logps).neg_()
+    own = own if coefficients is None else coefficients * own
     own = own if entropy is None else own + entropy.slope(state.logps)
-    return logit_slope(head, target_logit) * own
+    # Without a cap the slope is the same for all logits.
+    target_logit = state.logps if head.softcap is None else state.m + state.log_s + state.logps
+    return scale_tile(own, logit_slope(head, target_logit))
 
 
 def merged_statistics(

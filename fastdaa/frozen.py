@@ -98,8 +98,9 @@ def _rows(
     del dz
     out = product(factor, weight, slopes.place(rows))
     del factor  # before the targets' rows of the weight come
-    first = logits.head.first_token
-    rows_of = TargetRows(targets, factors, own).among(slice(first, first + weight.shape[0]))
+    rows_of, first = TargetRows(targets, factors, own), logits.head.first_token
+    if logits.head.shard is not None:
+        rows_of = rows_of.among(slice(first, first + weight.shape[0]))
     finish_hidden(out, rows_of, weight, engine=logits.engine_name)
     sum_over_shards(out, logits.head)
     slopes.keep(rows, out)

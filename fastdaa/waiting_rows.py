@@ -20,7 +20,7 @@ from fastdaa.tiles import product_slices
 
 # The largest entry of a row in fp16, whose own largest is 65504.
 _LARGEST = 32768.0
-_SMALLEST = 2.0**-100
+_SMALLEST, _HUGE = 2.0**-100, 2.0**127
 
 
 class WaitingRows(NamedTuple):
@@ -89,10 +89,10 @@ class WaitingRows(NamedTuple):
         if not values.numel():
             return values.new_ones((values.shape[0], 1))
         largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=1)
-        # Rows that are not finite stay so.
-        largest = torch.where(largest.isfinite(), largest, 1.0).clamp_(min=_SMALLEST)
-        lift = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
-        self.scales[rows] = 1.0 / lift
+        # Infinity stays so, and so does NaN: it becomes the scale of its row.
+        largest.clamp_(min=_SMALLEST, max=_HUGE)
+        lift = torch.div(_LARGEST, largest).log2_().floor_().exp2_()
+        self.scales[rows] = lift.reciprocal()
         return lift[:, None]
 
     def scaled(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
