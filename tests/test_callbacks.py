@@ -148,10 +148,13 @@ def test_other_processes_write_nothing(args: TrainingArguments) -> None:
 
 @pytest.fixture
 def interrupt(args: TrainingArguments) -> Any:
+    # Under nohup the tests would inherit that it is ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     callback = Interrupt()
     callback.on_train_begin(args, state_at(), TrainerControl())
     yield callback
     callback.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

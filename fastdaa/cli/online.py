@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.cli import building, paths
 from fastdaa.cli.online_arguments import OnlineArguments, parse
+from fastdaa.cli.option_names import named_as
 from fastdaa.cli.runs import INTERRUPTED, command_run, print_continuation
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def build(
     rollouts = _rollouts(arguments, config, policy, tokenizer, ending)
     evaluate = None
     if data.held_out is not None:
-        gold = None if arguments.gold_reward is None else read_reward(arguments.gold_reward)
+        with named_as(reward="gold_reward"):
+            gold = None if arguments.gold_reward is None else read_reward(arguments.gold_reward)
         asked = list(islice(cycle(data.held_out.ids), arguments.eval_rollouts))
         evaluate = HeldOut(asked, every=arguments.eval_steps, seed=config.seed, gold=gold)
     return OnlineTrainer(

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.cli.arguments import holds_unpaired
+from fastdaa.cli.option_names import named_as
 from fastdaa.cli.runs import INTERRUPTED, continuation, log_lines
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     stages: list[tuple[str, str, dict[str, Any]]] = [
         ("sft", arguments.model, _options(arguments.sft_options))
     ]
+    _check_last_stages(arguments)
     policy = str(root / "sft")
     if arguments.reward is None:
         stages.append(("reward", policy, _options(arguments.reward_options)))
@@ -65,6 +68,26 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
         resume_from_checkpoint="true" if _was_begun(root / "online") else None,
     )
     return _run_online(last, config, root / "online", argv)
+
+
+def _check_last_stages(arguments: OnlineArguments) -> None:
+    """Find before the first stage what would stop a later one.
+
+    Raises:
+        ValueError: there are no pairs to train a reward on, or a reward function is missing.
+    """
+    from fastdaa.online.reward_functions import load_function
+
+    if arguments.reward is None and holds_unpaired(arguments):
+        raise ValueError(
+            "dataset: expected preference pairs, on which --pipeline trains a reward model, got "
+            "none; --reward names another reward"
+        )
+    for name in ("reward", "gold_reward"):
+        given = getattr(arguments, name)
+        if given is not None and ":" in given:
+            with named_as(reward=name):
+                load_function(given)
 
 
 def _run_online(

@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.cli.option_names import named_as
+
 if TYPE_CHECKING:
     from fastdaa.cli.arguments import TrainArguments
     from fastdaa.study.track import TrackQuality
     from fastdaa.study.track.scoring import Scorer
     from fastdaa.train.config import PreferenceConfig
     from fastdaa.train.trainer import PreferenceTrainer
+
+
+_NAMES = {
+    name: f"track_{name}"
+    for name in (
+        *("reward", "judge", "judge_timeout", "prompts", "max_new_tokens", "temperature"),
+        *("batch_size", "seed"),
+    )
+}
+"""Settings of tracking by the options that give them."""
 
 
 class Tracking:
@@ -27,8 +39,9 @@ class Tracking:
         self._trainer: Any = None
         self._callback: TrackQuality | None = None
         if self._options.on:
-            self._check()
-            self._scorers = self._build_scorers()
+            with named_as(**_NAMES):
+                self._check()
+                self._scorers = self._build_scorers()
 
     def load_pairs(self, evaluation: Any) -> None:
         """Read ``--track_dataset``, or take the evaluation pairs.
@@ -52,14 +65,15 @@ class Tracking:
             return
         from fastdaa.study.track import TrackQuality
 
-        self._callback = TrackQuality(
-            trainer,
-            self._pairs,
-            scorers=self._scorers,
-            settings=self._options.settings(),
-            steps=self._options.track_steps,
-            stop_after=self._options.track_stop,
-        )
+        with named_as(**_NAMES):
+            self._callback = TrackQuality(
+                trainer,
+                self._pairs,
+                scorers=self._scorers,
+                settings=self._options.settings(),
+                steps=self._options.track_steps,
+                stop_after=self._options.track_stop,
+            )
         trainer.add_callback(self._callback)
         self._trainer = trainer
 

@@ -10,6 +10,10 @@ SKIP_FIELDS = ("chosen_skip", "rejected_skip")
 REF_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
 REF_SEQUENCE_FIELD = "ref_logps"
 """The same of unpaired rows."""
+MISMATCHED_FIELD = "mismatched_ids"
+"""Of unpaired rows: the completion of another prompt, where it is fixed for the run."""
+REF_MISMATCHED_FIELD = "ref_mismatched_logps"
+"""Its log-probs after the prompt of the row."""
 REF_TOKEN_FIELDS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 ADVANTAGE_FIELDS = ("chosen_advantage", "rejected_advantage")
 LABEL_FIELD = "label"

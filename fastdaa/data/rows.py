@@ -11,7 +11,9 @@ from torch.utils.data import Dataset as TorchDataset
 from fastdaa.data.fields import (
     ADVANTAGE_FIELDS,
     LABEL_FIELD,
+    MISMATCHED_FIELD,
     REF_FIELDS,
+    REF_MISMATCHED_FIELD,
     REF_SEQUENCE_FIELD,
     REF_TOKEN_FIELDS,
     SEQUENCE_FIELDS,
@@ -108,14 +110,16 @@ class UnpairedRows(_Rows):
 
     Args:
         dataset: with ``prompt_ids``, ``completion_ids`` and ``label``, and optionally
-            ``ref_logps``; other columns are left out.
+            ``ref_logps``, ``mismatched_ids`` and ``ref_mismatched_logps``; other columns are left
+            out.
 
     Raises:
         ValueError: one of the columns is missing.
     """
 
     tokens = SEQUENCE_FIELDS
-    scalars = (LABEL_FIELD, REF_SEQUENCE_FIELD)
+    lists = (MISMATCHED_FIELD,)
+    scalars = (LABEL_FIELD, REF_SEQUENCE_FIELD, REF_MISMATCHED_FIELD)
 
     def __init__(self, dataset: Dataset) -> None:
         if LABEL_FIELD not in dataset.column_names:

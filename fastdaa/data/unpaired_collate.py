@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from fastdaa.data.collate import SequenceCollator, SequenceLayout
-from fastdaa.data.fields import LABEL_FIELD, REF_SEQUENCE_FIELD
+from fastdaa.data.fields import (
+    LABEL_FIELD,
+    MISMATCHED_FIELD,
+    REF_MISMATCHED_FIELD,
+    REF_SEQUENCE_FIELD,
+)
 from fastdaa.data.truncation import TruncationMode
 
 
@@ -23,6 +28,8 @@ class UnpairedCollator(SequenceCollator):
     row ``i`` with the completion of row ``i - 1``, of the first row with that of the last (KTO's
     sample of what the policy says to other prompts, arXiv 2402.01306, in the order of TRL 1.16),
     and how many of them there are: a batch of one row has none, and holds its own completion there.
+    Where rows have ``mismatched_ids``, these are the completion instead, whatever the batch is, and
+    ``ref_mismatched_logps`` the ``ref_logps`` of ``kl_packs``.
 
     Args:
         layout, pad_token_id, tokens_per_pack: as of
@@ -53,22 +60,28 @@ class UnpairedCollator(SequenceCollator):
         """The batch of ``rows``."""
         batch = super().__call__(rows)
         if self.mismatched:
-            others = [rows[-1], *rows[:-1]]
-            pairs = zip(rows, others, strict=True)
-            batch["kl_packs"] = self._packs([self._cross(row, other) for row, other in pairs])
-            batch["mismatched"] = len(rows) if len(rows) > 1 else 0
+            fixed = MISMATCHED_FIELD in rows[0]
+            others = [row["completion_ids"] for row in (rows[-1], *rows[:-1])]
+            if fixed:
+                others = [row[MISMATCHED_FIELD] for row in rows]
+            crossed = [self.cross(row, other) for row, other in zip(rows, others, strict=True)]
+            batch["kl_packs"] = self._packs(crossed)
+            batch["mismatched"] = len(rows) if fixed or len(rows) > 1 else 0
         return batch
 
-    def _cross(self, row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-        """The prompt of a row with the completion of another one, within ``max_length``."""
-        prompt, completion = row["prompt_ids"], other["completion_ids"]
+    def cross(self, row: Mapping[str, Any], completion: Any) -> dict[str, Any]:
+        """A row with another completion ``[n]``, both within ``max_length``."""
+        prompt = row["prompt_ids"]
         over = len(prompt) + len(completion) - (self.max_length or len(prompt) + len(completion))
         if over > 0 and self.truncation_mode == "keep_start":
             completion = completion[: len(completion) - over]
         elif over > 0:
             # A completion fits by itself: it was cut with its own prompt.
             prompt = prompt[over:]
-        return {**row, "prompt_ids": prompt, "completion_ids": completion}
+        crossed = {**row, "prompt_ids": prompt, "completion_ids": completion}
+        if REF_MISMATCHED_FIELD in row:
+            crossed[REF_SEQUENCE_FIELD] = row[REF_MISMATCHED_FIELD]
+        return crossed
 
     def _packs(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         packs = super()._packs(rows)

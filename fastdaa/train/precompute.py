@@ -14,12 +14,15 @@ from tqdm.auto import tqdm
 
 from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import (
+    MISMATCHED_FIELD,
     REF_FIELDS,
+    REF_MISMATCHED_FIELD,
     REF_SEQUENCE_FIELD,
     REF_TOKEN_FIELDS,
     SEQUENCE_FIELDS,
     TOKEN_FIELDS,
 )
+from fastdaa.data.mismatched import crossed_pairs
 from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.full_disk import full_cache_named
@@ -153,25 +156,46 @@ class Precompute:
 
 
 class UnpairedPrecompute(Precompute):
-    """The same for labelled completions: in the cache, each is a pair whose other side is empty."""
+    """The same for labelled completions: in the cache, each is a pair whose other side is empty.
+
+    Where the loss compares with mismatched completions, each prompt gets one that is fixed by the
+    dataset (:mod:`fastdaa.data.mismatched`), and its log-probs, too.
+    """
 
     def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
         super().__init__(trainer, reference, model)
         own: Any = trainer.data_collator
+        self.cross = own.cross if own.mismatched else None
         layout: Any = "padded" if own.layout == "padded" else "prefix_shared"
         self.collate = PairCollator(layout, own.pad_token_id, own.tokens_per_pack)
 
     def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
-        """The dataset with a column of reference log-probs; other columns stay."""
+        """The dataset with columns of reference log-probs; other columns stay."""
         if dataset is None:
             return None
         fields = dict(zip(SEQUENCE_FIELDS, TOKEN_FIELDS, strict=False))
         pairs = dataset.select_columns(list(fields)).rename_columns(fields)
-        pairs = super().__call__(pairs.add_column(TOKEN_FIELDS[2], [[]] * len(dataset)), name)
-        assert pairs is not None
-        known = [field for field in dataset.column_names if field == REF_SEQUENCE_FIELD]
-        sums = pairs.with_format(None)[REF_FIELDS[0]]
-        return dataset.remove_columns(known).add_column(REF_SEQUENCE_FIELD, [*sums])
+        pairs = pairs.add_column(TOKEN_FIELDS[2], [[]] * len(dataset))
+        dataset = _with_column(dataset, REF_SEQUENCE_FIELD, self._sums(pairs, name))
+        if self.cross is None:
+            return dataset
+        pairs = crossed_pairs(dataset, self.cross)
+        sums = self._sums(pairs, f"{name}, mismatched")
+        completions = pairs.data.column(TOKEN_FIELDS[1])
+        dataset = _with_column(dataset, MISMATCHED_FIELD, completions)
+        return _with_column(dataset, REF_MISMATCHED_FIELD, sums)
+
+    def _sums(self, pairs: Dataset, name: str) -> list[float]:
+        """Log-probs of the chosen completions of ``pairs``."""
+        scored = super().__call__(pairs, name)
+        assert scored is not None
+        return [*scored.with_format(None)[REF_FIELDS[0]]]
+
+
+def _with_column(dataset: Dataset, field: str, values: Any) -> Dataset:
+    if field in dataset.column_names:
+        dataset = dataset.remove_columns(field)
+    return dataset.add_column(field, values)
 
 
 def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:

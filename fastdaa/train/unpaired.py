@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdaa.data.fields import LABEL_FIELD, REF_SEQUENCE_FIELD, SEQUENCE_FIELDS
+from fastdaa.data.fields import (
+    LABEL_FIELD,
+    MISMATCHED_FIELD,
+    REF_MISMATCHED_FIELD,
+    REF_SEQUENCE_FIELD,
+    SEQUENCE_FIELDS,
+)
 from fastdaa.data.packs import selection_from
 from fastdaa.data.rows import UnpairedRows
 from fastdaa.data.tokenise import tokenize_unpaired
@@ -24,6 +30,7 @@ from fastdaa.train.best_metric import (
     TOKEN_METRICS,
     UNPAIRED_METRICS,
 )
+from fastdaa.train.lone_examples import check_found_size, check_lone
 from fastdaa.train.metrics import kl_metrics
 from fastdaa.train.pack_loop import PackLoop
 from fastdaa.train.policy import exact_kl
@@ -55,7 +62,9 @@ class UnpairedTrainer(PreferenceTrainer):
     completions (:class:`~fastdaa.data.unpaired_collate.UnpairedCollator`), scored by policy and
     reference without gradient (1U each) before the batch, averaged over all processes, at least 0.
     So no loss depends on other completions of its forward pass, and the head takes 3U. In an
-    evaluation ``z0`` is that of a batch alone.
+    evaluation ``z0`` is that of a batch alone. With ``precompute_ref_log_probs`` the completion
+    that a prompt gets is one of the whole dataset, the same for the run
+    (:mod:`fastdaa.data.mismatched`), so that the reference's log-probs of both are cached.
 
     Args:
         args: the settings, an :class:`~fastdaa.train.UnpairedConfig`.
@@ -75,13 +84,15 @@ class UnpairedTrainer(PreferenceTrainer):
     config_type = UnpairedConfig
     rows_type: ClassVar[Any] = UnpairedRows
     precompute_type = UnpairedPrecompute
-    ref_fields = (REF_SEQUENCE_FIELD,)
+    ref_fields: tuple[str, ...] = (REF_SEQUENCE_FIELD,)
     args: UnpairedConfig
     objective: UnpairedObjective  # type: ignore[assignment]
 
     def __init__(self, model: str | nn.Module, *args: Any, **options: Any):
         self.shift: RewardShift | None = None
         super().__init__(model, *args, **options)
+        if self.objective.loss.baseline == "kl":
+            self.ref_fields = (REF_SEQUENCE_FIELD, MISMATCHED_FIELD, REF_MISMATCHED_FIELD)
         if self.objective.loss.baseline == "rewards":
             self.shift = RewardShift()
             self.add_callback(self.shift)
@@ -114,14 +125,24 @@ class UnpairedTrainer(PreferenceTrainer):
                 report.log(logger, name)
         if not len(dataset):
             raise ValueError(f"{name}: expected at least one example, got none")
-        check_tokens(dataset, self.vocabulary, name, SEQUENCE_FIELDS)
+        mismatched = [MISMATCHED_FIELD] if MISMATCHED_FIELD in dataset.column_names else []
+        check_tokens(dataset, self.vocabulary, name, [*SEQUENCE_FIELDS, *mismatched])
         self.check_lengths(dataset, name, SEQUENCE_FIELDS)
+        training = name == "train_dataset"
+        if self.objective.loss.baseline == "kl" and not mismatched:
+            check_lone(len(dataset), name, self.args, training=training)
         labels = [*map(read_label, dataset.with_format(None)[LABEL_FIELD])]
         if dataset.features[LABEL_FIELD].dtype != "bool":
             dataset = dataset.remove_columns(LABEL_FIELD).add_column(LABEL_FIELD, labels)
-        if name == "train_dataset":
+        if training:
             check_labels(labels, self.objective, name, say=args.should_log)
         return dataset
+
+    def get_train_dataloader(self) -> Any:
+        """The base class's, for batches that have a baseline."""
+        if not self.args.precompute_ref_log_probs and self.objective.loss.baseline == "kl":
+            check_found_size(self._train_batch_size)
+        return super().get_train_dataloader()
 
     def own_metric_names(self) -> list[str]:
         """What an evaluation tells about labelled completions."""

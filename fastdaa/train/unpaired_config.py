@@ -33,6 +33,14 @@ class UnpairedConfig(PreferenceConfig):
         },
     )
 
+    def identity(self) -> dict[str, Any]:
+        """The base class's settings, and where mismatched completions are from if not a batch."""
+        fixed = self.precompute_ref_log_probs and self.objective().loss.baseline == "kl"
+        return {
+            **super().identity(),
+            **({"mismatched completions": "of the dataset"} if fixed else {}),
+        }
+
     def _check_objective(self) -> None:
         objective = self.objective()
         if self.layout == "prefix_shared":
@@ -40,15 +48,8 @@ class UnpairedConfig(PreferenceConfig):
                 "layout: expected auto, packed or padded with unpaired data, whose rows share no "
                 "prompt, got 'prefix_shared'"
             )
-        if objective.loss.baseline != "kl":
+        if objective.loss.baseline != "kl" or self.precompute_ref_log_probs:
             return
-        if self.precompute_ref_log_probs:
-            raise ValueError(
-                f"precompute_ref_log_probs: expected it off for {objective.loss.name}, whose KL "
-                "baseline needs the reference on prompts with each other's completions, which "
-                "depend on the batch, got it on; under LoRA (use_peft) the reference takes no "
-                "memory of its own"
-            )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 2:
                 raise ValueError(

@@ -166,6 +166,8 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
         ({"pipeline": True, "reward_options": '{"model": "other"}'}, "expected no 'model'"),
+        ({"pipeline": True, "gold_reward": "math:no", "test_size": 2}, "gold_reward: expected a f"),
+        ({"pipeline": True, "reward": "no.py:f"}, "reward: expected a Python file, there is no"),
         (
             {"reward": "math:sqrt", "attention": "flash_attn"},
             "got 'flash_attn', which needs a cuda device, not cpu",
@@ -173,13 +175,22 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
     ],
     ids=[
         "no reward", "no model", "no file", "no function", "typo", "choice", "number", "prompts",
-        "json", "set", "attention",
+        "json", "set", "no gold", "no reward file", "attention",
     ],
 )  # fmt: skip
 def test_errors_in_one_line(files, tmp_path, capsys, options, message):
     assert main(arguments(files, tmp_path / "out", **options)) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("fastdaa online: error: ") and message in printed
+
+
+def test_a_pipeline_without_pairs_fails_before_its_first_stage(files, tmp_path, capsys):
+    rows = [{"prompt": "w1", "completion": " w2", "label": True}] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path / "out"
+    assert main(pipeline(files, folder, dataset=tmp_path / "rows.jsonl")) == 2
+    assert "error: dataset: expected preference pairs, on which --pip" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_several_processes_are_refused(files, tmp_path, capsys, monkeypatch):

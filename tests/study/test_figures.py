@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 from collections.abc import Callable
@@ -94,6 +95,31 @@ def test_nothing_overlaps(
             across = min(box.x1, other.x1) - max(box.x0, other.x0)
             down = min(box.y1, other.y1) - max(box.y0, other.y0)
             assert across <= 1 or down <= 1, f"{name}: two parts share {across:.0f} x {down:.0f}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("start", "width"), [(0.5534, 0.00017), (1.0881, 0.0011), (0.7169, 0.001), (0.61, 0.06)]
+)
+def test_numbers_of_correlations_do_not_touch(layout: Layout, start: float, width: float) -> None:
+    """Where all runs are much alike they have many digits."""
+    rows = [
+        {"loss": loss, "run": f"{loss}{i}", "checkpoint": 0, "score": 0.1 * i, "kl": 1.0,
+         "accuracy": start + width * i / 7, "loss_value": start + width * i / 7}
+        for loss in ("DPO", "IPO", "SLiC") for i in range(8)
+    ]  # fmt: skip
+    (picture,) = correlations.pictures(Results(Table(rows)))
+    figure = render(picture, layout)
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 6
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        labels = [text for text in ax.get_xticklabels() if low <= text.get_position()[0] <= high]
+        boxes = [text.get_window_extent() for text in labels]
+        assert len(boxes) >= 2
+        for one, following in itertools.pairwise(boxes):
+            points = (following.x0 - one.x1) * 72 / figure.dpi
+            assert points > 3, [text.get_text() for text in labels]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from head_products import HeadProducts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from word_files import word_tokenizer
 
 from fastdaa.cli import main
 from fastdaa.data import DataError, load_unpaired, tokenize_unpaired
+from fastdaa.data.mismatched import partners
 from fastdaa.train import PreferenceConfig, PreferenceTrainer, UnpairedConfig, UnpairedTrainer
 from fastdaa.train.callbacks import Curves, read_metrics
 
@@ -299,9 +300,12 @@ def assert_agree(two, one, **tolerance):
                 assert row[name] == pytest.approx(value, abs=1e-4), (row["step"], name)
 
 
-@pytest.mark.parametrize("loss", ["kto", "bco"])
-def test_killed_and_continued_to_the_bit(run, tmp_path, unpaired, loss):
+@pytest.mark.parametrize(
+    ("loss", "cached"), [("kto", False), ("bco", False), ("kto", True)], ids=str
+)
+def test_killed_and_continued_to_the_bit(run, tmp_path, unpaired, loss, cached):
     options = {
+        "precompute_ref_log_probs": cached, "ref_cache_dir": str(tmp_path / "cache"),
         "pairs": unpaired(12).to_list(), "loss_type": loss, "beta": 0.5,
         "model": {"attention_dropout": 0.2}, "disable_dropout": False,
         "eval": unpaired(5, seed=1).to_list(), "eval_strategy": "steps", "eval_steps": 1,
@@ -335,19 +339,22 @@ FSDP = {
         {"loss_type": "bco"},
         {"loss_type": "kto", "tokens_per_pack": 20, "gradient_accumulation_steps": 2},
         {"loss_type": "kto", "lora": {"r": 2, "init_lora_weights": False}},
+        {"loss_type": "kto", "precompute_ref_log_probs": True},
         {"loss_type": "kto", **FSDP},
         {"loss_type": "kto", "tokens_per_pack": 20, **FSDP},
     ],
-    ids=["kto", "bco", "packs", "adapter", "fsdp2", "fsdp2 packs"],
+    ids=["kto", "bco", "packs", "adapter", "cache", "fsdp2", "fsdp2 packs"],
 )
 def test_two_processes_are_one_with_twice_the_batch(run, run_two, tmp_path, unpaired, options):
     # Steps of SGD do not blow up rounding errors as those of Adam do.
     common = {
         "pairs": unpaired(24, seed=4).to_list(), "save_strategy": "no", "beta": 0.5,
         "optim": "sgd", "learning_rate": 0.3, "eval": unpaired(8, seed=1).to_list(),
-        "eval_strategy": "epoch", "per_device_eval_batch_size": 4, **options,
+        "eval_strategy": "epoch", "per_device_eval_batch_size": 4,
+        "ref_cache_dir": str(tmp_path / "cache"), **options,
     }  # fmt: skip
-    groups = {"groups": 4} if options["loss_type"] == "kto" else {}
+    in_batch = options["loss_type"] == "kto" and "precompute_ref_log_probs" not in options
+    groups = {"groups": 4} if in_batch else {}
     alone = {name: value for name, value in common.items() if name not in FSDP}
     assert run(tmp_path / "one", per_device_train_batch_size=8, **groups, **alone) == 0
     assert run_two(tmp_path / "two", **common) == [0, 0]
@@ -359,7 +366,7 @@ def test_two_processes_are_one_with_twice_the_batch(run, run_two, tmp_path, unpa
         for folder in ("one", "two")
     ]
     for row, wanted in zip(*reversed(evaluations), strict=True):
-        for name in ("eval_loss", "eval_rewards/margins", "eval_kl/token"):
+        for name in {"eval_loss", "eval_rewards/margins", "eval_kl/token"} & wanted.keys():
             assert row[name] == pytest.approx(wanted[name], abs=1e-4), name
 
 
@@ -389,6 +396,122 @@ def test_cached_reference(make_unpaired, unpaired, tmp_path, caplog, loss, layou
         assert not any(name.endswith("kl/token") for name in row)
     with pytest.raises(ValueError, match="no reference model is kept"):
         cached.evaluate(Dataset.from_list([*unpaired(3, seed=5)]))
+
+
+def with_partners(data):
+    """The rows with the completions that a run with cached log-probs gives their prompts."""
+    rows = data.to_list()
+    given = [rows[place]["completion_ids"] for place in partners(data)]
+    return data.add_column("mismatched_ids", given)
+
+
+@pytest.mark.parametrize("options", [*PATHS[:3], {"layout": "packed", "max_length": 12}], ids=str)
+def test_cached_reference_of_kto(make_unpaired, unpaired, tiny_model, tmp_path, options):
+    """The numbers of a run whose reference scores the same mismatched completions as it goes."""
+    options = {
+        "ref_model": tiny_model(), "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
+        "train_sampling_strategy": "random", "seed": 3, "ref_cache_dir": str(tmp_path / "cache"),
+        **options,
+    }  # fmt: skip
+    data = {"data": unpaired(10), "eval_dataset": unpaired(5, seed=1)}
+    fixed = {name: with_partners(part) for name, part in data.items()}
+    online = make_unpaired(**fixed, **options)
+    online.train()
+    cached = make_unpaired(precompute_ref_log_probs=True, **data, **options)
+    assert not hasattr(cached.reference, "model")
+    cached.train()
+    names = ("loss", "kl", "rewards/margins", "eval_loss", "eval_kl", "eval_rewards/chosen")
+    compared = 0
+    for row, wanted in zip(cached.state.log_history, online.state.log_history, strict=True):
+        for name in set(names) & wanted.keys():
+            assert row[name] == pytest.approx(wanted[name], abs=1e-5), name
+            compared += name.endswith("kl") and wanted[name] > 1e-3
+    assert compared > 2
+    with pytest.raises(ValueError, match="mismatched_ids, ref_mismatched_logps: with precompute"):
+        cached.evaluate(Dataset.from_list([*unpaired(3, seed=5)]))
+
+
+def test_the_cached_baseline_by_hand(make_unpaired, unpaired, shifted, tiny_model, tmp_path):
+    """Of a batch of one row, too: its mismatched completion is another row's all the same."""
+    data, ref = unpaired(9), tiny_model()
+    rows = data.to_list()
+    mismatched = [
+        {"prompt_ids": row["prompt_ids"], "completion_ids": rows[place]["completion_ids"]}
+        for row, place in zip(rows, partners(data), strict=True)
+    ]
+    with torch.no_grad():
+        ratios = logps_of(shifted, mismatched) - logps_of(ref, mismatched)
+    order = ratios.argsort().tolist()
+    ratios, data = ratios[order], data.select(order)
+    trainer = make_unpaired(
+        shifted_copy(shifted), data, ref_model=ref, learning_rate=0.0, max_steps=3,
+        precompute_ref_log_probs=True, ref_cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    trainer.train()
+    wanted = [ratios[start : start + 4].mean().clamp(min=0).item() for start in (0, 4, 8)]
+    found = [row["kl"] for row in trainer.state.log_history if "loss" in row]
+    assert found == pytest.approx(wanted, abs=1e-5) and found[2] > found[1] > 1e-2
+
+
+def test_the_cache_of_mismatched_completions_is_shared(make_unpaired, unpaired, tmp_path, caplog):
+    """By other orders, and mostly by larger data."""
+    options = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    make_unpaired(data=unpaired(20), **options)
+    for data in (
+        unpaired(20).shuffle(seed=1),
+        concatenate_datasets([unpaired(20), unpaired(1, 9)]),
+    ):
+        with caplog.at_level("INFO", "fastdaa"):
+            make_unpaired(data=data, per_device_train_batch_size=5, layout="padded", **options)
+    found = re.findall(r"train_dataset, mismatched: .* (\d+) of (\d+) examples", caplog.text)
+    assert found[0] == ("20", "20") and found[1] == ("19", "21")
+
+
+def test_a_run_with_a_cache_is_continued_with_it(run, tmp_path, unpaired):
+    options = {"pairs": unpaired(12).to_list(), "ref_cache_dir": str(tmp_path / "cache")}
+    end = {"step": 3, "number": signal.SIGKILL}
+    folder = tmp_path / "out"
+    assert run(folder, end=end, precompute_ref_log_probs=True, **options) == -signal.SIGKILL
+    assert run(folder, resume=True, **options) == 1
+    assert run(folder, resume=True, precompute_ref_log_probs=True, **options) == 0
+
+
+def test_batches_that_were_found_have_a_baseline(make_unpaired, monkeypatch):
+    """The Trainer would halve them down to lone examples."""
+    trainer = make_unpaired(auto_find_batch_size=True)
+    sizes = []
+
+    def full(model, inputs, **_):
+        sizes.append(len(inputs["row_ids"]))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(trainer, "compute_loss", full)
+    with pytest.raises(MemoryError, match="auto_find_batch_size: expected memory for at least 2"):
+        trainer.train()
+    assert sizes[0] == 4 and 1 not in sizes
+
+
+def test_a_lone_example(make_unpaired, unpaired, tmp_path, caplog):
+    """It has no mismatched completion in its batch."""
+
+    def warnings(**options):
+        caplog.clear()
+        make_unpaired(**options)
+        return [text for *_, text in caplog.record_tuples if "is alone" in text]
+
+    (said,) = warnings(data=unpaired(9))
+    assert said.startswith("train_dataset: 1 of 9 examples is alone in the last batch of an epoch")
+    assert "z0 is 0" in said and "per_device_train_batch_size than 4" in said
+    (said,) = warnings(eval_dataset=unpaired(5))
+    assert said.startswith("eval_dataset: 1 of 5 examples is alone in the last batch, ")
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    for options in ({"loss_type": "bco"}, {"dataloader_drop_last": True}, cached):
+        assert not warnings(data=unpaired(9), **options)
+    (said,) = warnings(eval_dataset=unpaired(1))
+    assert said.endswith("z0 is 0")
+    for options in ({"data": unpaired(1)}, {"eval_dataset": unpaired(1), **cached}):
+        with pytest.raises(ValueError, match="_dataset: expected at least 2 examples for kto"):
+            make_unpaired(**options)
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +597,6 @@ def test_evaluate(files, tmp_path, capfd, tiny_model, shifted):
 
 REFUSED = [
     ({"layout": "prefix_shared"}, "layout: expected auto, packed or padded"),
-    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: expected it off for kto"),
     ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: expected at least 2"),
     ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size: expected at least 2"),
     ({"loss_type": "dpo"}, "loss_type: expected one of kto, bco, apo_zero .* got 'dpo'"),

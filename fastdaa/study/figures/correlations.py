@@ -116,6 +116,8 @@ def _drawing(results: Results, seen: Sequence[Cloud]) -> Callable[[Layout], Figu
             colour, marker = looks[cloud.loss]
             ax.scatter(cloud.metric_values, cloud.scores, s=22, color=colour, marker=marker,
                        alpha=0.75, linewidth=0)  # fmt: skip
+            # Runs that differ in the fourth decimal have long labels.
+            ax.locator_params(axis="x", nbins=5, steps=(1, 2, 5, 10))
             ax.set_title(f"{cloud.loss}, r = {number(cloud.r, sign=True)}")
             words = METRICS[cloud.metric]
             if (cloud.metric, cloud.loss) == ("loss_value", "IPO") and results.in_world:

@@ -78,7 +78,7 @@ def held_out_prompts(
             there are fewer prompts than wanted.
     """
     if tokenizer is None:
-        raise ValueError("track: expected a tokenizer (processing_class), got None")
+        raise ValueError("processing_class: expected a tokenizer of the policy, got None")
     order = list(range(len(pairs)))
     random.Random(settings.seed).shuffle(order)
     chosen: dict[tuple[int, ...], _Row] = {}
@@ -92,8 +92,8 @@ def held_out_prompts(
             break
     if not chosen:
         raise ValueError(
-            f"track: expected a prompt of at most {longest} tokens to leave room for an answer, "
-            f"got none among {len(pairs)} pairs"
+            f"prompts: expected some of at most {longest} tokens, to leave room for an answer of "
+            f"{settings.max_new_tokens}, got none among {len(pairs)} pairs"
         )
     if len(chosen) < settings.prompts:
         logger.warning(
@@ -124,7 +124,7 @@ def longest_prompt(
     if isinstance(positions, int) and positions > 0:
         if positions <= settings.max_new_tokens:
             raise ValueError(
-                f"track: expected max_new_tokens below {positions}, the positions that the model "
+                f"max_new_tokens: expected less than {positions}, the positions that the model "
                 f"has, got {settings.max_new_tokens}"
             )
         limits.append(positions - settings.max_new_tokens)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fastdaa.train.trainer import PreferenceTrainer
 
 NO_REFERENCE = (
-    "track: expected a reference model for the KL, got precompute_ref_log_probs, which keeps none "
-    "in full training; leave it out, train adapters (use_peft), or measure the checkpoints "
-    "afterwards with `fastdaa study track`"
+    "precompute_ref_log_probs: expected it off while quality is tracked, since it keeps no "
+    "reference model for the KL in full training, got it on; leave it out, train adapters "
+    "(use_peft), or measure the checkpoints afterwards with `fastdaa study track`"
 )
 
 

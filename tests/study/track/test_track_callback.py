@@ -284,7 +284,7 @@ def test_a_given_reference_is_the_one(tracked, tiny):
 
 
 def test_precomputed_log_probs_leave_no_reference(tracked):
-    with pytest.raises(ValueError, match="expected a reference model for the KL"):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs: expected it off"):
         tracked(precompute_ref_log_probs=True)
 
 

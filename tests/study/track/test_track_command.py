@@ -141,19 +141,27 @@ def test_options_that_make_no_sense(given, message):
         pytest.param(["--track_steps", "2"], "track_dataset: expected held-out pairs", id="pairs"),
         pytest.param(
             ["--track_steps", "2", "--test_size", "2", "--precompute_ref_log_probs"],
-            "expected a reference model for the KL", id="cached reference",
+            "precompute_ref_log_probs: expected it off while quality is", id="cached reference",
         ),
         pytest.param(
             ["--track_reward", "no_such_module:f", "--test_size", "2"],
-            "no_such_module cannot be imported", id="reward",
+            "track_reward: no_such_module cannot be imported", id="reward",
         ),
         pytest.param(
             ["--track_judge", "no-such-judge", "--test_size", "2"],
-            "there is no 'no-such-judge'", id="judge",
+            "track_judge: expected a program to run, there is no 'no-such-judge'", id="judge",
+        ),
+        pytest.param(
+            ["--track_judge", "cat", "--test_size", "2", "--track_judge_timeout", "0"],
+            "track_judge_timeout: expected", id="timeout",
+        ),
+        pytest.param(
+            ["--track_steps", "2", "--test_size", "2", "--track_seed", "-1"],
+            "track_seed: expected an integer of at least 0", id="seed",
         ),
         pytest.param(
             ["--track_steps", "2", "--test_size", "2", "--track_temperature", "0"],
-            "temperature: expected", id="temperature",
+            "track_temperature: expected", id="temperature",
         ),
     ],
 )  # fmt: skip
@@ -163,7 +171,7 @@ def test_errors_come_before_anything_is_loaded(given, message, files, tmp_path, 
         *("--output_dir", str(tmp_path / "out"), "--use_cpu", *given),
     ])  # fmt: skip
     printed = capsys.readouterr()
-    assert code == 2 and message in printed.err
+    assert code == 2 and f"fastdaa train: error: {message}" in printed.err
     assert not (tmp_path / "out").exists() and "pairs kept" not in printed.err
 
 

@@ -23,7 +23,7 @@ def test_prompts_are_different_short_enough_and_chosen_by_the_seed(text_pairs, t
     assert [p.ids for p in other] != [p.ids for p in found]
     short = held_out_prompts(twice, tokenizer, wanted, longest=3).prompts
     assert 0 < len(short) < 8 and max(len(prompt.ids) for prompt in short) <= 3
-    with pytest.raises(ValueError, match="expected a prompt of at most 1 tokens"):
+    with pytest.raises(ValueError, match="prompts: expected some of at most 1 tokens"):
         held_out_prompts(twice, tokenizer, wanted, longest=1)
 
 
@@ -63,7 +63,7 @@ def test_room_for_an_answer(tiny):
     model = tiny()  # 64 positions
     assert longest_prompt(model, TrackSettings(max_new_tokens=24)) == 40
     assert longest_prompt(model, TrackSettings(max_new_tokens=24), max_length=10) == 9
-    with pytest.raises(ValueError, match="expected max_new_tokens below 64"):
+    with pytest.raises(ValueError, match="max_new_tokens: expected less than 64"):
         longest_prompt(model, TrackSettings(max_new_tokens=64))
 
 
