@@ -24,6 +24,17 @@ def test_other_tasks(given, message):
         parse([*NEEDED, *given.split()])
 
 
+def test_settings_of_fsdp_alone():
+    given = ["--fsdp_config", '{"version": 2}']
+    with pytest.raises(ValueError, match=r"fsdp_config: expected fsdp beside it, .*; add --fsdp"):
+        parse([*NEEDED, *given])
+    for switch in (["--fsdp"], ["--fsdp", "true"]):
+        _, config = parse([*NEEDED, *given, *switch])
+        assert config.fsdp is True
+    _, config = parse([*NEEDED, "--fsdp", "false"])
+    assert not config.fsdp
+
+
 def test_training_may_be_asked_for():
     _, config = parse([*NEEDED, "--do_train", "--do_eval", "--test_size", "8"])
     assert config.do_train and config.eval_strategy == "epoch"

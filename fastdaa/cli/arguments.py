@@ -222,12 +222,12 @@ def config_kind(arguments: ModelArguments, values: dict[str, Any]) -> type[Prefe
     if not takes_unpaired(names):
         return PreferenceConfig
     of_pairs = all(name in LOSSES or name in ALIASES for name in names)
-    if of_pairs and not _holds_unpaired(arguments):
+    if of_pairs and not holds_unpaired(arguments):
         return PreferenceConfig
     return UnpairedConfig
 
 
-def _holds_unpaired(arguments: ModelArguments) -> bool:
+def holds_unpaired(arguments: ModelArguments) -> bool:
     """Whether the first dataset is one of labelled completions, as far as it can be read."""
     from fastdaa.data.errors import DataError
     from fastdaa.data.sources import open_source
@@ -255,6 +255,7 @@ def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments)
             than training.
     """
     _check_task(values, evaluates=arguments.evaluates)
+    _check_sharding(values)
     if values["eval_strategy"] is None:
         by_steps = values["eval_steps"] is not None
         strategy = ("steps" if by_steps else "epoch") if arguments.evaluates else "no"
@@ -266,6 +267,15 @@ def trainer_config(kind: Any, values: dict[str, Any], arguments: ModelArguments)
             "expected eval_dataset, eval_split or test_size as well"
         )
     return config
+
+
+def _check_sharding(values: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for settings of FSDP that the Trainer would not look at."""
+    if values["fsdp_config"] and not values["fsdp"]:
+        raise ValueError(
+            "fsdp_config: expected fsdp beside it, without which it has no effect, got "
+            f"{shown(values['fsdp_config'])}; add --fsdp"
+        )
 
 
 def _check_task(values: dict[str, Any], *, evaluates: bool) -> None:

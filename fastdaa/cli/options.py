@@ -121,7 +121,7 @@ def option_parser(
             action.type = _or_none(action.type)
         elif dict in (action.type, get_origin(action.type)):
             action.type = json_object
-        elif hint in (str | bool, bool | str):
+        elif hint in (str | bool, bool | str) or (action.const is True and action.type is str):
             action.type = _word_or_bool
         elif hint == bool | None and action.nargs is None:
             # As every other switch.

@@ -63,10 +63,13 @@ def no_bars_in_files() -> Iterator[None]:
 
 @contextmanager
 def log_lines(*, main_process: bool = True) -> Iterator[None]:
-    """Shows the library's own log lines on stderr, on other processes only warnings."""
+    """Shows the library's own log lines on stderr, on other processes only warnings, and none about
+    the data, which are the same for all."""
     logger = logging.getLogger("fastdaa")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Prefixed())
+    if not main_process:
+        handler.addFilter(lambda record: not record.name.startswith("fastdaa.data"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if main_process else logging.WARNING)

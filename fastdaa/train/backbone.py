@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdaa.train.attention import placeholder_mask
+from fastdaa.train.zero3 import call_as, holds_cut
 
 HeadTask = Callable[[Tensor], Any]
 """From hidden states ``[R, L, D]``, after the final norm, to anything made of tensors."""
@@ -200,6 +201,9 @@ def _forward_with_head_task(
     backbone, call = backbone_of(model), getattr(model, BACKBONE_CALL, None)
     outputs = backbone(**inputs) if call is None else call(backbone, inputs)
     aux_loss = _load_balancing_loss(model, outputs, inputs) if balanced else None
+    head: Any = model.get_output_embeddings()
+    if head is not None and holds_cut(head):
+        return BackboneOutput(call_as(head, head_task, outputs.last_hidden_state), aux_loss)
     return BackboneOutput(head_task(outputs.last_hidden_state), aux_loss)
 
 

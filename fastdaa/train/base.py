@@ -31,6 +31,7 @@ from fastdaa.train.quantization import check_adapted, quantization_of
 from fastdaa.train.rounding import warn_of_rounding
 from fastdaa.train.run_record import RunRecord, rows_fact, weights_fact, write_record
 from fastdaa.train.steps_left import check_steps, say_plan, sharing_processes, steps_of
+from fastdaa.train.whole_weights import whole_weights
 
 
 class PairTrainer(Trainer):
@@ -51,7 +52,8 @@ class PairTrainer(Trainer):
         config = causal_lm(model).config
         use_cache = getattr(config, "use_cache", None)
         self._new_tokens = 0
-        self._parameters: int | None = None
+        # Counted while all weights are whole.
+        self._parameters = causal_lm(model).num_parameters(exclude_embeddings=True)
         self._record: RunRecord | None = None
         self._first_step: int | None = None
         self._lock: FolderLock | None = None
@@ -215,7 +217,7 @@ class PairTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         check_weights(self)
-        with full_disk_named(str(self.args.output_dir), "the model"):
+        with full_disk_named(str(self.args.output_dir), "the model"), whole_weights(self):
             super().save_model(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -257,8 +259,6 @@ class PairTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """``6 x`` parameters without embeddings ``x`` tokens computed, as the Trainer counts."""
-        if self._parameters is None:
-            self._parameters = causal_lm(self.model).num_parameters(exclude_embeddings=True)
         return 6 * self._parameters * _tokens(inputs)
 
 

@@ -48,7 +48,8 @@ def _missing(folder: Path) -> str | None:
         if not names.issuperset(parts):
             return _has_no(sorted({*parts} - names))
     if any(name.startswith("global_step") for name in names):
-        return None  # DeepSpeed's, all in folders of its own
+        # DeepSpeed's, all in folders of its own, one of which the file names.
+        return None if "latest" in names else _has_no(["latest"])
     absent = [name for name, pattern in _NEEDED.items() if not any(folder.glob(pattern))]
     if absent == [*_NEEDED]:
         return "holds the model alone, as --save_only_model saves it"
@@ -65,7 +66,7 @@ def _has_no(names: list[str]) -> str | None:
 
 
 def _damaged(folder: Path) -> str | None:
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob("global_step*/*")]):
         if not path.is_file():
             continue
         if path.suffix == ".safetensors":

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastdaa.train.checkpoints import last_complete
+from fastdaa.train.zero3 import own_piece
 
 _ADVICE = (
     "A lower learning_rate, more warmup_steps or a smaller max_grad_norm may help; look at the "
@@ -47,7 +48,7 @@ def check_weights(trainer: Any) -> None:
         FloatingPointError: one of them is not finite.
     """
     broken = not all_finite(trainer.model)
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # Of shards, every rank knows its own; saving them is a collective, too.
         flag = torch.tensor(int(broken), device=trainer.args.device)
         broken = bool(trainer.accelerator.reduce(flag, reduction="sum"))
@@ -62,7 +63,7 @@ def all_finite(model: nn.Module) -> bool:
     """Whether all weights that require a gradient are finite; of shards, those of this rank."""
     found = []
     for weight in model.parameters():
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = weight.to_local() if isinstance(weight, DTensor) else own_piece(weight)
         if weight.requires_grad and local.numel() and not local.is_meta:
             # Infinities and NaN come out of it, and no mask as large as the weight is made.
             found.append(torch.stack(torch.aminmax(local.detach())).isfinite().all())

@@ -27,7 +27,14 @@ from fastdaa.train.missed_evaluation import make_up_evaluation
 from fastdaa.train.pooled_metrics import PooledStore
 from fastdaa.train.positions import check_length, longest, positions_of
 from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
-from fastdaa.train.sharding import check_parallelism, settle_ddp
+from fastdaa.train.sharding import (
+    check_parallelism,
+    meets_in_packs,
+    more_to_come,
+    pieces_fact,
+    settle_ddp,
+)
+from fastdaa.train.zero3 import load_whole, rows_of
 
 logger = logging.getLogger(__name__)
 _PREDICTIONS = "since no logits are made that it could be given"
@@ -67,7 +74,9 @@ class PackLoop(PairTrainer):
             settle_ddp(options["args"], model)
         own = default_callbacks(curves=self.draws_curves)
         super().__init__(model=model, callbacks=[*own, *(callbacks or [])], **options)
+        load_whole(self.args)
         check_parallelism(self)
+        self.frozen_facts |= pieces_fact(self)
         self.compilation = take_over_compilation(self.args, self.accelerator)
         use_progress(self)
 
@@ -75,7 +84,7 @@ class PackLoop(PairTrainer):
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         embedding: Any = causal_lm(self.model).get_input_embeddings()
-        return int(embedding.weight.shape[0])
+        return rows_of(embedding.weight)
 
     def check_policy(self) -> None:
         """Raise ``ValueError`` for adapters that do not fit, or a model with nothing to train."""
@@ -187,23 +196,18 @@ class PackLoop(PairTrainer):
         store = self._stores["train"]
         store.begin_batch()
         packs, left = self._evened(inputs["packs"]), len(inputs["packs"])
-        # DeepSpeed steps by itself after as many backwards as there are micro-batches.
-        groups = [packs] if self.is_deepspeed_enabled else [[pack] for pack in packs]
         facts, losses = self.batch_facts(inputs, training=True), []
-        for index, group in enumerate(groups):
-            part = {**inputs, **facts, "packs": group, "counted": left}
-            left -= len(group)
-            # DDP ranks may have different numbers of packs; they meet in the last backward. FSDP
-            # meets in each: the gradients of whole weights would not fit.
-            meets = index + 1 == len(groups) or self.is_fsdp_enabled
-            with contextlib.nullcontext() if meets else self.accelerator.no_sync(model):
+        for index, pack in enumerate(packs):
+            part = {**inputs, **facts, "packs": [pack], "counted": left - index}
+            last = index + 1 == len(packs)
+            with contextlib.nullcontext() if last else more_to_come(self, model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         store.end_batch(inputs)
         return torch.stack(losses).sum()
 
     def _evened(self, packs: list[Any]) -> list[Any]:
-        """As many packs on every rank, where a forward is a collective; the last is repeated."""
-        if not self.is_fsdp_enabled or self.args.tokens_per_pack is None:
+        """As many packs on every rank, where ranks meet in each; the last is repeated."""
+        if not meets_in_packs(self) or self.args.tokens_per_pack is None:
             return packs
         mine = torch.tensor(len(packs), device=self.args.device)
         most = int(self.accelerator.gather(mine).max())
@@ -247,7 +251,7 @@ class PackLoop(PairTrainer):
         store = self._stores["eval"] = self.store_type()
         kwargs["metric_key_prefix"] = metric_key_prefix
         batches: Any = dataloader
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if meets_in_packs(self):
             batches = BatchesInStep(dataloader, self.accelerator)
         output: Any = super().evaluation_loop(batches, description, *args, **kwargs)
         values = self._named(store.read(self.accelerator))

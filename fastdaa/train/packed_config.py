@@ -13,6 +13,7 @@ from fastdaa.data.collate import Layout
 from fastdaa.train.device_options import check_needs, check_ways
 from fastdaa.train.options import PackOptions, check_count
 from fastdaa.train.trainer_options import check_after, check_before, launched_processes
+from fastdaa.train.zero3 import load_whole
 from fastdaa.validation import check_choice
 
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -112,6 +113,7 @@ class PackedConfig(PackOptions, TrainingArguments):
         check_needs(self)
         own_config = self.accelerator_config is None
         super().__post_init__()
+        load_whole(self)
         if own_config and self.dataloader_pin_memory and self.device.type == "cuda":
             # Or the host would wait at every batch until the device has done all before it.
             self.accelerator_config.non_blocking = True  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
 from fastdaa.train.quantization import compute_as_in_training
 from fastdaa.train.support import supports_segments
+from fastdaa.train.zero3 import check_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -35,13 +36,15 @@ def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
 
     Raises:
         TypeError: neither a name nor a model of transformers.
-        ValueError: a quantised model that can no longer be trained.
+        ValueError: a quantised model that can no longer be trained, or one that was cut by
+            DeepSpeed as it was loaded.
     """
     if isinstance(model, nn.Module):
         try:
             causal_lm(model)
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from None
+        check_whole(model, name)
         compute_as_in_training(model)
         return model
     if not isinstance(model, str):

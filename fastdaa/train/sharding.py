@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from fastdaa.head import LmHead
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.quantization import is_quantized, quantization_of
+from fastdaa.train.zero3 import check_whole, gathered, holds_cut
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from fastdaa.train.base import PairTrainer
     from fastdaa.train.packed_config import PackedConfig
+
+_GATHERS = "stage3_gather_16bit_weights_on_model_save"
 
 
 def check_one_device(args: PackedConfig) -> None:
@@ -45,18 +49,15 @@ def check_parallelism(trainer: PairTrainer) -> None:
         if size > 1:
             raise ValueError(
                 f"{name}_size: expected 1, got {size}; pairs and the LM head cannot be cut. Train "
-                "with DDP, FSDP2 or DeepSpeed ZeRO 1 or 2"
+                "with DDP, FSDP2 or DeepSpeed"
             )
-    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed: expected ZeRO stage 0, 1 or 2, got 3, which leaves the weight of the LM "
-            "head empty wherever the head itself does not run; train with FSDP2 instead"
-        )
+    if zero_stage(trainer) == 3:
+        _check_zero3(trainer)
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if sharded and getattr(trainer.args, "precompute_ref_log_probs", False):
         raise ValueError(
-            "precompute_ref_log_probs: expected an unsharded run, got FSDP or DeepSpeed; fill the "
-            "cache with a run on whole models first, or leave the option out"
+            "precompute_ref_log_probs: expected an unsharded run, got FSDP or DeepSpeed, which cut "
+            "the reference into pieces as they cut the policy; leave the option out"
         )
     if trainer.is_fsdp_enabled and getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError("FSDP: expected version 2 (fsdp_version: 2), got version 1")
@@ -65,6 +66,71 @@ def check_parallelism(trainer: PairTrainer) -> None:
             f"FSDP: expected a model whose weights can be cut, got a quantised one "
             f"({quantization_of(trainer.model)}); train with DDP, which needs it whole on every GPU"
         )
+
+
+def _check_zero3(trainer: PairTrainer) -> None:
+    """Raise ``ValueError`` for what does not go together with weights that lie in pieces."""
+    check_whole(trainer.model, "model")
+    if is_quantized(trainer.model):
+        raise ValueError(
+            "DeepSpeed ZeRO-3: expected a model whose weights can be cut, got a quantised one "
+            f"({quantization_of(trainer.model)}); train with DDP or ZeRO-2, which keep it whole"
+        )
+    if trainer.args.torch_compile:
+        raise ValueError("torch_compile: expected False with DeepSpeed ZeRO-3, got True")
+    if getattr(trainer.args, "auto_find_batch_size", False):
+        raise ValueError("auto_find_batch_size: expected False with DeepSpeed ZeRO-3, got True")
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero.setdefault(_GATHERS, True) is False:
+        raise ValueError(
+            f"DeepSpeed: expected {_GATHERS} to be true, or left out, got false, with which no "
+            "model would be saved (`accelerate launch` needs --zero3_save_16bit_model true)"
+        )
+
+
+def zero_stage(trainer: PairTrainer) -> int | None:
+    """The ZeRO stage; None without DeepSpeed."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    return int(trainer.accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def pieces_fact(trainer: PairTrainer) -> dict[str, str]:
+    """How DeepSpeed cuts what checkpoints hold; it can read them in that way alone."""
+    stage = zero_stage(trainer)
+    if stage is None:
+        return {}
+    processes = f" over {trainer.args.world_size} processes" if stage else ""
+    return {"DeepSpeed": f"ZeRO {stage}{processes}"}
+
+
+def meets_in_packs(trainer: PairTrainer) -> bool:
+    """Whether the forward or the backward of every pack is a collective of all processes."""
+    return trainer.is_fsdp_enabled or (zero_stage(trainer) or 0) >= 2
+
+
+def more_to_come(trainer: PairTrainer, model: nn.Module) -> AbstractContextManager[None]:
+    """Around the backward of a pack that is not the last of its batch.
+
+    DDP ranks may have different numbers of packs; they meet in the last backward. FSDP meets in
+    each: the gradients of whole weights would not fit. DeepSpeed steps in the backward of what
+    accelerate takes for the last batch of a step.
+    """
+    if trainer.is_fsdp_enabled:
+        return contextlib.nullcontext()
+    if trainer.is_deepspeed_enabled:
+        return _without_step(trainer.accelerator)
+    return trainer.accelerator.no_sync(model)
+
+
+@contextlib.contextmanager
+def _without_step(accelerator: Accelerator) -> Iterator[None]:
+    before = accelerator.sync_gradients
+    accelerator.sync_gradients = False
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = before
 
 
 def settle_ddp(args: PackedConfig, model: nn.Module) -> None:
@@ -87,7 +153,7 @@ def _uses_all(core: PreTrainedModel, args: PackedConfig) -> bool:
 
 
 @contextlib.contextmanager
-def head_in_force(core: PreTrainedModel) -> Iterator[LmHead]:
+def head_in_force(core: PreTrainedModel, temperature: float = 1.0) -> Iterator[LmHead]:
     """The LM head inside a forward of the model, whole where FSDP2 keeps it in shards.
 
     It does so where the head is a unit of its own (accelerate makes it one under PEFT), which FSDP2
@@ -98,7 +164,7 @@ def head_in_force(core: PreTrainedModel) -> Iterator[LmHead]:
     if alone:
         module.unshard()
     try:
-        yield LmHead.from_model(core)
+        yield LmHead.from_model(core, temperature=temperature)
     finally:
         # With gradient, the backward does it.
         if alone and not torch.is_grad_enabled():
@@ -107,6 +173,12 @@ def head_in_force(core: PreTrainedModel) -> Iterator[LmHead]:
 
 def head_afterwards(core: PreTrainedModel) -> LmHead:
     """The LM head outside of a forward, without gradient; its shards are put together."""
+    module: Any = core.get_output_embeddings()
+    if holds_cut(module):
+        with gathered(module.parameters()):
+            head = LmHead.from_model(core).detach()
+            bias = None if head.bias is None else head.bias.clone()
+            return replace(head, weight=head.weight.clone(), bias=bias)
     head = LmHead.from_model(core).detach()
     if not isinstance(head.weight, DTensor):
         return head
@@ -138,12 +210,19 @@ def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def _deepspeed_inference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The reference under DeepSpeed: replicated, without optimizer and scheduler."""
+    """The reference under DeepSpeed, without optimizer and scheduler: in pieces under ZeRO-3, else
+    replicated."""
     import deepspeed
 
     config: dict[str, Any] = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for block in ("optimizer", "scheduler"):
         config.pop(block, None)
-    config["zero_optimization"] = {"stage": 0}
+    zero = config["zero_optimization"]
+    if accelerator.state.deepspeed_plugin.zero_stage != 3:
+        zero = {"stage": 0}
+    zero.pop("offload_optimizer", None)
+    # What the Trainer derives from the policy is not known yet; DeepSpeed's own defaults do.
+    config["zero_optimization"] = {name: v for name, v in zero.items() if v != "auto"}
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()  # returns None, unlike a module's
+    return engine

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from fastdaa.train.zero3 import whole_size
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -74,7 +76,7 @@ def say_plan(args: PackedConfig, rows: int, unit: str, model: nn.Module) -> None
         "plan: steps %s, %s a step %s%s, epochs %.3g of %s %s, trained parameters %s",
         f"{steps:,}", unit, f"{args.train_batch_size * accumulated * processes:,}",
         f" ({product})" if " " in product else "", steps / _steps_of_epoch(args, rows),
-        f"{rows:,}", unit, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+        f"{rows:,}", unit, f"{sum(whole_size(p) for p in model.parameters() if p.requires_grad):,}",
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class PreferenceTrainer(PackLoop):
     rows_type: ClassVar[Any] = PairRows
     """What reads the rows of a tokenised dataset."""
     precompute_type: ClassVar[type[Precompute]] = Precompute
-    ref_fields: ClassVar[tuple[str, ...]] = REF_FIELDS
+    ref_fields: tuple[str, ...] = REF_FIELDS
     """Columns of precomputed reference log-probs."""
     args: PreferenceConfig
     data_kind: ClassVar[str] = "preference pairs"

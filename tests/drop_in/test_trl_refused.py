@@ -70,7 +70,7 @@ def test_a_budget_of_nothing_is_refused_at_construction(make_dpo, ours, budget):
 
 @pytest.mark.parametrize(
     "changed",
-    [("is_fsdp_enabled", "fsdp: "), ("_is_vlm", "processing_class: ")],
+    [("is_fsdp_enabled", r"fsdp: expected FSDP2 .* got FSDP1"), ("_is_vlm", "processing_class: ")],
     ids=lambda c: c[0],
 )
 def test_what_is_known_late_is_refused_too(ours, changed):
@@ -78,7 +78,10 @@ def test_what_is_known_late_is_refused_too(ours, changed):
 
     from fastdaa.drop_in.trl.refusals import check_trainer
 
-    accelerator = SimpleNamespace(state=None, parallelism_config=None)
+    plugin = SimpleNamespace(fsdp_version=1)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None
+    )
     state = {
         "_is_vlm": False, "is_fsdp_enabled": False, "is_deepspeed_enabled": False,
         "accelerator": accelerator,
@@ -87,6 +90,8 @@ def test_what_is_known_late_is_refused_too(ours, changed):
     name, message = changed
     with pytest.raises(ValueError, match=message):
         check_trainer("DPOTrainer", SimpleNamespace(**{**state, name: True}))
+    plugin.fsdp_version = 2
+    check_trainer("DPOTrainer", SimpleNamespace(**{**state, "is_fsdp_enabled": True}))
 
 
 def test_parallelism_is_refused(ours):

@@ -271,6 +271,12 @@ def run_two(run_several: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(run_several, 2)
 
 
+@pytest.fixture(scope="session")
+def ranks() -> Callable[[int], dict[str, str]]:
+    """``ranks(count)``: the environment of processes that meet, but for their numbers."""
+    return _ranks
+
+
 def _ranks(count: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

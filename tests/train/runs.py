@@ -180,7 +180,7 @@ def main(options: dict[str, Any]) -> None:
     if was_interrupted(trainer):
         sys.exit(130)
     folder = Path(str(trainer.args.output_dir))
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model)
     if trainer.is_world_process_zero():
         weights = {name: tensor.clone() for name, tensor in state.items()}
         save_file(weights, folder / "final.safetensors")
@@ -202,6 +202,15 @@ def command(options: dict[str, Any]) -> None:
                 self.add_callback(End(**options["end"]))
 
     train._trainer_class = lambda: Trainer
+    if options.get("fsdp"):
+        read = PreferenceConfig._process_fsdp_args
+
+        def on_cpu(args: PreferenceConfig) -> Any:
+            plugin = read(args)
+            allow_fsdp_on_cpu(args)
+            return plugin
+
+        PreferenceConfig._process_fsdp_args = on_cpu  # type: ignore[method-assign]
     with open(options["log"], "w") as log, contextlib.redirect_stdout(log):
         code = fastdaa(options["argv"])
     sys.exit(code)

@@ -80,8 +80,14 @@ def test_files_of_other_ways_to_train(checkpoint):
     (checkpoint / "rng_state_0.pth").write_bytes((checkpoint / "scheduler.pt").read_bytes())
     assert defect(checkpoint) is None
     (checkpoint / "scheduler.pt").unlink()
-    (checkpoint / "global_step2").mkdir()
+    states = checkpoint / "global_step2" / "mp_rank_00_model_states.pt"
+    states.parent.mkdir()
+    assert defect(checkpoint) == "has no latest"
+    (checkpoint / "latest").write_text("global_step2")
+    (checkpoint / "rng_state_0.pth").rename(states)
     assert defect(checkpoint) is None
+    cut(states)
+    assert defect(checkpoint) == "has a damaged mp_rank_00_model_states.pt (its end is missing)"
 
 
 def test_of_the_damaged_the_one_before_is_taken(tmp_path, checkpoint, caplog):

@@ -220,16 +220,21 @@ _ONE_LAYER = transformers.LlamaConfig(
 )
 
 
-def parallel(*, zero=None, fsdp=None, precompute=False, **sizes):
+def parallel(*, zero=None, fsdp=None, precompute=False, settings=None, gather=None, **sizes):
     """What the check looks at, of a trainer under some parallelism."""
+    gathers = {} if gather is None else {"stage3_gather_16bit_weights_on_model_save": gather}
+    config = {"zero_optimization": {"stage": zero, **gathers}}
     state = SimpleNamespace(
-        deepspeed_plugin=SimpleNamespace(zero_stage=zero),
+        deepspeed_plugin=SimpleNamespace(zero_stage=zero, deepspeed_config=config),
         fsdp_plugin=SimpleNamespace(fsdp_version=fsdp),
     )
     config = SimpleNamespace(**sizes) if sizes else None
     accelerator = SimpleNamespace(state=state, parallelism_config=config)
     return SimpleNamespace(
-        args=SimpleNamespace(precompute_ref_log_probs=precompute),
+        args=SimpleNamespace(
+            precompute_ref_log_probs=precompute,
+            **{"torch_compile": False, "auto_find_batch_size": False, **(settings or {})},
+        ),
         accelerator=accelerator,
         model=transformers.LlamaForCausalLM(_ONE_LAYER),
         is_deepspeed_enabled=zero is not None,
@@ -240,13 +245,31 @@ def parallel(*, zero=None, fsdp=None, precompute=False, **sizes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zero": 3}, "expected ZeRO stage 0, 1 or 2, got 3"),
+        ({"zero": 3, "settings": {"torch_compile": True}}, "torch_compile: expected False with D"),
+        (
+            {"zero": 3, "settings": {"auto_find_batch_size": True}},
+            "auto_find_batch_size: expected False with DeepSpeed ZeRO-3",
+        ),
+        (
+            {"zero": 3, "gather": False},
+            "gather_16bit_weights_on_model_save to be true, or left out",
+        ),
+        ({"zero": 2, "precompute": True}, "precompute_ref_log_probs: expected an unsharded run"),
         ({"fsdp": 1}, "FSDP: expected version 2"),
         ({"fsdp": 2, "precompute": True}, "precompute_ref_log_probs: expected an unsharded run"),
         ({"tp_size": 2}, "tp_size: expected 1, got 2"),
         ({"cp_size": 4}, "cp_size: expected 1, got 4"),
     ],
-    ids=["ZeRO-3", "FSDP1", "FSDP and cache", "tensor parallel", "context parallel"],
+    ids=[
+        "ZeRO-3 compiled",
+        "ZeRO-3 and batch sizes",
+        "ZeRO-3 without a model",
+        "ZeRO-2 and cache",
+        "FSDP1",
+        "FSDP and cache",
+        "tensor parallel",
+        "context parallel",
+    ],
 )
 def test_parallelism(options, message):
     with pytest.raises(ValueError, match=message):
@@ -254,10 +277,19 @@ def test_parallelism(options, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"zero": 2}, {"fsdp": 2}, {"dp_replicate_size": 2}], ids=str
+    "options",
+    [{}, {"zero": 2}, {"zero": 3, "gather": True}, {"fsdp": 2}, {"dp_replicate_size": 2}],
+    ids=str,
 )
 def test_parallelism_that_works(options):
     check_parallelism(parallel(**options))
+
+
+def test_zero_3_saves_a_model_unless_told_otherwise():
+    trainer = parallel(zero=3)
+    check_parallelism(trainer)
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
 
 
 SMALL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from fastdaa.drop_in.trl.entropy_gradient import with_gradient
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps_and_stats
+from fastdaa.train.sharding import head_in_force
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,14 +107,14 @@ def _score(
     if getattr(text_config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     backbone = model.base_model(*args, **kwargs)
+    states, targets = backbone.last_hidden_state[:, :-1], labels[:, 1:]
     # Looked up now: inside `disable_adapter()` and the like another weight is in force.
-    head = LmHead.from_model(model, temperature=wanted.temperature)
-    states = backbone.last_hidden_state[:, :-1].to(head.weight.device)
-    targets = labels[:, 1:].to(states.device)
-    scored = targets != LABEL_NOT_SCORED
-    with _precision(wanted.in_fp32, states.device):
-        rows = states[scored].float() if wanted.in_fp32 else states[scored]
-        per_token = _per_token(rows, head, targets[scored], wanted)
+    with head_in_force(model, wanted.temperature) as head:
+        states, targets = states.to(head.weight.device), targets.to(head.weight.device)
+        scored = targets != LABEL_NOT_SCORED
+        with _precision(wanted.in_fp32, states.device):
+            rows = states[scored].float() if wanted.in_fp32 else states[scored]
+            per_token = _per_token(rows, head, targets[scored], wanted)
 
     def spread(values: Tensor) -> Tensor:
         # Scattering keeps the graph where no token is scored: a gradient of 0, and no error.

@@ -1,0 +1,71 @@
+"""Two processes with FSDP2: the drop-in trainers and TRL's own on the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SAMPLED = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+RUNS = {
+    "dpo": ["DPO", {}, None],
+    "dpo-lora": ["DPO", {}, {"r": 2, "init_lora_weights": False}],
+    "kto": ["KTO", {}, None],
+    "sft": ["SFT", {}, None],
+    "grpo": ["GRPO", SAMPLED, None],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(trl, new_model, tokenizer, data, tmp_path_factory):
+    """The folder in which all runs have left what they trained."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    new_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "runs.json").write_text(json.dumps([*RUNS.values()]))
+    for name in {run[0] for run in RUNS.values()}:
+        data[name].to_json(folder / f"{name}.jsonl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root, script = Path(__file__).resolve().parents[2], Path(__file__).with_name("fsdp_runs.py")
+    common = {
+        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "PYTHONPATH": str(root), "TRL_EXPERIMENTAL_SILENCE": "1",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)], stderr=subprocess.PIPE, text=True,
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    ends = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends[0][-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_fsdp2_trains_what_trl_trains(trained, name):
+    number = [*RUNS].index(name)
+    (sharded, got), (_, expected) = (
+        json.loads((trained / f"{side}-{number}.json").read_text()) for side in ("ours", "theirs")
+    )
+    assert sharded and len(got) == 3
+    assert got == pytest.approx(expected, abs=2e-5)
+    ours, theirs = (
+        load_file(trained / f"{side}-{number}.safetensors") for side in ("ours", "theirs")
+    )
+    before = load_file(trained / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], atol=1e-5, rtol=1e-4)
+    moved = [key for key in ours if key not in before or not torch.equal(ours[key], before[key])]
+    assert moved

@@ -1,0 +1,244 @@
+"""DeepSpeed over two gloo processes: the same training as one process without it.
+
+Skipped without the package ``deepspeed``, which is no requirement. On a CPU,
+``DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from word_files import word_tokenizer, write_pairs
+
+from fastdaa.train.callbacks import read_metrics
+from fastdaa.train.checkpoints import last_complete
+
+pytest.importorskip("deepspeed")
+
+# Numbers of time and memory, which no two runs share.
+RATES = ("throughput/", "memory/", "packing/", "time")
+CPU = {"DS_ACCELERATOR": "cpu"}
+
+
+def deepspeed(stage, **zero):
+    """Settings of a ZeRO stage; small buckets, so that several are filled, and nothing kept."""
+    zero = {"stage": stage, "reduce_bucket_size": 500, "overlap_comm": False, **zero}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 600}
+        zero |= {"stage3_max_live_parameters": 2000, "stage3_max_reuse_distance": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+        "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    return {"deepspeed": config, "env": CPU}
+
+
+def rows_of(folder):
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+
+def assert_agree(two, one, atol=1e-5):
+    """Weights and rows, but the norm of gradients, which DeepSpeed does not give at stage 0."""
+    got, expected = (load_file(folder / "final.safetensors") for folder in (two, one))
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=1e-4)
+    assert len(rows_of(two)) == len(rows_of(one)) > 0
+    for row, wanted in zip(rows_of(two), rows_of(one), strict=True):
+        for name, value in wanted.items():
+            if not name.startswith(RATES) and (name in row or name != "grad_norm"):
+                assert row[name] == pytest.approx(value, abs=1e-4), (row["step"], name)
+
+
+CASES = {
+    "plain": {},
+    "tied": {"model": {"tie_word_embeddings": True}},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "adapter": {"lora": {"r": 2}},
+    "adapter on the head": {"lora": {"r": 2, "target_modules": ["q_proj", "lm_head"]}},
+    "whole head": {"lora": {"r": 2, "modules_to_save": ["lm_head"]}},
+    "unequal packs": {
+        "tokens_per_pack": 25, "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": 2,
+    },
+    "packed": {"layout": "packed"},
+    "padded": {"layout": "padded"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "recomputed logits": {"impl": "recompute"},
+}  # fmt: skip
+REPLICATED = ("plain", "adapter", "unequal packs")
+EVERY_CASE = [
+    pytest.param(stage, options, id=f"{name}, stage {stage}")
+    for stage in (0, 1, 2, 3)
+    for name, options in CASES.items()
+    if stage > 1 or name in REPLICATED
+]
+
+
+@pytest.mark.parametrize(("stage", "options"), EVERY_CASE)
+def test_zero_is_one_process_with_twice_the_batch(run, run_two, tmp_path, pairs, stage, options):
+    # Steps of SGD do not blow up rounding errors as those of Adam do.
+    common = {
+        "pairs": pairs(24).to_list(), "save_strategy": "no", "optim": "sgd", "learning_rate": 0.3,
+        "eval": pairs(15, seed=1).to_list(), "eval_strategy": "epoch", **options,
+    }  # fmt: skip
+    assert run(tmp_path / "one", per_device_train_batch_size=8, **common) == 0
+    assert run_two(tmp_path / "two", **deepspeed(stage), **common) == [0, 0]
+    assert_agree(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_unpaired_data(run, run_two, tmp_path, unpaired, stage):
+    common = {
+        "pairs": unpaired(24).to_list(), "save_strategy": "no", "optim": "sgd",
+        "learning_rate": 0.3, "loss_type": "kto",
+    }  # fmt: skip
+    assert run(tmp_path / "one", per_device_train_batch_size=8, groups=4, **common) == 0
+    assert run_two(tmp_path / "two", **deepspeed(stage), **common) == [0, 0]
+    assert_agree(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", [{}, {"lora": {"r": 2}}], ids=["full", "adapter"])
+def test_a_stopped_run_goes_on_to_the_bit(run_two, tmp_path, stage, kind):
+    options = {"save_steps": 100, "model": {"attention_dropout": 0.2}, "disable_dropout": False}
+    options |= {**kind, **deepspeed(stage)}
+    assert run_two(tmp_path / "whole", **options) == [0, 0]
+    end = {"step": 3, "number": signal.SIGTERM if stage % 2 else signal.SIGINT, "rank": 1}
+    assert run_two(tmp_path / "out", end=end, **options) == [130, 130]
+    assert last_complete(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-3")
+    assert run_two(tmp_path / "out", resume=True, **options) == [0, 0]
+    got, expected = (load_file(tmp_path / f / "final.safetensors") for f in ("out", "whole"))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    steps = [row["step"] for row in rows_of(tmp_path / "out")]
+    assert steps == sorted(set(steps)) and len(steps) == 6
+
+
+def test_a_checkpoint_goes_on_as_it_was_cut(run, run_two, tmp_path):
+    assert run_two(tmp_path, max_steps=2, **deepspeed(2)) == [0, 0]
+    assert run_two(tmp_path, max_steps=4, resume=True, **deepspeed(3)) == [1, 1]
+    assert run(tmp_path, max_steps=4, resume=True) == 1
+    assert run_two(tmp_path, max_steps=4, resume=True, **deepspeed(2)) == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_is_close_to_fp32(run, run_two, tmp_path, pairs, stage):
+    common = {
+        "pairs": pairs(24).to_list(), "save_strategy": "no", "optim": "sgd", "learning_rate": 0.3,
+    }  # fmt: skip
+    assert run(tmp_path / "one", per_device_train_batch_size=8, **common) == 0
+    assert run_two(tmp_path / "two", bf16=True, **deepspeed(stage), **common) == [0, 0]
+    got, expected = (rows_of(tmp_path / folder) for folder in ("two", "one"))
+    # Policy and reference are rounded alike: at the start there is nothing between them.
+    assert got[0]["rewards/margins"] == 0.0 and got[0]["kl/token"] == pytest.approx(0, abs=1e-6)
+    for row, wanted in zip(got, expected, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], abs=0.05)
+    weights = load_file(tmp_path / "two" / "final.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_two, tmp_path):
+    options = {"learning_rate": 1e39, "optim": "sgd", "logging_strategy": "no", "save_steps": 1}
+    assert run_two(tmp_path, **options, **deepspeed(3)) == [1, 1]
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+CUT = """
+import deepspeed, torch, transformers
+from fastdaa.train.backbone import install_head_task, run_head_task
+from fastdaa.train.sharding import head_afterwards, head_in_force
+
+def cut(**settings):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, **settings)
+    core = transformers.LlamaForCausalLM(config)
+    whole = core.lm_head.weight.detach().clone()
+    install_head_task(core)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False,
+            "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    engine, *_ = deepspeed.initialize(model=core, config={
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True},
+        optimizer=torch.optim.SGD(core.parameters(), lr=1.0))
+    return core, whole, engine
+
+core, whole, engine = cut()
+head, sizes = core.lm_head.weight, []
+note = lambda *_: sizes.append(head.numel())
+core.model.norm.register_forward_hook(note)
+core.model.layers[0].register_full_backward_hook(note)
+
+def task(hidden):
+    with head_in_force(core) as live:
+        assert torch.equal(live.weight, whole)
+        loss = live.logits(hidden).square().mean()
+    loss.register_hook(note)
+    return loss
+
+for _ in range(2):
+    ids = torch.arange(5)[None]
+    loss = run_head_task(engine, {"input_ids": ids, "position_ids": ids}, task).result
+    assert head.numel() == 0
+    engine.backward(loss)
+    assert torch.equal(head_afterwards(core).weight, whole) and head.numel() == 0
+    print(sizes)
+    assert sizes == [0, whole.numel(), 0], sizes
+    sizes.clear()
+    engine.step()
+    with deepspeed.zero.GatheredParameters([head]):
+        assert not torch.equal(head, whole)
+        whole = head.detach().clone()
+core, whole, engine = cut(tie_word_embeddings=True)
+assert torch.equal(head_afterwards(core).weight, whole)
+"""
+
+
+def test_the_head_is_whole_around_its_own_work_alone():
+    env = {**os.environ, **CPU, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", CUT], capture_output=True, text=True, timeout=120, env=env
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_command_saves_a_whole_model(tmp_path, tiny_model, stage):
+    tiny_model().save_pretrained(tmp_path / "start")
+    word_tokenizer().save_pretrained(tmp_path / "start")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    (tmp_path / "ds.json").write_text(json.dumps(deepspeed(stage)["deepspeed"]))
+    command = [
+        *("fastdaa.cli", "train", "--model", tmp_path / "start", "--use_cpu", "--max_steps", 2),
+        *("--dataset", tmp_path / "pairs.jsonl", "--optim", "sgd", "--learning_rate", 0.3),
+        *("--report_to", "none", "--save_strategy", "no"),
+    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    two = ["--deepspeed", tmp_path / "ds.json", "--per_device_train_batch_size", 2]
+    for name, arguments in (
+        ("one", ["-m", *command, "--per_device_train_batch_size", 4]),
+        ("two", [*launcher, *command, *two]),
+    ):
+        arguments = [sys.executable, *map(str, arguments), "--output_dir", str(tmp_path / name)]
+        ended = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=180, env={**os.environ, **CPU}
+        )
+        assert ended.returncode == 0, ended.stderr
+    kind = transformers.LlamaForCausalLM
+    got, expected = (kind.from_pretrained(tmp_path / name) for name in ("two", "one"))
+    start = dict(tiny_model().named_parameters())
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(dict(got.named_parameters())[name], weight)
+    assert not torch.equal(start["lm_head.weight"], expected.lm_head.weight)
