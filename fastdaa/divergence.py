@@ -123,7 +123,7 @@ class _Divergence(torch.autograd.Function):
         values, slopes = divergences(policy, ref, kind, plan)
         ctx.kind, ctx.plan, ctx.dtype = kind, plan, hidden_states.dtype
         ctx.operands = (policy.operand, ref.operand)
-        ctx.options = tuple(replace(h, weight=h.weight[:0], bias=None) for h in (head, ref_head))
+        ctx.options = (head.settings(), ref_head.settings())
         # A change in place before the backward pass raises, of the reference's tensors, too.
         ctx.frozen = slopes is not None
         tensors = (hidden_states, weight, bias, ref_hidden_states, ref_weight, ref_bias)

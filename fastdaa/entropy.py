@@ -88,7 +88,7 @@ class _Entropy(torch.autograd.Function):
             ctx.save_for_backward(*slopes)
             return values
         state, values = entropies(hidden_states, head, plan, operand)
-        ctx.options = replace(head, weight=weight[:0], bias=None)
+        ctx.options = head.settings()
         ctx.save_for_backward(hidden_states, weight, bias, values, state.m, state.log_s)
         return values.clone()  # may be changed in place, as a result of PyTorch's own
 

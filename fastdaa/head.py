@@ -105,6 +105,11 @@ class LmHead:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
 
+    def settings(self) -> LmHead:
+        """The same head without weights ``[0, D]``, for a backward pass that saves them itself."""
+        # A slice of the weight would hold its memory, which ZeRO-3 gives back in between.
+        return replace(self, weight=self.weight.new_empty((0, self.weight.shape[1])), bias=None)
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """All logits of ``hidden_states [..., D]``, ``[..., V]``, in the inputs' promoted dtype
         (those of this process's slice where the vocabulary is split)."""

@@ -58,7 +58,7 @@ class Kept(torch.autograd.Function):
         coefficients, state, kept = waiting
         ctx.save_for_backward(hidden_states, weight, bias, targets, coefficients, *state, *kept)
         ctx.plan, ctx.operand = plan, logits.operand
-        ctx.options = replace(head, weight=head.weight[:0], bias=None)
+        ctx.options = head.settings()
         logps = logps.clone()  # the caller may change it, backward reads the other
         ctx.mark_non_differentiable(losses, logps, *values)
         return losses.sum() / pairs, losses, logps, *values

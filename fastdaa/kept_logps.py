@@ -39,7 +39,7 @@ class KeptLogps(torch.autograd.Function):
         values, state, kept = keep_logps(logits, targets, plan, stats)
         ctx.save_for_backward(hidden_states, weight, bias, targets, *state, *kept)
         ctx.plan, ctx.operand = plan, logits.operand
-        ctx.options = replace(head, weight=head.weight[:0], bias=None)
+        ctx.options = head.settings()
         ctx.mark_non_differentiable(*values)
         return state.logps.clone(), *values  # the caller may change it, backward reads the other
 

@@ -61,7 +61,7 @@ class Recompute(torch.autograd.Function):
         """Statistics only; the inputs and three or four numbers a token are kept."""
         state, values = score(hidden_states, head, targets, plan, stats=stats, positions=positions)
         ctx.plan = plan
-        ctx.options = replace(head, weight=head.weight[:0], bias=None)
+        ctx.options = head.settings()
         ctx.operand = operand_dtype(hidden_states, weight)
         absent = state.m.new_empty(0)
         more = list(values) if values is not None else [absent.clone() for _ in range(STATISTICS)]

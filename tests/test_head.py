@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdaa import LmHead, reference, token_logps
+from fastdaa import (
+    LmHead,
+    reference,
+    token_divergence,
+    token_entropy,
+    token_logps,
+    token_logps_and_entropy,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -412,3 +419,25 @@ def test_adapters_that_are_no_sum_of_two_matrices_are_refused(peft, config_class
         LmHead.from_model(model)
     with model.disable_adapter():
         LmHead.from_model(model)
+
+
+@pytest.mark.parametrize("what", ["recompute", "single_pass", "entropy", "both", "divergence"])
+def test_a_graph_holds_the_weight_as_what_was_saved_alone(what):
+    """FSDP and ZeRO take the memory of a saved weight back until the backward pass."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets, head = torch.arange(5), LmHead(weight)
+    if what in ("recompute", "single_pass"):
+        result = token_logps(hidden, weight, targets, impl=what)
+    elif what == "entropy":
+        result = token_entropy(hidden, weight)
+    elif what == "both":
+        result = token_logps_and_entropy(hidden, weight, targets)[0]
+    else:
+        result = token_divergence(hidden, head, torch.randn(5, 8), head.detach())
+    function = result.grad_fn
+    while not hasattr(function, "options"):
+        function = function.next_functions[0][0]
+    held = function.options if isinstance(function.options, tuple) else (function.options,)
+    assert all(one.weight.untyped_storage().nbytes() == 0 for one in held)
+    result.sum().backward()
+    assert weight.grad.any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class _MadeLater(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """The values as they are."""
         ctx.save_for_backward(hidden_states, weight, bias)
-        ctx.options = replace(head, weight=weight[:0].detach(), bias=None)
+        ctx.options = head.settings()
         ctx.max_bytes = max_bytes
         device = hidden_states.device.type
         ctx.autocast = (

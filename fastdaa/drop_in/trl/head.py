@@ -15,6 +15,7 @@ from fastdaa.drop_in.trl.entropy_gradient import with_gradient
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps_and_stats
 from fastdaa.train.sharding import head_in_force
+from fastdaa.train.zero3 import call_as, gathered, holds_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,9 @@ def add_head(
     if unknown:
         known = ", ".join(("log_probs", *_STATS))
         raise ValueError(f"outputs: expected some of {known}, got {unknown}")
-    LmHead.from_model(model, temperature=temperature)  # raises now rather than in the first step
+    module: Any = model.get_output_embeddings()
+    with gathered(() if module is None else module.parameters()):
+        LmHead.from_model(model, temperature=temperature)  # raises now, not in the first step
     # Of the class, unless somebody has wrapped it: a bound one would stay that of this model in a
     # copy of it.
     wrapped = model.__dict__.get("forward")
@@ -107,14 +110,19 @@ def _score(
     if getattr(text_config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     backbone = model.base_model(*args, **kwargs)
-    states, targets = backbone.last_hidden_state[:, :-1], labels[:, 1:]
-    # Looked up now: inside `disable_adapter()` and the like another weight is in force.
-    with head_in_force(model, wanted.temperature) as head:
-        states, targets = states.to(head.weight.device), targets.to(head.weight.device)
-        scored = targets != LABEL_NOT_SCORED
-        with _precision(wanted.in_fp32, states.device):
-            rows = states[scored].float() if wanted.in_fp32 else states[scored]
-            per_token = _per_token(rows, head, targets[scored], wanted)
+
+    def score(states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Looked up now: inside `disable_adapter()` and the like another weight is in force.
+        with head_in_force(model, wanted.temperature) as head:
+            states, targets = states.to(head.weight.device), labels[:, 1:].to(head.weight.device)
+            scored = targets != LABEL_NOT_SCORED
+            with _precision(wanted.in_fp32, states.device):
+                rows = states[scored].float() if wanted.in_fp32 else states[scored]
+                return scored, _per_token(rows, head, targets[scored], wanted)
+
+    states = backbone.last_hidden_state[:, :-1]
+    module: Any = model.get_output_embeddings()
+    scored, per_token = call_as(module, score, states) if holds_cut(module) else score(states)
 
     def spread(values: Tensor) -> Tensor:
         # Scattering keeps the graph where no token is scored: a gradient of 0, and no error.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import Trainer
 from trl.trainer.utils import hash_module
 
 from fastdaa.drop_in.trl.head import add_head
 from fastdaa.drop_in.trl.refusals import check_arguments, check_trainer
+from fastdaa.train.zero3 import gathered, holds_cut
 from fastdaa.validation import check_positive
 
 
@@ -107,6 +110,17 @@ def _names_in(module: ModuleType, functions: dict[str, Callable[..., Any]]) -> I
             setattr(module, name, original)
 
 
-def _hash_module(module: Any) -> str:
+def _hash_module(module: nn.Module) -> str:
     # TRL's own head rounds half-precision logits: its log-probs of the same weights are others.
-    return f"fastdaa-{hash_module(module)}"
+    return f"fastdaa-{_hash_weights(module)}"
+
+
+def _hash_weights(module: nn.Module) -> str:
+    if not holds_cut(module):
+        return hash_module(module)
+    # TRL would hash empty tensors, which are those of every model.
+    parts = hashlib.sha256()
+    for weight in module.parameters():
+        with gathered([weight]):
+            parts.update(hash_module(nn.ParameterList([weight])).encode())
+    return parts.hexdigest()

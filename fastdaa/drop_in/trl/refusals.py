@@ -30,16 +30,13 @@ def check_trainer(trainer_name: str, trainer: Any) -> None:
     """Refuse what is known once TRL has set up model and accelerator.
 
     Raises:
-        ValueError: a vision model, FSDP1, DeepSpeed ZeRO-3, or tensor, context or sequence
-            parallelism.
+        ValueError: a vision model, FSDP1, or tensor, context or sequence parallelism.
     """
     if trainer._is_vlm:
         raise refused(trainer_name, "processing_class", "a tokenizer", "that of a vision model")
     state = trainer.accelerator.state
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
         raise refused(trainer_name, "fsdp", "FSDP2 (fsdp_version: 2)", "FSDP1")
-    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
-        raise refused(trainer_name, "deepspeed", "ZeRO stage 0, 1 or 2", "3")
     parallelism = trainer.accelerator.parallelism_config
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) > 1:
