@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 Task = TypeVar("Task")
@@ -80,19 +81,23 @@ def _run(
     pool = ProcessPoolExecutor(min(workers, len(waiting)), spawn, _start_worker)
     others = set(multiprocessing.active_children())
     running: dict[Future[Outcome], Task] = {}
+    # Ctrl-C inside `concurrent.futures.wait` may leave the lock of a future taken, for which the
+    # pool then waits for ever; inside this queue's `get` it leaves nothing.
+    ended: SimpleQueue[Future[Outcome]] = SimpleQueue()
     suspects: list[Task] = []
     try:
         while running or (waiting and not suspects):
             while waiting and not suspects and len(running) < workers:
                 with _one_thread_and_deaf_to_ctrl_c():
                     future = pool.submit(_attempt, function, waiting[-1])
-                running[future] = waiting.pop()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    suspects.append(task)
-                else:
-                    yield task, future.result()
+                    running[future] = waiting.pop()
+                    future.add_done_callback(ended.put)
+            future = ended.get()
+            task = running.pop(future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                suspects.append(task)
+            else:
+                yield task, future.result()
         return suspects
     except BrokenProcessPool:  # noticed while handing out the next task
         return [*suspects, *running.values()]
