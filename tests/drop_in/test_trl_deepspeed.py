@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from drop_in.trl_runs import compare_rows
+from meeting import meeting, zero_settings
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
@@ -33,35 +33,11 @@ SETTINGS = {
 }  # fmt: skip
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 SAMPLED = {"num_generations": 2, "max_completion_length": 6, "beta": 0.2}
+CPU = {"DS_ACCELERATOR": "cpu"}
 OWN = {
     "DPO": {"beta": 0.3, **IN_ORDER}, "KTO": {"beta": 0.3, **IN_ORDER}, "SFT": IN_ORDER,
     "GRPO": SAMPLED, "RLOO": SAMPLED,
 }  # fmt: skip
-
-
-def zero(stage):
-    """Settings of a ZeRO stage; small buckets, so that several are filled, and nothing kept."""
-    options = {"stage": stage, "reduce_bucket_size": 500, "overlap_comm": False}
-    if stage == 3:
-        options |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 600}
-        options |= {"stage3_max_live_parameters": 2000, "stage3_max_reuse_distance": 0}
-        options |= {"stage3_gather_16bit_weights_on_model_save": True}
-    return {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
-        "zero_optimization": options, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-
-
-def meeting(count):
-    """The environment of processes that meet, but for their numbers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +76,11 @@ def run(start, new_model, tokenizer, data, tmp_path):
         if stage is None:
             own["per_device_train_batch_size"] *= 2
         else:
-            own |= {"deepspeed": zero(stage), "ddp_backend": "gloo"}
-            common = meeting(2)
+            own |= {
+                "deepspeed": zero_settings(stage, stage3_gather_16bit_weights_on_model_save=True),
+                "ddp_backend": "gloo",
+            }
+            common = {**meeting(2), "DS_ACCELERATOR": "cpu"}
             ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
         if options.get("reference"):
             options["reference"] = str(tmp_path / "other")
@@ -248,7 +227,7 @@ assert sizes == [0] * 8, sizes
 
 @pytest.mark.parametrize("script", [HASHES, PIECES], ids=["names of caches", "pieces of the head"])
 def test_weights_in_pieces(trl, script):
-    env = {**os.environ, **meeting(1), "RANK": "0", "LOCAL_RANK": "0"}
+    env = {**os.environ, **meeting(1), **CPU, "RANK": "0", "LOCAL_RANK": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env
     )

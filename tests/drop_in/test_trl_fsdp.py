@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from meeting import meeting
 from safetensors.torch import load_file
 
 SAMPLED = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
@@ -32,13 +32,9 @@ def trained(trl, new_model, tokenizer, data, tmp_path_factory):
     (folder / "runs.json").write_text(json.dumps([*RUNS.values()]))
     for name in {run[0] for run in RUNS.values()}:
         data[name].to_json(folder / f"{name}.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     root, script = Path(__file__).resolve().parents[2], Path(__file__).with_name("fsdp_runs.py")
     common = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "PYTHONPATH": str(root), "TRL_EXPERIMENTAL_SILENCE": "1",
+        **os.environ, **meeting(2), "PYTHONPATH": str(root), "TRL_EXPERIMENTAL_SILENCE": "1",
     }  # fmt: skip
     processes = [
         subprocess.Popen(

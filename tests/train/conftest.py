@@ -8,7 +8,6 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import runpy
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from meeting import meeting
 
 from fastdaa.train import PreferenceConfig, PreferenceTrainer
 from fastdaa.train.callbacks import Curves
@@ -241,7 +241,7 @@ def run_several(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) ->
         own = {k: options.pop(k) for k in RUN_OPTIONS & options.keys()}
         rows = own.pop("pairs", None) or pairs(24).to_list()
         launcher = own.pop("launcher", False)
-        env = {**own.pop("env", {}), **_ranks(count)}
+        env = {**own.pop("env", {}), **meeting(count)}
         processes = [
             start_run(
                 **run_options(folder, rows, dict(own), {"ddp_backend": "gloo", **options}),
@@ -269,24 +269,6 @@ def run_several(start_run: Callable[..., Any], pairs: Callable[..., Dataset]) ->
 def run_two(run_several: Callable[..., Any]) -> Callable[..., Any]:
     """``run_two(folder, **options)``: the same with two processes."""
     return functools.partial(run_several, 2)
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Callable[[int], dict[str, str]]:
-    """``ranks(count)``: the environment of processes that meet, but for their numbers."""
-    return _ranks
-
-
-def _ranks(count: int) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 RUN_OPTIONS = {

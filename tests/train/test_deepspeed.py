@@ -12,51 +12,29 @@ import signal
 import subprocess
 import sys
 
+import meeting
 import pytest
 import torch
 import transformers
+from meeting import rows_of, zero_settings
 from safetensors.torch import load_file
 from word_files import word_tokenizer, write_pairs
 
-from fastdaa.train.callbacks import read_metrics
 from fastdaa.train.checkpoints import last_complete
 
 pytest.importorskip("deepspeed")
 
-# Numbers of time and memory, which no two runs share.
-RATES = ("throughput/", "memory/", "packing/", "time")
 CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 def deepspeed(stage, **zero):
-    """Settings of a ZeRO stage; small buckets, so that several are filled, and nothing kept."""
-    zero = {"stage": stage, "reduce_bucket_size": 500, "overlap_comm": False, **zero}
-    if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 600}
-        zero |= {"stage3_max_live_parameters": 2000, "stage3_max_reuse_distance": 0}
-    config = {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
-        "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-    return {"deepspeed": config, "env": CPU}
-
-
-def rows_of(folder):
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    """Settings of a ZeRO stage."""
+    return {"deepspeed": zero_settings(stage, **zero), "env": CPU}
 
 
 def assert_agree(two, one, atol=1e-5):
-    """Weights and rows, but the norm of gradients, which DeepSpeed does not give at stage 0."""
-    got, expected = (load_file(folder / "final.safetensors") for folder in (two, one))
-    assert got.keys() == expected.keys()
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=1e-4)
-    assert len(rows_of(two)) == len(rows_of(one)) > 0
-    for row, wanted in zip(rows_of(two), rows_of(one), strict=True):
-        for name, value in wanted.items():
-            if not name.startswith(RATES) and (name in row or name != "grad_norm"):
-                assert row[name] == pytest.approx(value, abs=1e-4), (row["step"], name)
+    """As everywhere, but for the norm of gradients, which DeepSpeed does not give at stage 0."""
+    meeting.assert_agree(two, one, atol, may_lack=("grad_norm",))
 
 
 CASES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from meeting import meeting
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from word_files import WORDS, word_tokenizer
@@ -147,11 +148,11 @@ def test_qlora(start, tmp_path):
     assert (config["r"], config["lora_alpha"]) == (16, 32)
 
 
-def test_fsdp_leaves_a_whole_model_and_continues(start, tmp_path, ranks):
+def test_fsdp_leaves_a_whole_model_and_continues(start, tmp_path):
     """Checkpoints are in shards; the finished model is one that everybody can read."""
 
     def both(*more, out):
-        env = ranks(2)
+        env = meeting(2)
         return finished(
             *(
                 start("train", "fsdp.yaml", *STEPS, "--ddp_backend", "gloo", *more, rank=rank,

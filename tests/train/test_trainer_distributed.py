@@ -6,30 +6,11 @@ import signal
 
 import pytest
 import torch
+from meeting import assert_agree, rows_of
 from safetensors.torch import load_file
 
 from fastdaa.data import PairCollator, PairRows
-from fastdaa.train.callbacks import read_metrics
 from fastdaa.train.checkpoints import last_complete
-
-# Numbers of time and memory, which no two runs share.
-RATES = ("throughput/", "memory/", "packing/", "time")
-
-
-def rows_of(folder):
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-
-
-def assert_agree(two, one, atol=1e-5):
-    got, expected = (load_file(folder / "final.safetensors") for folder in (two, one))
-    assert got.keys() == expected.keys()
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=1e-4)
-    assert len(rows_of(two)) == len(rows_of(one)) > 0
-    for row, wanted in zip(rows_of(two), rows_of(one), strict=True):
-        for name, value in wanted.items():
-            if not name.startswith(RATES):
-                assert row[name] == pytest.approx(value, abs=1e-4), (row["step"], name)
 
 
 def packs_of(rows, tokens_per_pack):
