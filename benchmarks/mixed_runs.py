@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from fastdaa.benchmarks.reading import Result, by_case
 from fastdaa.benchmarks.wording import join
+from fastdaa.counted import counted
 
 _TIMED = ("head", "loss", "step")
 _SPEEDUPS = {
@@ -32,7 +33,7 @@ def mixed_runs(results: Iterable[Result]) -> list[str]:
                 for run in runs.values()
             )
             lines.append(
-                f"{case}: timed in {len(runs)} runs ({said}), so times do not compare; "
+                f"{case}: timed in {counted(len(runs), 'run')} ({said}), so times do not compare; "
                 f"{_SPEEDUPS[members[0].kind]}"
             )
     return lines

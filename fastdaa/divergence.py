@@ -124,10 +124,19 @@ class _Divergence(torch.autograd.Function):
         ctx.kind, ctx.plan, ctx.dtype = kind, plan, hidden_states.dtype
         ctx.operands = (policy.operand, ref.operand)
         ctx.options = (head.settings(), ref_head.settings())
-        # A change in place before the backward pass raises, of the reference's tensors, too.
         ctx.frozen = slopes is not None
-        tensors = (hidden_states, weight, bias, ref_hidden_states, ref_weight, ref_bias)
-        ctx.save_for_backward(*(slopes or tensors))
+        if slopes is not None:
+            ctx.save_for_backward(*slopes)
+            return values
+        # A change in place before the backward pass raises, of the reference's tensors, too, but of
+        # those made in inference mode, which autograd does not save.
+        reference = (ref_hidden_states, ref_weight, ref_bias)
+        ctx.unsaved = [t if t is not None and t.is_inference() else None for t in reference]
+        saved = [
+            t if unsaved is None else None
+            for t, unsaved in zip(reference, ctx.unsaved, strict=True)
+        ]
+        ctx.save_for_backward(hidden_states, weight, bias, *saved)
         return values
 
     @staticmethod
@@ -139,10 +148,14 @@ class _Divergence(torch.autograd.Function):
             slopes = WaitingRows(*ctx.saved_tensors)
             return slopes.scaled(coefficients, ctx.dtype), None, None, *nothing
         saved = ctx.saved_tensors
+        reference = [
+            t if unsaved is None else unsaved
+            for t, unsaved in zip(saved[3:], ctx.unsaved, strict=True)
+        ]
         policy, ref = (
             Logits(hidden, replace(options, weight=weight, bias=bias), operand)
             for (hidden, weight, bias), options, operand in zip(
-                (saved[:3], saved[3:]), ctx.options, ctx.operands, strict=True
+                (saved[:3], reference), ctx.options, ctx.operands, strict=True
             )
         )
         grads = divergence_gradients(

@@ -20,6 +20,7 @@ from fastdaa.engines import TorchTile, TritonTile, logits_memory
 from fastdaa.head import LmHead
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
+from fastdaa.scaled_rows import scaled_rows
 from fastdaa.slices import least_columns
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 
@@ -105,7 +106,7 @@ def wrong_results(device: torch.device) -> list[str]:
     Statistics and gradients of tiles of logits against fp64, with a nearly certain target and a
     nearly impossible one; the same log-probs to the last bit beside a gradient and with other
     statistics, and the same gradients over the logits as beside them; rows that join those of their
-    targets, in either gradient; the objective kernel's DPO against its formula.
+    targets, in either gradient, or are a factor; the objective kernel's DPO against its formula.
     """
     generator = torch.Generator(device).manual_seed(0)
     found: list[tuple[str, Tensor]] = []
@@ -130,7 +131,8 @@ def wrong_results(device: torch.device) -> list[str]:
 _LIMITS = {
     "log-probs": 1e-4, "log-probs beside gradients": 0.0, "entropies": 1e-4, "gradients": 1e-2,
     "gradients in place": 2.0**-7, "gradients of frozen heads": 1e-2, "column sums": 1e-5,
-    "rows of targets": 1e-2, "rows of hidden states": 1e-2, "losses": 1e-5, "coefficients": 1e-5,
+    "rows of targets": 1e-2, "rows of hidden states": 1e-2, "factors": 0.0,
+    "losses": 1e-5, "coefficients": 1e-5,
 }  # fmt: skip
 
 
@@ -181,7 +183,8 @@ def _target_differences(z: Tensor) -> dict[str, Tensor]:
 
 
 def _hidden_differences(z: Tensor) -> dict[str, Tensor]:
-    """Of the weight's rows of three targets that join rows of a product, rounded or in place."""
+    """Of the weight's rows of three targets that join rows of a product, rounded or in place; of
+    rows times numbers, from the same in plain torch."""
     rounded, own, targets = _hidden_rows(z)
     product, weight = z[:, -_HIDDEN:].contiguous(), rounded.repeat(_WEIGHT_ROWS // _ROWS, 1)
     rows = TargetRows(targets, own.roll(1), own)
@@ -190,7 +193,14 @@ def _hidden_differences(z: Tensor) -> dict[str, Tensor]:
     finish_hidden(product, rows, weight, rounded, engine="triton")
     finish_hidden(product, rows, weight, engine="triton")
     found = torch.stack([_relative(rounded, truth), _relative(product, truth)])
-    return {"rows of hidden states": found.amax()}
+    factor, by_torch = (
+        scaled_rows(weight, own.repeat(_WEIGHT_ROWS // _ROWS), weight.dtype, engine=engine)
+        for engine in ("triton", "torch")
+    )
+    return {
+        "rows of hidden states": found.amax(),
+        "factors": (factor.double() - by_torch.double()).abs().amax(),
+    }
 
 
 def _hidden_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

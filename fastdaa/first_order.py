@@ -23,6 +23,11 @@ def first_order(backward: Backward) -> Backward:
 
     @wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if any(_is_batched(grad) for grad in grads if grad is not None):
+            raise RuntimeError(
+                "expected one gradient at a time, got a batch of them (is_grads_batched, "
+                "vectorize=True): loop over them; impl='reference' of token_logps takes batches"
+            )
         with torch.no_grad():
             made = backward(ctx, *grads)
         if not torch.is_grad_enabled():
@@ -32,6 +37,12 @@ def first_order(backward: Backward) -> Backward:
         return tuple(t if t is None else _Constant.apply(t.detach(), *behind) for t in made)
 
     return wrapped
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, as in a call with ``is_grads_batched``: PyTorch has no
+    other name for what it maps backward passes with."""
+    return "Batched" in str(torch._C._dispatch_keys(tensor))
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:

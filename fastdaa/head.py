@@ -8,21 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdaa.head_config import read_head_config
 from fastdaa.outputs import short
 from fastdaa.validation import check_floating, check_number, check_positive, check_shape
 from fastdaa.vocab_shard import VocabShard
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-# Config fields that hold a factor on the logits, by what the model does with it.
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# `logits_scaling` divides in most families; these multiply.
-_SCALING_MULTIPLIES = ("hyperclovax",)
-_DIVISORS = ("logits_mup_width_multiplier",)
-# These have a `logit_scale` in their config and do not use it.
-_SCALE_UNUSED = ("mpt",)
 # These transform the hidden states between the backbone and the output embedding, or pick logits.
 _NOT_LINEAR = ("electra", "gemma4_assistant", "gemma4_unified_assistant", "prophetnet")
 
@@ -137,16 +130,17 @@ class LmHead:
                 ``output_logit_soft_cap`` (xLSTM), ``logit_scale`` (Cohere),
                 ``lm_head_multiplier`` (Falcon-H1), ``output_multiplier`` (Muse) and
                 ``logits_scaling`` (Granite and MiniCPM3 divide, HyperCLOVA-X multiplies),
-                ``logits_mup_width_multiplier`` and ``unpadded_vocab_size`` (Inkling).
+                ``logits_mup_width_multiplier`` and ``unpadded_vocab_size`` (Inkling). Of the text
+                config of a multimodal model only what that model itself applies.
             temperature: divisor of the logits.
 
         Raises:
             TypeError: not a Hugging Face model, or one inside a wrapper such as DDP.
             ValueError: the model has no head, or one this library does not know how to reproduce.
         """
-        weight, bias = _head_tensors(_head_module(model), type(model).__name__)
-        softcap, logit_scale = _read_config(model.config)
-        real = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
+        module, owner = _head_module(model)
+        weight, bias = _head_tensors(module, type(model).__name__)
+        softcap, logit_scale, real = read_head_config(model.config, owner)
         if real is not None and real < weight.shape[0]:
             weight, bias = weight[:real], None if bias is None else bias[:real]
         return cls(weight, bias, softcap, logit_scale, temperature)
@@ -173,8 +167,9 @@ def check_settings(
     }
 
 
-def _head_module(model: PreTrainedModel) -> torch.nn.Module:
-    """The output embedding, if the model applies it to its last hidden states as they are."""
+def _head_module(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The output embedding, if the model applies it to its last hidden states as they are, and the
+    model that it belongs to, this one or one inside it."""
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         inside = " (give the model inside, its `module`)" if hasattr(model, "module") else ""
@@ -188,22 +183,22 @@ def _head_module(model: PreTrainedModel) -> torch.nn.Module:
             "get_output_embeddings()"
         )
     base_of_peft = getattr(model, "get_base_model", None)
-    owner = model if base_of_peft is None else base_of_peft()
-    if model.config.model_type in _NOT_LINEAR or not _is_last_step(owner, module):
+    owner = _owner(model if base_of_peft is None else base_of_peft(), module)
+    if model.config.model_type in _NOT_LINEAR or owner is None:
         raise ValueError(
             f"{name}: expected logits that are one product of the last hidden states with the "
             "output embedding, got a head with further layers"
         )
-    return module
+    return module, owner
 
 
-def _is_last_step(owner: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether ``module`` belongs to a model itself, and not to a prediction head inside it."""
-    children = list(owner.children())
+def _owner(model: torch.nn.Module, module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model that has ``module`` itself, and not in a prediction head inside it; or None."""
+    children = list(model.children())
     if any(child is module for child in children):
-        return getattr(owner, "lm_head", module) is module
+        return model if getattr(model, "lm_head", module) is module else None
     models = [child for child in children if hasattr(child, "get_output_embeddings")]
-    return any(_is_last_step(child, module) for child in models)
+    return next((owner for child in models if (owner := _owner(child, module)) is not None), None)
 
 
 def _head_tensors(module: torch.nn.Module, model_name: str) -> tuple[Tensor, Tensor | None]:
@@ -266,26 +261,3 @@ def _check_foldable(module: Any, adapter: str, model_name: str) -> None:
         variant = "lora_bias"
     if variant is not None:
         raise ValueError(f"{model_name}: expected plain LoRA on the LM head, got {variant}")
-
-
-def _read_config(config: PretrainedConfig) -> tuple[float | None, float]:
-    """Softcap and logit multiplier of a model config."""
-    text = config.get_text_config()
-    softcap = None
-    for field in _SOFTCAPS:
-        softcap = getattr(text, field, None) or softcap
-    scale = 1.0
-    for field in _MULTIPLIERS:
-        value = None if text.model_type in _SCALE_UNUSED else getattr(text, field, None)
-        if isinstance(value, (int, float)):
-            scale *= value
-        elif value is not None:
-            raise ValueError(
-                f"{text.model_type}: expected config.{field} to be a number, got {value!r}"
-            )
-    for field in _DIVISORS:
-        scale /= getattr(text, field, 1.0)
-    scaling = getattr(text, "logits_scaling", None)
-    if scaling is not None:
-        scale = scale * scaling if text.model_type in _SCALING_MULTIPLIES else scale / scaling
-    return softcap, float(scale)

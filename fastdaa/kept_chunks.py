@@ -12,8 +12,9 @@ from torch import Tensor
 from fastdaa.chunks import Chunk, ChunkObjective
 from fastdaa.gradient_sums import GradientSums
 from fastdaa.head_plan import HeadPlan
-from fastdaa.kept_products import hidden_gradient_parts, leave_out, scaled_rows, with_entries
+from fastdaa.kept_products import hidden_gradient_parts, leave_out, with_entries
 from fastdaa.outputs import TokenStats
+from fastdaa.scaled_rows import scaled_rows
 from fastdaa.score import statistics_of
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows
 from fastdaa.tiles import Logits, blocks
@@ -75,7 +76,7 @@ class KeptChunks:
         columns = slice(head.first_token, head.first_token + dz.shape[1])
         of = with_entries(of, dz, columns, head.vocab_size)
         if grads.weight is not None:
-            factor = scaled_rows(hidden, of.coefficients, dz.dtype, active)
+            factor = scaled_rows(hidden, of.coefficients, dz.dtype, active, self.plan.engine)
             grads.add_to_weight(dz, factor)
             rounded = None if of.entries is None else factor
             add_target_rows(grads.weight, hidden, of, active, self.plan.engine, rounded)

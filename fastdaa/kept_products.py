@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.row_passes import in_tile, move_to_front
+from fastdaa.scaled_rows import scaled_rows
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
 from fastdaa.tiles import add_product, product, product_slices, row_slices, write_product
 from fastdaa.waiting_rows import WaitingRows
@@ -78,7 +79,7 @@ class FirstColumns:
         active = self.kept.active if positions is None else positions
         if weight is not None:
             out = weight[: self.width]
-            factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active)
+            factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active, self.engine)
             if rows.entries is None:
                 write_product(out, dz.T, factor)
                 del factor  # before the targets' rows come
@@ -124,17 +125,6 @@ def leave_out(dz: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
     if active.shape[0] > _WORTH_MOVING * coefficients.shape[0]:
         return dz, None
     return move_to_front(dz, active), active
-
-
-def scaled_rows(
-    hidden: Tensor, coefficients: Tensor, operand: torch.dtype, active: Tensor | None = None
-) -> Tensor:
-    """``coefficients [a] * hidden[active]`` as a factor of the weight's gradient, rounded once."""
-    factor = hidden.new_empty((coefficients.shape[0], hidden.shape[1]), dtype=operand)
-    for rows in product_slices(factor):
-        some = hidden[rows if active is None else active[rows]]
-        torch.mul(some, coefficients[rows, None], out=factor[rows])
-    return factor
 
 
 def write_hidden_gradient(

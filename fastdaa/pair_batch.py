@@ -200,7 +200,9 @@ def _without_hooks() -> Iterator[None]:
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+    # Without its graph: a node that saved its own result would hold itself, for good where the loss
+    # does not reach it.
+    return tensor.detach()
 
 
 def _check_reads_alone(losses: Tensor, leaf: Tensor) -> None:

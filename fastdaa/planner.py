@@ -125,7 +125,7 @@ def _plan(
         path, reason = _instead_of_frozen(room, impl)
     if path == "single_pass":
         ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled, counts=counts)
-        tiles, reason = ways.best() if impl == "auto" else (_asked_for(ways), "asked for")
+        tiles, reason = ways.best() if impl == "auto" else _asked_for(ways)
         path = path if tiles else "recompute"
     tiles = tiles or room.tiles("divergence" if divergence else path)
     sparse = size.sparse or on_cpu
@@ -147,11 +147,13 @@ def _instead_of_frozen(room: Room, impl: str) -> tuple[str, str]:
     )
 
 
-def _asked_for(ways: SinglePassRoom) -> Tiles:
-    """What ``impl="single_pass"`` takes."""
+def _asked_for(ways: SinglePassRoom) -> tuple[Tiles, str]:
+    """What ``impl="single_pass"`` takes, and what it costs beyond its products."""
     tiles = ways.any()
     if tiles:
-        return tiles
+        twice = ways.computed_twice(tiles)
+        more = f", and computes the logits of {twice} tokens in longer pairs twice"
+        return tiles, "asked for" + more * (twice > 0)
     if ways.room.max_bytes is None or not (ways.may_keep or ways.in_chunks):
         raise ValueError("impl='single_pass' cannot serve a loss that couples the pairs of the "
                          "batch: expected 'recompute', 'frozen' or 'auto'")  # fmt: skip

@@ -104,9 +104,15 @@ class SinglePassRoom:
         chunk, tokens = chunks.chunk_tokens, self.size.tokens
         if self.room.on_cpu or not self.size.half or 0 < tokens <= chunk:
             return 0
+        return _BREAK_EVEN_TOKENS / chunk + self.computed_twice(chunks) / max(tokens, 1)
+
+    def computed_twice(self, tiles: Tiles) -> int:
+        """Tokens of pairs that are longer than a chunk, as far as lengths are known."""
+        if tiles.kept_whole:
+            return 0
+        chunk = tiles.chunk_tokens
         sizes = [c.tokens.stop - c.tokens.start for c in chunks_of_pairs(self.counts, chunk)]
-        again = sum(size for size in sizes if size > chunk)
-        return _BREAK_EVEN_TOKENS / chunk + again / max(tokens, 1)
+        return sum(size for size in sizes if size > chunk)
 
     def _obstacle(self) -> str:
         """Why there is no good way."""

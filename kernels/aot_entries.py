@@ -11,7 +11,7 @@ from typing import Any
 from fastdaa.kernels.aot import TARGETS, Entry
 from fastdaa.kernels.column_sums import _sum_columns_kernel
 from fastdaa.kernels.configs import ROW_CONFIGS
-from fastdaa.kernels.hidden_rows import _finish_hidden_rows_kernel
+from fastdaa.kernels.hidden_rows import _finish_hidden_rows_kernel, _scale_hidden_rows_kernel
 from fastdaa.kernels.row_gradient import _write_row_gradient_kernel
 from fastdaa.kernels.row_slopes import _finish_row_slopes_kernel
 from fastdaa.kernels.row_statistics import _take_row_states_kernel
@@ -154,6 +154,19 @@ def _hidden(
     )  # fmt: skip
 
 
+def _factor(name: str, dtype: str, sources: bool = False, m: str = ":16") -> list[Entry]:
+    arguments = {
+        "hidden_ptr": f"*{dtype}:16", "factors_ptr": "*fp32", "out_ptr": "*bf16:16",
+        "column_blocks": "i32", **dict.fromkeys(("D", "stride_hn"), f"i32{m}"),
+        **({"sources_ptr": "*i64"} if sources else {}),
+    }  # fmt: skip
+    constants = {"HAS_SOURCES": sources, "stride_hd": 1}
+    return _each(
+        f"factor_rows/{name}", _scale_hidden_rows_kernel, arguments,
+        constants | ({} if sources else {"sources_ptr": None}), ROW_CONFIGS["hidden_rows"],
+    )  # fmt: skip
+
+
 ENTRIES: list[Entry] = [
     *_statistics("plain"),
     *_statistics("odd-vocabulary", m=""),
@@ -185,6 +198,10 @@ ENTRIES: list[Entry] = [
     *_hidden("waiting", "bf16", product="fp16"),
     *_hidden("places", "bf16", places=True),
     *_hidden("odd-columns", "bf16", m=""),
+    *_factor("bf16", "bf16"),
+    *_factor("fp32", "fp32"),
+    *_factor("sources", "bf16", sources=True),
+    *_factor("odd-columns", "bf16", m=""),
     *_targets("bf16", "bf16", "bf16"),
     *_targets("fp32", "fp32", "fp32"),
     *_targets("fp32-sum", "fp32", "bf16"),

@@ -1,7 +1,8 @@
-"""The gradient of hidden states from its product: scaled, with the targets' rows, rounded once.
+"""Rows of hidden states, or of their gradient, times numbers of their tokens, in one read.
 
 A product of gradients of logits that were made without the loss's numbers and without the targets
-(``kernels/README.md``) becomes ``factors * product + own * weight[targets]`` in one read.
+(``kernels/README.md``) becomes ``factors * product + own * weight[targets]``, rounded once. The
+hidden states become a factor of the weight's gradient, dithered (``fastdaa/scaled_rows.py``).
 """
 
 from __future__ import annotations
@@ -46,6 +47,63 @@ def _finish_hidden_rows_kernel(
         row = tl.load(places_ptr + row)
     out = out_ptr + row * stride_on + columns * stride_od
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["factors_ptr", "sources_ptr"])
+def _scale_hidden_rows_kernel(
+    hidden_ptr,  # [N, D]
+    factors_ptr,  # [rows] fp32
+    sources_ptr,  # [rows] int64 rows of hidden, or None for all in their order
+    out_ptr,  # [rows, D] bf16, contiguous
+    D, column_blocks, stride_hn, stride_hd,
+    HAS_SOURCES: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // column_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % column_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = columns < D
+    source = row
+    if HAS_SOURCES:
+        source = tl.load(sources_ptr + row)
+    offsets = source * stride_hn + columns.to(tl.int64) * stride_hd
+    hidden = tl.load(hidden_ptr + offsets, mask=inside, other=0.0)
+    wide = tl.load(factors_ptr + row) * hidden.to(tl.float32)
+    # Of the 16 bits that bf16 leaves out, golden ratio times row.
+    dither = ((32768 + 40503 * row) & 0xFFFF).to(tl.int32)
+    cut = (wide.to(tl.int32, bitcast=True) + dither) & -65536
+    # The bits of a NaN may wrap around.
+    rounded = tl.where(wide == wide, cut.to(tl.float32, bitcast=True), wide)
+    tl.store(out_ptr + row * D + columns, rounded.to(tl.bfloat16), mask=inside)
+
+
+def scale_hidden_rows(
+    hidden: Tensor,
+    factors: Tensor,
+    out: Tensor,
+    sources: Tensor | None = None,
+    *,
+    config: RowConfig | None = None,
+) -> None:
+    """``out = factors * hidden[sources]``, dithered: see :mod:`fastdaa.scaled_rows`.
+
+    Args:
+        hidden: ``[N, D]`` bf16, fp16 or fp32, any strides.
+        factors: ``[r]`` fp32.
+        out: ``[r, D]`` bf16, contiguous.
+        sources: ``[r]`` int64 rows of ``hidden``; None for its first ones.
+        config: block sizes; None for the table's.
+    """
+    config = config or row_config("hidden_rows", out.device)
+    rows, columns = out.shape
+    column_blocks = triton.cdiv(columns, config.block_v)
+    if rows * column_blocks == 0:
+        return
+    with on_device(out):
+        _scale_hidden_rows_kernel[(rows * column_blocks,)](
+            hidden, factors.contiguous(), None if sources is None else sources.contiguous(), out,
+            columns, column_blocks, *hidden.stride(),
+            HAS_SOURCES=sources is not None, BLOCK_V=config.block_v,
+            num_warps=config.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def finish_hidden_rows(

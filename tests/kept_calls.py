@@ -83,9 +83,9 @@ class OneSign:
         return torch.autograd.grad(logps_of(*leaves, self.targets).sum(), leaves)
 
     def check(self, gradients) -> None:
-        """No worse than materialised logits, nor than two roundings of the result."""
+        """No worse than materialised logits, nor than three roundings to the nearest."""
         for got, exact, usual in zip(gradients, self.exact, self.usual, strict=True):
-            assert relative(got, exact) <= min(usual, 2.4e-3)
+            assert relative(got, exact) <= min(usual, 2.8e-3)
 
 
 def relative(got, want) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -286,6 +287,8 @@ def test_bad_yaml(
     path.write_text(content)
     assert main(["train", *NEEDED, "--config", str(path)]) == 2
     assert message in one_error(capsys)
+    assert main(["train", *NEEDED, "--config", str(tmp_path)]) == 2
+    assert f"config: expected a YAML file, {tmp_path} is a folder" in one_error(capsys)
 
 
 def test_what_reaches_the_trainer(
@@ -329,6 +332,9 @@ def test_chat_template_from_a_file(
     data.write_text(json.dumps(pair) + "\n")
     assert train(model_path, data, tmp_path / "out") == 2
     assert "--chat_template" in one_error(capsys)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert train(model_path, data, tmp_path / "out", "--chat_template", f"{tmp_path}/bytes") == 2
+    assert "chat_template: expected a Jinja file in UTF-8, got" in one_error(capsys)
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
     assert train(model_path, data, tmp_path / "out", "--chat_template", str(template)) == 0
@@ -347,8 +353,8 @@ def test_chat_template_from_a_file(
         pytest.param({"resume_from_checkpoint": "{tmp}"}, "complete checkpoint", id="half"),
         pytest.param({"eval_strategy": "steps"}, "nothing to evaluate on", id="no eval data"),
         pytest.param({"output_dir": "{tmp}/pairs.jsonl"}, "is a file", id="output is a file"),
-        pytest.param({"test_size": "8"}, "less than all 8 rows", id="all for the test"),
-        pytest.param({"test_size": "0.95"}, "less than all 8 rows, got 0.95", id="rounded up"),
+        pytest.param({"test_size": "8"}, "fewer than all rows (8), got 8", id="all for the test"),
+        pytest.param({"test_size": "0.95"}, "fewer than all rows (8), got 0.95", id="rounded up"),
         pytest.param({"dataset_split": "tset"}, "split: expected one of train", id="split"),
     ],
 )  # fmt: skip
@@ -539,6 +545,19 @@ def test_every_line_of_the_log_says_who_speaks(capsys: pytest.CaptureFixture[str
     with log_lines(main_process=True):
         logging.getLogger("fastdaa.data").info("first\nsecond")
     assert capsys.readouterr().err == "[fastdaa] first\n[fastdaa] second\n"
+
+
+def test_what_an_encoding_lacks_ends_no_command() -> None:
+    code = (
+        "import sys\nfrom fastdaa.cli import main, bench\n"
+        "bench.run = lambda argv: print('KL 1 \\xb1 2') or 0\n"
+        "sys.exit(main(['bench', 'head']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "KL 1 \\xb1 2\n"), ended.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly():

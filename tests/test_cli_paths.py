@@ -40,6 +40,18 @@ def checkpoint(folder: Path, step: int) -> Path:
     return write_checkpoint(folder / f"checkpoint-{step}", json.dumps({"global_step": step}))
 
 
+def test_weights_that_cannot_be_read_are_not_said_to_be_missing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = model / "model.safetensors"
+    weights.touch()
+    check_model("model", str(model))
+    # Tests may run as root, who reads everything.
+    monkeypatch.setattr("fastdaa.cli.paths.os.access", lambda path, _: path != weights)
+    with pytest.raises(PermissionError, match=f"model: expected files that can .*, {weights} can"):
+        check_model("model", str(model))
+
+
 def test_a_new_run_keeps_out_of_the_folder_of_another(check: Any, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     last = checkpoint(out, 4)

@@ -211,7 +211,7 @@ def test_nothing_left_to_train_on(files: list[Path]) -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         load_mixture(files, weights=[1, 0.01])
-    with pytest.raises(ValueError, match="test_size: expected less than all 20 rows, got 20"):
+    with pytest.raises(ValueError, match=r"test_size: expected fewer than all rows \(20\), got 20"):
         load_mixture(files, test_size=20)
 
 

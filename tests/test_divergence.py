@@ -235,3 +235,23 @@ def test_all_that_waits_for_the_backward_pass_can_be_offloaded(trained):
     shapes = {tuple(t.shape) for t in kept}
     both = {(21, 16), (97, 16), (21, 24), (97, 24)}
     assert shapes == (both if trained else {(21, 16), (21,)})
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("made", ["hidden states", "weight"])
+def test_a_reference_may_come_from_inference_mode(kind, made):
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    ref_hidden, ref_weight = torch.randn(6, 8), torch.randn(11, 8)
+
+    def gradients(ref_hidden, ref_weight):
+        values = token_divergence(hidden, LmHead(weight), ref_hidden, LmHead(ref_weight), kind=kind)
+        return torch.autograd.grad(values.sum(), (hidden, weight))
+
+    want = gradients(ref_hidden, ref_weight)
+    with torch.inference_mode():
+        if made == "weight":
+            ref_weight = ref_weight.clone()
+        else:
+            ref_hidden = ref_hidden.clone()
+    for got, expected in zip(gradients(ref_hidden, ref_weight), want, strict=True):
+        assert torch.equal(got, expected)

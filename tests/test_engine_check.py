@@ -155,6 +155,17 @@ def test_a_wrong_kernel_of_the_hidden_states_rows_is_named(monkeypatch):
 
 
 @pytest.mark.interpreter
+def test_a_factor_that_is_rounded_to_the_nearest_is_named(monkeypatch):
+    from fastdaa.kernels import hidden_rows
+
+    def nearest(hidden, factors, out, sources):
+        out.copy_(factors[:, None] * hidden)
+
+    monkeypatch.setattr(hidden_rows, "scale_hidden_rows", nearest)
+    assert wrong_results(torch.device("cpu")) == ["factors"]
+
+
+@pytest.mark.interpreter
 def test_a_nan_is_wrong(monkeypatch):
     objective = engine_check._objective_differences
     monkeypatch.setattr(

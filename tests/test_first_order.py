@@ -68,3 +68,13 @@ def test_the_reference_has_second_derivatives():
         return token_logps(hidden, W, T, impl="reference")
 
     assert torch.autograd.gradgradcheck(loss, (H.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_batch_of_gradients_is_refused(call):
+    hidden, weight = H.clone().requires_grad_(), W.clone().requires_grad_()
+    loss = call(hidden, weight)
+    with pytest.raises(RuntimeError, match="expected one gradient at a time, got a batch"):
+        torch.autograd.grad(
+            loss, hidden, torch.ones(3, *loss.shape).double(), is_grads_batched=True
+        )

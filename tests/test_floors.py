@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fastdaa"
 
 FLOORS: list[set[str]] = [
-    {"outputs", "compiled_sizes", "whole_file", "writable"},
-    {"validation", "first_order"},
+    {"outputs", "compiled_sizes", "counted", "whole_file", "writable"},
+    {"validation", "first_order", "head_config"},
     {"selection", "reference", "kernels", "chunks", "call_size", "paths", "vocab_shard"},
     {"slices", "head_plan"},
-    {"target_rows"},
+    {"target_rows", "scaled_rows"},
     # The head and its engine, from the plan to the differentiable primitive.
     {"losses", "head", "memory"},
     {"row_passes", "single_pass_memory"},
@@ -67,7 +67,7 @@ EAGER_DEFAULT = {"torch"}
 # Never imported by `import fastdaa`, not even through a room that is otherwise free.
 HEAVY = {"triton", "transformers", "datasets", "accelerate", "peft", "trl", "rich", "matplotlib"}
 # The only rooms below `train` that may touch transformers, and only inside functions.
-LAZY_TRANSFORMERS = {"head", "data"}
+LAZY_TRANSFORMERS = {"head", "head_config", "data"}
 
 
 class Import(NamedTuple):

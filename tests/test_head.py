@@ -16,6 +16,7 @@ from fastdaa import (
     token_logps,
     token_logps_and_entropy,
 )
+from fastdaa.head_config import read_head_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -246,11 +247,50 @@ def test_the_head_is_read_anew_and_not_copied():
     assert not tiny_llama().requires_grad_(False).get_output_embeddings().weight.requires_grad
 
 
-def test_a_text_config_inside_another_one_is_read():
+TEXT = {
+    "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+MULTIMODAL = {
+    # The model, what its text config has, and what of it the model itself applies.
+    "paligemma": ("PaliGemma", {"model_type": "gemma2", "head_dim": 8, **CAP}, (0.7, 1.0)),
+    "llava-gemma2": ("Llava", {"model_type": "gemma2", "head_dim": 8, **CAP}, (None, 1.0)),
+    "llava-cohere": ("Llava", {"model_type": "cohere2", "logit_scale": 0.25}, (None, 1.0)),
+    "llava-granite": ("LlavaNext", {"model_type": "granite", "logits_scaling": 8.0}, (None, 1.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_multimodal_model_does_what_its_own_code_does(name):
+    kind, text, expected = MULTIMODAL[name]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=TEXT | text, vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_index=90,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+        made = model(torch.arange(3, 14)[None], use_cache=False, output_hidden_states=True)
+    head = LmHead.from_model(model)
+    assert (head.softcap, head.logit_scale) == expected
+    torch.testing.assert_close(
+        head.logits(made.hidden_states[-1]), made.logits, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_text_config_counts_where_no_code_can_be_read():
     text = SimpleNamespace(model_type="gemma2", final_logit_softcapping=0.7)
     model = tiny_llama()
-    model.config = SimpleNamespace(model_type="wrapper", get_text_config=lambda: text)
-    assert LmHead.from_model(model).softcap == 0.7
+    config = SimpleNamespace(model_type="wrapper", get_text_config=lambda: text)
+    assert read_head_config(config, model).softcap is None  # Llama's code does not read it
+    made_at_run_time = type("Made", (type(model),), {"forward": lambda self: None})
+    model.__class__ = made_at_run_time
+    assert read_head_config(config, model).softcap == 0.7
 
 
 # LmHead by itself

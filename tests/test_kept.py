@@ -31,6 +31,7 @@ from fastdaa import (
     memory,
     pair_loss,
     row_passes,
+    scaled_rows,
     target_rows,
     tiles,
 )
@@ -318,7 +319,8 @@ def test_memory_is_the_kept_gradients_and_a_tile(half_factors, monkeypatch):
     counts, v, d, tile_rows = (64,) * 8, 2048, 256, 32
     monkeypatch.setattr(memory, "_CPU_BYTES", (4 * v * tile_rows, 0))
     monkeypatch.setattr(tiles, "PRODUCT_BYTES", 4 * d * 128)
-    monkeypatch.setattr(target_rows, "_PART_BYTES", 4 * d * 16)
+    for module in (target_rows, scaled_rows):
+        monkeypatch.setattr(module, "_PART_BYTES", 4 * d * 16)
     leaves, selection = tensors(torch.bfloat16, counts, v, d)
     plan = planned(leaves)
     assert (plan.kept_bytes, plan.tile_rows) == (2 * 512 * v, tile_rows)

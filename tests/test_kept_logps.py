@@ -82,16 +82,16 @@ def test_bf16_factors_round_no_more_than_materialised_logits(half_factors):
 @pytest.mark.parametrize(
     ("v", "d", "coefficient", "materialised", "single_pass", "recompute"),
     [
-        (4, 8, 1.5, 1.9e-3, 4.5e-2, 1.9e-3),
-        (250, 16, 0.37, 5.1e-3, 5.8e-3, 2.9e-3),
-        (2000, 16, 0.37, 3.9e-3, 2.0e-3, 3.3e-3),
+        (4, 8, 1.5, 1.9e-3, 1.9e-3, 1.9e-3),
+        (250, 16, 0.37, 5.1e-3, 1.7e-3, 2.9e-3),
+        (2000, 16, 0.37, 3.9e-3, 1.5e-3, 3.3e-3),
     ],
     ids=str,
 )
 def test_one_feature_that_all_tokens_share(
     half_factors, v, d, coefficient, materialised, single_pass, recompute
 ):
-    """The numbers of docs/head.md: a rounding of ``c * H`` that is the same for all tokens."""
+    """The numbers of docs/head.md: to the nearest, ``c * H`` would be off by the same for all."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2048, d, generator=generator)
     hidden[:, 0] = 30.3

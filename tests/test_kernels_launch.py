@@ -76,7 +76,7 @@ SLOPES = """if True:
         take_row_slopes(z, targets, torch.zeros(rows, 4096, dtype=torch.bfloat16))
 """
 TARGETS = """if True:
-    from fastdaa.kernels.hidden_rows import finish_hidden_rows
+    from fastdaa.kernels.hidden_rows import finish_hidden_rows, scale_hidden_rows
     from fastdaa.kernels.target_rows import add_sorted_rows
 
     weight = torch.zeros(300, 80, dtype=torch.bfloat16)
@@ -87,6 +87,7 @@ TARGETS = """if True:
         less = weight[:rows], numbers, factors
         add_sorted_rows(weight, weight[:rows], numbers, numbers, factors, less)
         finish_hidden_rows(product, factors, factors, weight, numbers, weight[:rows])
+        scale_hidden_rows(weight, factors, weight[:rows])
 """
 SCORE = """if True:
     from fastdaa.kernels.score import score_tokens
@@ -100,7 +101,7 @@ SIZES_OF_ONE = """if True:
     from fastdaa.kernels.row_statistics import take_row_statistics
     from fastdaa.kernels.row_gradient import write_row_gradient
     from fastdaa.kernels.row_slopes import take_row_slopes
-    from fastdaa.kernels.hidden_rows import finish_hidden_rows
+    from fastdaa.kernels.hidden_rows import finish_hidden_rows, scale_hidden_rows
     from fastdaa.kernels.score import score_tokens
     from fastdaa.kernels.target_rows import add_sorted_rows
 
@@ -111,6 +112,7 @@ SIZES_OF_ONE = """if True:
     score_tokens(torch.zeros(1, 1), torch.zeros(1, 1), target, stats=True)
     add_sorted_rows(z, z, target, target, torch.ones(1))
     finish_hidden_rows(z, torch.ones(1), torch.ones(1), z, target, z, target)
+    scale_hidden_rows(z, torch.ones(1), z.bfloat16(), target)
 """
 DIVERGENCE = """if True:
     from fastdaa.kernels.divergence import HeadOptions, token_divergences
@@ -136,6 +138,7 @@ OBJECTIVE = """if True:
 
 CALLS = """if True:
     from fastdaa import LmHead, engine_check, engines
+    from fastdaa.scaled_rows import scaled_rows
     from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden
 
     def memory(rows, width, device, dtype):
@@ -168,6 +171,7 @@ CALLS = """if True:
         add_target_rows(weight, weight[:4], of, engine="triton", factor=factor)
     for out in (None, weight[:4]):
         finish_hidden(torch.zeros(4, 4096), rows, weight, out, engine="triton")
+    scaled_rows(weight[:4], ones, weight.dtype, engine="triton")
     not_checked = [name for name, found in variants.items() if found - checked.get(name, set())]
     print(json.dumps([len(variants), not_checked]))
 """
@@ -176,7 +180,7 @@ CALLS = """if True:
 def test_the_code_that_calls_run_was_checked_before(tmp_path: Path, repository_root: Path) -> None:
     """Other alignments are other machine code: ``engine="auto"`` has to try that of models."""
     used, not_checked = json.loads(on_a_device(CALLS, tmp_path, repository_root))
-    assert used == 6 and not_checked == []
+    assert used == 7 and not_checked == []
 
 
 def on_a_device(calls: str, cache: Path, root: Path) -> str:
@@ -214,7 +218,13 @@ def on_a_device(calls: str, cache: Path, root: Path) -> str:
             id="slopes",
         ),
         pytest.param(
-            TARGETS, {"_add_target_rows_kernel": 2, "_finish_hidden_rows_kernel": 1}, id="targets"
+            TARGETS,
+            {
+                "_add_target_rows_kernel": 2,
+                "_finish_hidden_rows_kernel": 1,
+                "_scale_hidden_rows_kernel": 1,
+            },
+            id="targets",
         ),
         pytest.param(SCORE, {"_score_tiles_kernel": 1, "_merge_splits_kernel": 1}, id="score"),
         pytest.param(
@@ -227,6 +237,7 @@ def on_a_device(calls: str, cache: Path, root: Path) -> str:
                 "_merge_splits_kernel": 1,
                 "_add_target_rows_kernel": 1,
                 "_finish_hidden_rows_kernel": 1,
+                "_scale_hidden_rows_kernel": 1,
             },
             id="sizes-of-one",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from fastdaa import (
     FusedLinearIPOLoss,
     FusedLinearPairLoss,
     FusedLinearSLiCLoss,
+    custom_loss,
 )
 from fastdaa.losses import get_loss
 
@@ -391,3 +393,41 @@ def test_dpo_at_zero_margin_is_ln_2_for_any_beta():
     ref = torch.cat([logps.chosen, logps.rejected])
     out = FusedLinearDPOLoss(beta=7.0)(*call, ref_logps=ref)
     assert out.loss.item() == pytest.approx(math.log(2.0), abs=1e-7)
+
+
+def with_a_detached_factor(policy, ref):
+    margin = policy.chosen - policy.rejected - ref.chosen + ref.rejected
+    return margin * torch.sigmoid(margin).detach()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        FusedLinearAPALoss(),
+        FusedLinearPairLoss("dpo", ld_alpha=0.5),
+        FusedLinearPairLoss("dpo", use_weighting=True),
+        FusedLinearPairLoss(custom_loss(with_a_detached_factor, coupled=False)),
+    ],
+    ids=["apa", "ld-alpha", "weighting", "detached"],
+)
+def test_no_step_leaves_a_tensor_behind(module):
+    """Parts of the objective's graph that the loss does not reach are freed, too."""
+    made = inputs()
+
+    def step():
+        leaves = [
+            made.hidden_states.detach().requires_grad_(),
+            made.weight.detach().requires_grad_(),
+        ]
+        ref = torch.full(made.labels.shape, -3.0)
+        module(*leaves, made.labels, ref_token_logps=ref).loss.backward()
+
+    def alive():
+        gc.collect()
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    step()
+    before = alive()
+    for _ in range(4):
+        step()
+    assert alive() == before

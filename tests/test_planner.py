@@ -232,6 +232,18 @@ def test_pairs_that_chunks_would_compute_twice(counts, tokens, reason):
         assert made.kept_whole == (made.path == "single_pass")
 
 
+def test_what_a_single_pass_that_is_asked_for_computes_twice():
+    def asked(counts):
+        return plan(
+            device="cuda", loss_inside=True, tokens=sum(counts), hidden_size=4096, counts=counts,
+            operand=torch.bfloat16, impl="single_pass",
+        ).reason  # fmt: skip
+
+    assert asked((512,) * 64) == "asked for"
+    long = asked((512,) * 62 + (3000, 2000))
+    assert long.endswith("computes the logits of 5000 tokens in longer pairs twice")
+
+
 @pytest.mark.parametrize("max_mib", [None, 600, 2300, 3500, 8000])
 @pytest.mark.parametrize("tokens", [2048, 8192, 16384, 65536])
 @pytest.mark.parametrize("longest", [256, 2048, 4096, 65536])

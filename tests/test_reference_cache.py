@@ -79,7 +79,7 @@ def test_equal_rows_are_missing_once(cache: ReferenceCache) -> None:
 def test_missing_entries_are_named(cache: ReferenceCache) -> None:
     keys = hash_rows(rows())
     cache.append(keys[:1], LOGPS[:1])
-    with pytest.raises(KeyError, match="2 are missing, row 1 first"):
+    with pytest.raises(KeyError, match="2 missing, row 1 first"):
         cache.lookup(keys)
     with pytest.raises(KeyError, match="token log-probs"):
         cache.lookup_tokens(keys[:1])

@@ -27,6 +27,7 @@ from fastdaa.benchmarks.compare.versions import Version, both, checkout
 from fastdaa.benchmarks.machine import machine
 from fastdaa.benchmarks.progress import progress
 from fastdaa.benchmarks.rows import RowFile, append_rows
+from fastdaa.counted import counted
 
 # Modules with `comparison_jobs(options)` and `open_job(job)`: see docs/benchmarks.md.
 JOBS = {kind: f"fastdaa.benchmarks.{kind}" for kind in ("head", "loss", "step")}
@@ -179,7 +180,7 @@ def _conclude(results: list[Comparison], options: argparse.Namespace, interrupte
         append_rows(options.output, [result.row(options.threshold) | place for result in measured])
     if interrupted:
         left = len(results) - len(measured)
-        rest = f"; {left} of {len(results)} comparisons have no round" if left else ""
+        rest = f"; without a round: {left} of {counted(len(results), 'comparison')}" if left else ""
         print(f"interrupted: reported is what was measured until then{rest}", file=sys.stderr)
         return 130
     if all(result.status == "absent" for result in measured):

@@ -12,6 +12,8 @@ import threading
 from types import TracebackType
 from typing import NamedTuple
 
+from fastdaa.counted import counted
+
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # Percent of the time in which kernels ran, by nvidia-smi, from which a device counts as busy.
 _BUSY = 50.0
@@ -92,7 +94,7 @@ class Watch:
             return ""
         clocks = [sample.clock for sample in busy]
         return (
-            f"GPU while it was busy ({len(busy)} samples): clock {min(clocks):.0f} to "
+            f"GPU while it was busy ({counted(len(busy), 'sample')}): clock {min(clocks):.0f} to "
             f"{max(clocks):.0f} MHz, median {statistics.median(clocks):.0f}; power up to "
             f"{max(s.power for s in busy):.0f} W; up to {max(s.temperature for s in busy):.0f} C"
         )

@@ -12,6 +12,7 @@ from fastdaa.benchmarks.gpu.limits import accuracies, other_limits, shape_of, to
 from fastdaa.benchmarks.gpu.targets import LESS_LIMIT, SUM_LIMIT
 from fastdaa.benchmarks.reading import Result
 from fastdaa.benchmarks.roof import Roof
+from fastdaa.counted import counted
 
 _PATH_OF = {name: path for path in asked.PATHS for name in asked.ours(path)}
 
@@ -100,7 +101,11 @@ def _roofs(answers: Answers) -> list[str]:
     """What the times by the model were computed with: one roof a process."""
     found = [r.row["roof"] for r in answers.results.values() if r.row.get("roof")]
     words = dict.fromkeys(Roof(**roof).words for roof in found)
-    return [f"Roof of the model ({len(words)} processes): {'; '.join(words)}."] if words else []
+    return (
+        [f"Roof of the model ({counted(len(words), 'process')}): {'; '.join(words)}."]
+        if words
+        else []
+    )
 
 
 def _left_out(count: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fastdaa.benchmarks.reading import Result, best, by_case, case_details, case_title, pace
 from fastdaa.benchmarks.wording import error, join, size, three_digits
+from fastdaa.counted import counted
 
 # Differences below this are not worth a sentence: run-to-run noise of a shared machine.
 _NOISE = 1.03
@@ -56,7 +57,7 @@ def verdict(results: Iterable[Result]) -> Headline:
     wrong = [result for result in checked if not result.ok]
     if not checked:
         return Headline("No result was checked against 64-bit arithmetic.", "bad")
-    count = f"{len(checked)} results were checked against 64-bit arithmetic"
+    count = f"{counted(len(checked), 'result')} checked against 64-bit arithmetic"
     if not wrong:
         return Headline(f"{count}; all are right.", "good")
     names = sorted({result.contender for result in wrong})
@@ -114,7 +115,7 @@ def _at_its_best(results: Sequence[Result]) -> str:
     if not duels:
         return ""
     names = join(sorted({result.contender for result in variants}))
-    which = "the case" if len(duels) == 1 else f"the {len(duels)} cases"
+    which = "the case" if len(duels) == 1 else f"the {counted(len(duels), 'case')}"
     return (
         f", and {_span([duel.gain for duel in duels])} times as many as TRL at its best "
         f"({which} in which {names} was run as well)"

@@ -23,6 +23,7 @@ from fastdaa.benchmarks.report.explaining import GLOSSARY, INTRODUCTION, KIND_TE
 from fastdaa.benchmarks.report.figures import Picture
 from fastdaa.benchmarks.report.headlines import Headline, headlines, verdict
 from fastdaa.benchmarks.report.provenance import devices_table, missing_table
+from fastdaa.counted import counted
 
 _MOST_OPEN_ROWS = 40
 Draw = Callable[[str, Sequence[Result], str], list[Picture]]
@@ -108,7 +109,7 @@ def _section(
     ran = [result for result in members if result.measured or result.status == "failed"]
     said = _first(kind, members)
     rest = [line for line in headlines(kind, members) if line not in said]
-    summary = f"All numbers: {len(ran)} rows"
+    summary = f"All numbers: {counted(len(ran), 'row')}"
     return "\n".join(
         [
             f'<h2 id="{anchor}">{escape(KIND_TITLES[kind])}</h2>',

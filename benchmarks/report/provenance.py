@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdaa.benchmarks.reading import Result
 from fastdaa.benchmarks.report import markup
+from fastdaa.counted import counted
 
 # Keys of a row's machine that are not versions of packages.
 _PLACES = ("device", "driver", "cpu", "cores", "memory", "os")
@@ -26,7 +27,7 @@ def missing_table(results: Sequence[Result]) -> str:
         return markup.paragraph("Every contender ran on every case that it was asked for.")
     lines = []
     for (contender, word, reason), cases in sorted(reasons.items(), key=lambda item: item[0]):
-        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+        where = cases[0] if len(cases) == 1 else counted(len(cases), "case")
         tone = "bad" if word in ("WRONG", "failed") else ""
         cells = (
             markup.cell(contender),

@@ -6,6 +6,7 @@ import atexit
 import difflib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import signal
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 for success, 2 for an error that the user can mend, 130 after an interruption, 1 where a
     command found something wrong. A bare ``--debug`` shows tracebacks.
     """
+    _print_any_character()
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
     if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(_help())
@@ -86,6 +88,12 @@ def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks, for one line of output."""
     # A KeyError or an assertion may come without words.
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _print_any_character() -> None:
+    """Has stdout escape what its encoding lacks, as stderr does: a ± is to end no training."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end_silently() -> None:

@@ -283,12 +283,12 @@ def _check_task(values: dict[str, Any], *, evaluates: bool) -> None:
     if not values["do_train"]:
         raise ValueError(
             "do_train: expected true, since this command trains, got false; `fastdaa evaluate` "
-            "measures a model on pairs"
+            "measures a policy on pairs"
         )
     if values["do_predict"]:
         raise ValueError(
             "do_predict: expected false, since no predictions are made, got true; `fastdaa "
-            "evaluate` measures a model on pairs"
+            "evaluate` measures a policy on pairs"
         )
     if values["do_eval"] and not evaluates:
         raise ValueError(

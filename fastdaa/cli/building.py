@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
 
 def start_stage(arguments: ModelArguments, config: PackedConfig, kind: RecordKind) -> Start:
-    """Checks paths, sets the seed, and reads tokenizer and data."""
+    """Checks paths, sets the seed, and reads tokenizer and data, which have to fit."""
     from transformers import set_seed
 
     from fastdaa.cli.load_data import load_splits
@@ -43,6 +43,7 @@ def start_stage(arguments: ModelArguments, config: PackedConfig, kind: RecordKin
     tokenizer = load_tokenizer(arguments)
     seed = config.sampling_seed
     data = load_splits(arguments, kind, on_bad_row=config.on_bad_row, seed=seed)
+    check_template(tokenizer, data[0])
     return Start(checkpoint, tokenizer, *data)
 
 
@@ -58,10 +59,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
     """Raises ``ValueError`` where conversations meet a tokenizer without a chat template."""
-    conversations = isinstance(pairs[0]["prompt"], list)
-    brings_template = "chat_template_kwargs" in pairs.column_names
+    conversations = isinstance(rows[0]["prompt"], list)
+    brings_template = "chat_template_kwargs" in rows.column_names
     if conversations and tokenizer.chat_template is None and not brings_template:
         raise ValueError(
             "chat_template: the data are conversations and the tokenizer has no chat template; "
@@ -243,4 +244,9 @@ def _read_template(given: str) -> str:
         raise FileNotFoundError(
             f"chat_template: expected a Jinja file or a template, there is no file {given}"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"chat_template: expected a Jinja file in UTF-8, got {given}: {error}"
+        ) from error

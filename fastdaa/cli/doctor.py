@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdaa.cli.kernel_search import search_kernels
 from fastdaa.cli.plain_parser import PlainParser
+from fastdaa.counted import counted
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +94,8 @@ def device_rows() -> list[Row]:
 
     threads = torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    used = f"{threads} thread{'' if threads == 1 else 's'} used"
-    cpu = f"{os.cpu_count()} cores, {used}, {memory:.0f} GiB"
+    cores = counted(os.cpu_count() or 1, "core")
+    cpu = f"{cores}, {counted(threads, 'thread')} used, {memory:.0f} GiB"
     rows = [Row("cpu", f"{platform.machine()}, {cpu}")]
     if not torch.cuda.is_available():
         built = torch.version.cuda

@@ -15,6 +15,7 @@ from fastdaa.cli import building, paths
 from fastdaa.cli.arguments import ModelArguments, config_kind
 from fastdaa.cli.options import option_parser, read_options
 from fastdaa.cli.runs import command_run
+from fastdaa.counted import counted
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_file import check_output, write_facts
 from fastdaa.train.options import check_count
@@ -165,7 +166,7 @@ def _evaluate(arguments: Any, config: PreferenceConfig) -> int:
             "quantization": trainer.frozen_facts.get("quantization"), "layout": trainer.layout,
             "processes": config.world_size, "metrics": metrics,
         }  # fmt: skip
-        _print(facts, f"{len(rows):,} {trainer.unit}")
+        _print(facts, counted(len(rows), trainer.unit.removesuffix("s")))
         if output is not None:
             write_facts(output, facts)
     return 0

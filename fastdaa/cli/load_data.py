@@ -81,6 +81,6 @@ def _split(rows: Dataset, test_size: float | None, seed: int) -> tuple[Dataset, 
     size = test_size if test_size < 1 else int(test_size)
     # `train_test_split` rounds a share up.
     if (math.ceil(size * len(rows)) if size < 1 else size) >= len(rows):
-        raise ValueError(f"test_size: expected less than all {len(rows)} rows, got {size}")
+        raise ValueError(f"test_size: expected fewer than all rows ({len(rows)}), got {size}")
     parts = rows.train_test_split(size, seed=seed)
     return parts["train"], parts["test"]

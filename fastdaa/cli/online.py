@@ -161,6 +161,7 @@ def _load_prompts(arguments: OnlineArguments, config: OnlineConfig, tokenizer: A
     from fastdaa.online.prompts import read_prompts
 
     parts = load_splits(arguments, PROMPTS, on_bad_row=arguments.on_bad_row, seed=config.seed)
+    building.check_template(tokenizer, parts[0])
     read: dict[str, Any] = {
         "max_length": arguments.max_prompt_length, "on_bad_row": arguments.on_bad_row,
     }  # fmt: skip

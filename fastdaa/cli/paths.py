@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,9 +81,17 @@ def check_model(name: str, value: str) -> None:
         return
     if not any((folder / file).is_file() for file in _MODEL_FILES):
         raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
+    _check_readable(name, folder)
     adapter = adapter_of(name, value)
     if adapter is not None:
         check_model(f"{name}: base model of the adapter {value}", adapter.base)
+
+
+def _check_readable(name: str, folder: Path) -> None:
+    """Of a file that is there and cannot be read, safetensors says that there is none."""
+    for path in folder.iterdir():
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise PermissionError(f"{name}: expected files that can be read, {path} cannot")
 
 
 def adapter_of(name: str, value: str) -> Adapter | None:

@@ -6,10 +6,13 @@ still the same. A stage that was stopped goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,8 @@ _SHARED = (
     "prompt_column", "chosen_column", "rejected_column", "completion_column", "messages_column",
     "label_column",
 )  # fmt: skip
+_SHARED_SWITCHES = ("trust_remote_code", "use_cpu", "on_bad_row", "seed")
+_OF_PIPELINE = ("model", "dataset", "output_dir", "resume_from_checkpoint")
 
 
 def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
@@ -48,13 +53,17 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
         stages.append(("reward", policy, _options(arguments.reward_options)))
     # Mistakes in the options of a later stage are found before the first.
     commands = [
-        (command, _stage_argv(arguments, config, model, root / command, options))
+        (command, _stage_argv(arguments, config, model, root / command, options), {*options})
         for command, model, options in stages
     ]
-    for command, words in commands:
+    for command, words, own in commands:
+        with _stage_named(command, own):
+            _stage(command).parse(words)
+    for command, words, own in commands:
         folder = root / command
         if not _is_done(folder, words):
-            code = _run_stage(command, words, folder)
+            with _stage_named(command, own):
+                code = _run_stage(command, words, folder)
             if code:
                 if code == INTERRUPTED:
                     print(f"To continue the pipeline:\n  {continuation('online', argv, None)}")
@@ -150,15 +159,38 @@ def _stage_argv(
     return words
 
 
+def _stage(command: str) -> Any:
+    return importlib.import_module(f"fastdaa.cli.{command}")
+
+
 def _run_stage(command: str, words: list[str], folder: Path) -> int:
-    import importlib
-
     resume = ["--resume_from_checkpoint"] if _was_begun(folder) else []
-
     with log_lines():
         logger.info("stage %s", command)
-    module = importlib.import_module(f"fastdaa.cli.{command}")
-    return int(module.run([*words, *resume]))
+    return int(_stage(command).run([*words, *resume]))
+
+
+@contextlib.contextmanager
+def _stage_named(command: str, own: Set[str]) -> Iterator[None]:
+    """Errors of a stage begin with it, and tell its options from those of the pipeline.
+
+    Args:
+        own: names among ``_SHARED`` that the stage has values of its own for.
+    """
+    shared = {*_OF_PIPELINE, *_SHARED, *_SHARED_SWITCHES} - own
+
+    def named(option: re.Match[str]) -> str:
+        return option[0] if option[2] in shared else f'"{option[2]}"'
+
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise  # its name tells what to install
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        text = re.sub(r"(['\"]?)--(\w+)\1", named, str(error))
+        first = text.partition(":")[0]
+        where = "" if first in shared else f" (--{command}_options)"
+        raise ValueError(f"stage {command}{where}: {text}") from error
 
 
 def _was_begun(folder: Path) -> bool:

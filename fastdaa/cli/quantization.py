@@ -50,14 +50,15 @@ def _check_model(name: str, source: str, arguments: ModelArguments, asked: str |
         return
     new = getattr(arguments, "use_peft", False)
     continues = getattr(arguments, "continues_adapters", False)
+    if adapter is not None and stored is not None and (new or not continues):
+        hint = "; leave --use_peft out to train it further" if continues else ""
+        raise ValueError(
+            f"{name}: expected an adapter that can be merged, the base {base} of {source} is "
+            f"quantised ({stored}){hint}"
+        )
     if not new and (adapter is None or not continues):
         what = asked or f"{name}: {base} is quantised ({stored})"
         raise ValueError(
             f"{what}: expected LoRA, since weights of a few bits cannot be trained themselves; add "
             "--use_peft, or train a model that is not quantised"
-        )
-    if new and adapter is not None and stored is not None:
-        raise ValueError(
-            f"{name}: expected an adapter that can be merged (--use_peft), the base {base} of "
-            f"{source} is quantised ({stored}); leave --use_peft out to train it further"
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastdaa.cli import building
 from fastdaa.cli.arguments import AdapterArguments
 from fastdaa.cli.runs import hold_folder
-from fastdaa.cli.stage import run_stage
+from fastdaa.cli.stage import read_stage, run_stage
 from fastdaa.data.pairs import PAIRS
 from fastdaa.train.stage_config import RewardConfig
 
@@ -30,17 +30,21 @@ class RewardArguments(AdapterArguments):
     )
 
 
+def parse(argv: Sequence[str]) -> tuple[RewardArguments, RewardConfig]:
+    """Reads a command line of ``fastdaa reward``; the errors are those of ``read_stage``."""
+    kinds = (RewardArguments, RewardConfig)
+    return read_stage("reward", kinds, _WHAT, argv, title="reward model")
+
+
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
-    kinds = (RewardArguments, RewardConfig)
-    return run_stage("reward", kinds, _WHAT, argv, _make_trainer, title="reward model")
+    return run_stage("reward", parse, argv, _make_trainer)
 
 
 def _make_trainer(arguments: Any, config: Any) -> tuple[Any, str | None]:
     from fastdaa.train.reward import RewardTrainer
 
     start = building.start_stage(arguments, config, PAIRS)
-    building.check_template(start.tokenizer, start.train)
     peft_config = building.lora_config(arguments, "SEQ_CLS")
     model = _load_model(arguments, config, start)
     building.check_vocabulary(model, start.tokenizer)

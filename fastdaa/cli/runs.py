@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastdaa.cli.option_names import named_as
+
 INTERRUPTED = 130
 # Locks of folders, until the command ends.
 _held: list[Any] = []
@@ -18,9 +20,10 @@ _held: list[Any] = []
 
 @contextmanager
 def command_run(*, main_process: bool = True) -> Iterator[None]:
-    """A run of a command: shows log lines, and leaves the process group where there is one."""
+    """A run of a command: shows log lines, calls what the head refuses by the option's name, and
+    leaves the process group where there is one."""
     try:
-        with log_lines(main_process=main_process):
+        with log_lines(main_process=main_process), named_as(max_bytes="head_max_bytes"):
             yield
     finally:
         _held.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdaa.cli import building
 from fastdaa.cli.arguments import AdapterArguments
-from fastdaa.cli.stage import run_stage
+from fastdaa.cli.stage import read_stage, run_stage
 from fastdaa.data.examples import EXAMPLES
 from fastdaa.train.stage_config import SftConfig
 
@@ -28,10 +28,14 @@ class SftArguments(AdapterArguments):
     )
 
 
+def parse(argv: Sequence[str]) -> tuple[SftArguments, SftConfig]:
+    """Reads a command line of ``fastdaa sft``; the errors are those of ``read_stage``."""
+    return read_stage("sft", (SftArguments, SftConfig), _WHAT, argv, title="fine-tuning")
+
+
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
-    kinds = (SftArguments, SftConfig)
-    return run_stage("sft", kinds, _WHAT, argv, _make_trainer, title="fine-tuning")
+    return run_stage("sft", parse, argv, _make_trainer)
 
 
 def _make_trainer(arguments: Any, config: Any) -> tuple[Any, str | None]:

@@ -53,11 +53,14 @@ class Tracking:
             return
         self._pairs = evaluation
         if self._options.track_dataset is not None:
-            from fastdaa.data import load_pairs
+            from fastdaa.data.named_columns import NamedColumns
+            from fastdaa.data.pairs import PAIRS
 
-            self._pairs = load_pairs(
-                self._options.track_dataset, on_bad_row=self._config.on_bad_row
-            )
+            # Its columns may have other names than those of the training data.
+            self._pairs = PAIRS.load(
+                self._options.track_dataset, on_bad_row=self._config.on_bad_row,
+                columns=NamedColumns(self._arguments.columns, "nowhere"),
+            )  # fmt: skip
 
     def attach(self, trainer: PreferenceTrainer) -> None:
         """Add the callback to a trainer."""

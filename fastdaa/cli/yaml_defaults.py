@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fastdaa.counted import counted
 from fastdaa.validation import shown
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
         OSError: the file cannot be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"config: expected a YAML file, there is no {path}")
+        got = f"{path} is a folder" if path.is_dir() else f"there is no {path}"
+        raise FileNotFoundError(f"config: expected a YAML file, {got}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+        raise ValueError(f"{path}: expected YAML in UTF-8, got {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
@@ -163,4 +165,6 @@ def one_of(choices: Iterable[Any], given: object) -> str:
         return f"one of {', '.join(names)}"
     near = [name for name in names if name.startswith(str(given))]
     near += difflib.get_close_matches(str(given), names, n=4, cutoff=0.0)
-    return f"one of {len(names)} names such as {', '.join(list(dict.fromkeys(near))[:4])}"
+    return (
+        f"one of {counted(len(names), 'name')} such as {', '.join(list(dict.fromkeys(near))[:4])}"
+    )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastdaa.counted import counted
 from fastdaa.data.errors import BadRow, DataError, describe
 
 Place = str
@@ -193,7 +194,7 @@ def _read_csv(path: Path) -> Records:
 
 def _csv_record(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
-        message = f"expected {len(header)} cells as in the header, got {len(cells)}"
+        message = f"expected {counted(len(header), 'cell')} as in the header, got {len(cells)}"
         return BadRow("wrong number of cells", message)
     record: dict[str, Any] = dict(zip(header, cells, strict=True))
     for field in ("prompt", "chosen", "rejected"):

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastdaa.counted import counted
+
 MUCH = 0.1
 """A share of pairs left out from which on a report is a warning."""
-_PLURAL = re.compile(r"(pair|prompt|completion|sequence|example|row)s\b")
+_PLURAL = re.compile(r"^(pair|prompt|completion|sequence|example|row)s\b")
 
 
 @dataclass
@@ -36,8 +38,8 @@ class SkipReport:
         self.first.setdefault(reason, example)
 
     def __str__(self) -> str:
-        line = f"{_count(self.kept, f'{self.unit}s')} kept, "
-        line += f"{_count(self.total_skipped, 'rows')} left out"
+        line = f"{counted(self.kept, self.unit)} kept, "
+        line += f"{counted(self.total_skipped, 'row')} left out"
         return line + _reasons(self.skipped, self.first) + _examples(self.skipped, self.first)
 
 
@@ -78,22 +80,22 @@ class TokenizeReport:
         logger.info("%s: %s", name, self)
         dropped = sum(self.dropped.values())
         if self.pairs and dropped >= MUCH * self.pairs:
+            reasons = [counted_reason(number, why) for why, number in self.dropped.most_common()]
             logger.warning(
                 "%s: warning: %.0f%% of the %ss are left out (%s)",
-                name, 100 * dropped / self.pairs, self.unit,
-                "; ".join(_count(count, reason) for reason, count in self.dropped.most_common()),
+                name, 100 * dropped / self.pairs, self.unit, "; ".join(reasons),
             )  # fmt: skip
 
     def __str__(self) -> str:
         dropped = sum(self.dropped.values())
-        line = f"{self.kept:,} of {_count(self.pairs, f'{self.unit}s')} kept, {dropped:,} left out"
+        line = f"{self.kept:,} of {counted(self.pairs, self.unit)} kept, {dropped:,} left out"
         line += _reasons(self.dropped, self.first)
         for count, what in (
             (self.truncated, "sequences truncated"),
             (self.identical, f"{self.unit}s identical after truncation"),
             (self.shortened_prompts, "prompts end where their completions' tokens diverge"),
         ):
-            line += f"; {_count(count, what)}" if count else ""
+            line += f"; {counted_reason(count, what)}" if count else ""
         line += _examples(self.dropped, self.first)
         spread = [
             f"{name} tokens " + ", ".join(f"{key} {value:,}" for key, value in values.items())
@@ -141,25 +143,24 @@ class MixtureReport:
                 )
 
     def __str__(self) -> str:
-        line = f"{_count(sum(source.train for source in self.sources), f'{self.unit}s')} "
-        line += f"of {len(self.sources)} sources"
+        line = f"{counted(sum(source.train for source in self.sources), self.unit)} "
+        line += f"of {counted(len(self.sources), 'source')}"
         held_out = sum(source.held_out for source in self.sources)
         line += f", {held_out:,} held out" if held_out else ""
         for source in self.sources:
-            line += f"\n{source.name}: {source.train:,} from {_count(source.rows, f'{self.unit}s')}"
+            line += f"\n{source.name}: {source.train:,} from {counted(source.rows, self.unit)}"
             line += f", weight {source.weight:g}" if source.weight != 1 else ""
             line += f", {source.held_out:,} held out" if held_out else ""
             if source.skips.skipped:
-                line += f"; {_count(source.skips.total_skipped, 'rows')} left out"
+                line += f"; {counted(source.skips.total_skipped, 'row')} left out"
                 line += _reasons(source.skips.skipped, source.skips.first)
                 line += _examples(source.skips.skipped, source.skips.first)
         return line
 
 
-def _count(number: int, things: str) -> str:
-    """``1 prompt of ..``, ``2 prompts of ..``: the words begin with a plural, or with none."""
-    words = _PLURAL.sub(r"\1", things, count=1) if number == 1 and _PLURAL.match(things) else things
-    return f"{number:,} {words}"
+def counted_reason(number: int, reason: str) -> str:
+    """``1 prompt of ..``, ``2 prompts of ..``: the reason begins with a plural, or with none."""
+    return f"{number:,} " + (_PLURAL.sub(r"\1", reason) if number == 1 else reason)
 
 
 def percentiles(lengths: Iterable[int]) -> dict[str, int]:
@@ -175,7 +176,7 @@ def _reasons(counts: Counter[str], first: dict[str, str]) -> str:
     """``: 2 broken JSON, 1 empty completion``; a single reason with its example."""
     if not counts:
         return ""
-    line = ": " + ", ".join(_count(count, reason) for reason, count in counts.most_common())
+    line = ": " + ", ".join(counted_reason(count, reason) for reason, count in counts.most_common())
     example = first.get(next(iter(counts))) if len(counts) == 1 else None
     return line if example is None else f"{line} (first: {example})"
 

@@ -58,7 +58,7 @@ def _held_out(sizes: Sequence[int], weights: Sequence[float], test_size: float) 
     # Less a trifle, so that a tenth of 30 rows is 3.
     wanted = int(test_size) if test_size >= 1 else math.ceil(test_size * total - 1e-9)
     if wanted >= total:
-        raise ValueError(f"test_size: expected less than all {total:g} rows, got {wanted}")
+        raise ValueError(f"test_size: expected fewer than all rows ({total:g}), got {wanted}")
     exact = [wanted * rows / total for rows in given]
     counts = [math.floor(rows) for rows in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda place: counts[place] - exact[place])

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.data.errors import BadRow, bad_field, describe
 from fastdaa.data.fields import ADVANTAGE_FIELDS
 from fastdaa.data.readers import Place, Records
@@ -63,10 +64,9 @@ def _pairs(records: Records) -> Iterator[tuple[Place, Any]]:
             yield better.place, _pair(better, worse, mean)
     if left_out:
         logger.warning(
-            "%d of %d scored completions left out: the only one of their prompt, or the middle one "
-            "of an odd number.",
+            "%d of %s left out: the only one of their prompt, or the middle one of an odd number.",
             left_out,
-            sum(map(len, groups.values())),
+            counted(sum(map(len, groups.values())), "scored completion"),
         )
 
 

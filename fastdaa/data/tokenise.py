@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.counted import counted
 from fastdaa.data.bad_rows import OnBadRow, handle_bad_row
 from fastdaa.data.columns import TokenColumns
 from fastdaa.data.encode import Row, encode
@@ -86,11 +87,11 @@ def tokenize_pairs(
     tokens = run.tokenize(dataset, checked, tokenizer, skip_fields)
     if run.report.shortened_prompts:
         logger.warning(
-            "In %d of %d pairs the prompt, tokenised alone, is not how prompt and completion "
+            "In %d of %s the prompt, tokenised alone, is not how prompt and completion "
             "begin (the chat template renders it differently, or tokens merge across the "
             "boundary): the completion begins where they diverge.",
             run.report.shortened_prompts,
-            run.report.kept,
+            counted(run.report.kept, "pair"),
         )
     return tokens, run.report
 

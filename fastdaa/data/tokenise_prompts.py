@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.data.bad_rows import OnBadRow, handle_bad_row
 from fastdaa.data.encode import Ids, encode_prompt
 from fastdaa.data.errors import BadRow, DataError
@@ -60,7 +61,7 @@ def tokenize_prompts(
             handle_bad_row(place, BadRow("chat template failed", what), on_bad_row, skips)
             continue
         if max_length is not None and len(ids) > max_length:
-            skips.skip(f"prompts of more than {max_length} tokens", place)
+            skips.skip(f"prompts of more than {counted(max_length, 'token')}", place)
         elif not ids:
             skips.skip("prompts without a token", place)
         else:

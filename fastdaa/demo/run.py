@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.counted import counted
 from fastdaa.demo.table import (
     best_lines,
     caution_lines,
@@ -29,7 +30,7 @@ FAST_BETAS = (0.02, 0.2, 2.0)
 _WORDS = """\
 A tiny model learns a language of which all {responses:,} responses to a prompt can be listed, and
 a judge whose reward is known exactly prefers some of them. {losses} are trained on {pairs:,} of its
-preferences, each at {betas} strengths of regularisation (beta), and measured without sampling on
+preferences, each at {betas} of regularisation (beta), and measured without sampling on
 the way: how far from the reference (KL), and how good (gold reward; the reference has 0, its
 standard deviation is 1)."""
 _FAST_WORDS = "A glimpse in seconds, of a much smaller world: these numbers mean nothing."
@@ -108,10 +109,10 @@ def _words(runs: Sequence[Run], fast: bool) -> str:
     words = " ".join(_WORDS.split()).format(
         losses=", ".join(losses),
         pairs=runs[0].preset.pairs,
-        betas=len({run.beta for run in runs}),
+        betas=counted(len({run.beta for run in runs}), "strength"),
         responses=runs[0].language.responses,
     )
-    time = f"{len(runs)} runs, a few seconds each on a free core."
+    time = f"{counted(len(runs), 'run')}, a few seconds each on a free core."
     return f"{words}\n{_FAST_WORDS if fast else time}"
 
 

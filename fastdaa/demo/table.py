@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import LOSS_NAMES, curve, distance, hump, series_name, split
 from fastdaa.study.fit_words import contradiction, through_origin
 from fastdaa.study.table import Table
-from fastdaa.study.wording import count, join
+from fastdaa.study.wording import join
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -24,7 +25,7 @@ def results_table(final: Table) -> RichTable:
     from rich.table import Table as RichTable
 
     seeds = len({row.get("seed") for row in final})
-    means = f"Means of {seeds} seeds. " if seeds > 1 else ""
+    means = f"Means of {counted(seeds, 'seed')}. " if seeds > 1 else ""
     table = RichTable(
         title="at the end of training",
         caption=f"{means}The reference has gold 0, win-rate 50%.",
@@ -113,7 +114,7 @@ def fits_table(fits: Mapping[str, Any], ends: Mapping[str, Any]) -> RichTable:
         name = _curve_name(all_of_them)
         table.add_row(name, f"all {all_of_them['points']} checkpoints", *_law_cells(all_of_them))
         table.add_row(
-            "", f"the {count(last['points'], 'end')}", *_law_cells(last), end_section=True
+            "", f"the {counted(last['points'], 'end')}", *_law_cells(last), end_section=True
         )
     return table
 

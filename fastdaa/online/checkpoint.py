@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from fastdaa.counted import counted
 from fastdaa.online.config import CONFIG_FILE, OnlineConfig
 from fastdaa.online.models import Models
 from fastdaa.online.types import Experience, Rollouts
@@ -113,8 +114,8 @@ def _load_trained(model: nn.Module, path: str, device: str) -> None:
     if saved.keys() != weights.keys():
         wrong = sorted(saved.keys() ^ weights.keys())
         raise ValueError(
-            f"resume: expected the adapters of the run in {path}, but {len(wrong)} tensors are "
-            f"only in one of them, such as {wrong[0]}"
+            f"resume: expected the adapters of the run in {path}, but only one of them "
+            f"has {counted(len(wrong), 'tensor')}, such as {wrong[0]}"
         )
     for name, weight in weights.items():
         weight.copy_(saved[name])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdaa.counted import counted
 from fastdaa.online.advantages import gae
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.models import Models
@@ -38,8 +39,8 @@ def sample(
     found = len(completions.completion_ids)
     if found != len(prompts) or len(completions.finished) != found:
         raise ValueError(
-            f"rollouts: expected {len(prompts)} completions, one a prompt, got {found} and "
-            f"{len(completions.finished)} marks of whether they are finished"
+            f"rollouts: expected {counted(len(prompts), 'completion')}, one a prompt, got "
+            f"{found} and {counted(len(completions.finished), 'mark')} of whether they are finished"
         )
     empty = [index for index, ids in enumerate(completions.completion_ids) if len(ids) == 0]
     if empty:
@@ -65,8 +66,8 @@ def raw_scores(
     raw = torch.as_tensor(source.score(prompts, completions.completion_ids, texts))
     if raw.shape != (len(prompts),) or not bool(torch.isfinite(raw).all()):
         raise ValueError(
-            f"reward: expected {len(prompts)} finite numbers, one a completion, got shape "
-            f"{list(raw.shape)} with {int((~torch.isfinite(raw)).sum())} that are not finite"
+            f"reward: expected {counted(len(prompts), 'finite number')}, one a completion, got "
+            f"shape {list(raw.shape)}, of which {int((~torch.isfinite(raw)).sum())} not finite"
         )
     return raw.detach().cpu()
 

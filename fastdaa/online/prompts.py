@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdaa.counted import counted
+from fastdaa.data.reports import counted_reason
 from fastdaa.data.tokenise_prompts import TokenizedPrompt, tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def prompts_fact(prompts: Sequence[Tensor]) -> str:
     for place in places:
         ids = np.asarray(prompts[place], dtype=np.int64)
         digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
-    return f"{len(prompts)} prompts {digest.hexdigest()[:12]}"
+    return f"{counted(len(prompts), 'prompt')} {digest.hexdigest()[:12]}"
 
 
 class Ending(NamedTuple):
@@ -77,11 +79,10 @@ def read_prompts(
         dataset, tokenizer, max_length=max_length, on_bad_row=on_bad_row
     )
     prompts = Prompts(found)
-    reasons = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
+    reasons = [f"left out {counted_reason(count, reason)}" for reason, count in left_out.items()]
     repeated = len(found) - len(prompts)
-    again = "1 is a repetition" if repeated == 1 else f"{repeated:,} are repetitions"
-    reasons += f", {again}" if repeated else ""
-    logger.info("%s: %s different prompts%s", name, f"{len(prompts):,}", reasons)
+    reasons += [f"and {counted(repeated, 'repetition')}"] if repeated else []
+    logger.info("%s: %s", name, ", ".join([counted(len(prompts), "different prompt"), *reasons]))
     return prompts
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdaa.counted import counted
 from fastdaa.validation import shown
 
 RewardFunction = Callable[[list[Any], list[str]], Any]
@@ -77,10 +78,12 @@ def as_rewards(given: Any, count: int, where: str) -> Tensor:
         values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{where}: expected a list of {count} numbers, got {shown(given)}"
+            f"{where}: expected a list of {counted(count, 'number')}, got {shown(given)}"
         ) from error
     if values.shape != (count,):
-        raise ValueError(f"{where}: expected {count} numbers, got the shape {list(values.shape)}")
+        raise ValueError(
+            f"{where}: expected {counted(count, 'number')}, got the shape {list(values.shape)}"
+        )
     if not bool(torch.isfinite(values).all()):
         place = int((~torch.isfinite(values)).nonzero()[0])
         raise ValueError(

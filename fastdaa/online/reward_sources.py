@@ -54,7 +54,7 @@ class ModelReward:
         check_reward_model(model)
         support = supports_segments(model, probe=True)
         if not support.ok:
-            raise ValueError(f"reward: expected a model for packed rows, but {support.reason}")
+            raise ValueError(f"model: expected one for packed rows, but {support.reason}")
         enable_segments(model)
         install_head_task(model)
         self._model: Any = model.eval().requires_grad_(False)
@@ -157,13 +157,9 @@ def load_reward(
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(tokenizer_source(given), **options)
+    shared = same_tokenizer(own, tokenizer) and own.chat_template == tokenizer.chat_template
     try:
         model = load_classifier(given, dtype=dtype, **options)
+        return ModelReward(model.to(device), None if shared else own, original, ending=ending)
     except ValueError as error:
-        raise ValueError(f"reward: {error}") from error
-    if model.config.num_labels != 1:
-        raise ValueError(
-            f"reward: expected a model with 1 output, {given} has {model.config.num_labels}"
-        )
-    shared = same_tokenizer(own, tokenizer) and own.chat_template == tokenizer.chat_template
-    return ModelReward(model.to(device), None if shared else own, original, ending=ending)
+        raise ValueError(f"reward: {str(error).removeprefix('model: ')}") from error

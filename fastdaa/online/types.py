@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastdaa.counted import counted
+
 
 class Completions(NamedTuple):
     """What a policy wrote."""
@@ -42,7 +44,8 @@ class Rollouts(NamedTuple):
         return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
 
     def __repr__(self) -> str:
-        return f"Rollouts({len(self.prompt_ids)} sequences, {int(self.lengths.sum())} tokens)"
+        sequences = counted(len(self.prompt_ids), "sequence")
+        return f"Rollouts({sequences}, {counted(int(self.lengths.sum()), 'token')})"
 
 
 class RolloutSource(Protocol):

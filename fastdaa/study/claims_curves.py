@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import (
     Hump,
     Row,
@@ -62,7 +63,7 @@ def judge_ipo_kl(rows: Sequence[Row]) -> Iterator[Seen]:
     lowest = [beta for beta in table if table[beta]["IPO"] < others[beta]]
     ratios = [table[beta]["IPO"] / max(others[beta], 1e-12) for beta in table]
     yield Seen(
-        f"IPO's KL is the lowest at {len(lowest)} of {len(table)} betas, "
+        f"IPO's KL is the lowest at {len(lowest)} of {counted(len(table), 'beta')}, "
         f"{number(min(ratios))} to {number(max(ratios))} times the next loss's.",
         len(lowest) >= 0.75 * len(table) and max(ratios) <= NEAR_TIE,
     )
@@ -146,8 +147,8 @@ def judge_early_peak(rows: Sequence[Row]) -> Iterator[Seen]:
     rose = sum(course.kl_rose for course in early)
     if courses:
         yield Seen(
-            f"{len(early)} of {len(courses)} wide runs are at their best before the end; KL then "
-            f"rose on in {rose} of them.",
+            f"At their best before the end: {len(early)} of {counted(len(courses), 'wide run')}; "
+            f"KL then rose on in {rose} of them.",
             3 * len(early) >= 2 * len(courses),
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import (
     Row,
     column_pairs,
@@ -25,7 +26,7 @@ from fastdaa.study.figures.length import KINDS, mean_r2, r2_points
 from fastdaa.study.results import Results
 from fastdaa.study.seed_noise import margin
 from fastdaa.study.verdicts import Finding, Seen, Verdict, conclude, each_preset, no_data
-from fastdaa.study.wording import count, join, number, span
+from fastdaa.study.wording import join, number, span
 
 HALF = 0.55
 """Ratio of errors that still counts as half."""
@@ -55,7 +56,7 @@ def judge_half_rmse(results: Results) -> Finding:
     middle = statistics.median(ratios)
     measured = (
         f"Ratio of errors, log law to quadratic in KL: median {number(middle)} over "
-        f"{count(len(ratios), 'fit')} ({span(ratios)})."
+        f"{counted(len(ratios), 'fit')} ({span(ratios)})."
     )
     return Finding(measured, "reproduced" if middle <= HALF else "not reproduced")
 
@@ -70,7 +71,7 @@ def judge_log_better(results: Results) -> Finding:
     verdict: Verdict = (
         "reproduced" if share >= 0.9 else "partly" if share > 0.5 else "not reproduced"
     )
-    return Finding(f"Smaller error in {better} of {count(len(ratios), 'fit')}.", verdict)
+    return Finding(f"Smaller error in {better} of {counted(len(ratios), 'fit')}.", verdict)
 
 
 def judge_d_quadratic(results: Results) -> Finding:
@@ -82,7 +83,7 @@ def judge_d_quadratic(results: Results) -> Finding:
     better = sum(ratio < 1 for ratio in ratios)
     measured = (
         f"Ratio of errors, quadratic in √KL to log law: median {number(middle)}; smaller in "
-        f"{better} of {count(len(ratios), 'fit')}."
+        f"{better} of {counted(len(ratios), 'fit')}."
     )
     verdict: Verdict = "reproduced" if middle <= AS_GOOD else "not reproduced"
     return Finding(measured, verdict)
@@ -98,7 +99,9 @@ def judge_length_regularised(kinds: Mapping[str, Sequence[Row]]) -> Iterator[See
     gain = statistics.fmean(gains)
     stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
     moved = abs(gain) > margin(stderr, len(gains))
-    spread = "" if stderr is None else f" (standard error {number(stderr)}, {len(gains)} seeds)"
+    spread = ""
+    if stderr is not None:
+        spread = f" (standard error {number(stderr)}, {counted(len(gains), 'seed')})"
     fall = "does not fall beyond noise"
     if shape.interior:
         fall = f"falls by {number(shape.fall)} beyond its best"
@@ -192,7 +195,7 @@ def judge_metric(rows: Sequence[Row], metric: str) -> Iterator[Seen]:
         weak = sum(abs(cloud.r or 0.0) < WEAK for cloud in seen)
         parts = [f"{cloud.loss} {number(cloud.r, sign=True)}" for cloud in seen]
         runs = sum(len(cloud.scores) for cloud in seen)
-        yield Seen(f"r = {join(parts)} ({runs} runs).", weak, len(seen))
+        yield Seen(f"r = {join(parts)} ({counted(runs, 'run')}).", weak, len(seen))
 
 
 @each_preset("chosen_logratio and kl_forward of six or more runs")
@@ -202,7 +205,7 @@ def judge_likelihood(rows: Sequence[Row]) -> Iterator[Seen]:
     r = pearson(x, y)
     if r is not None and len(x) >= correlations.FEWEST:
         yield Seen(
-            f"r = {number(r, sign=True)} over {len(x)} runs; log-ratio "
+            f"r = {number(r, sign=True)} over {counted(len(x), 'run')}; log-ratio "
             f"{number(min(y), 1, sign=True)} where it is lowest, at a forward KL of "
             f"{number(x[y.index(min(y))], 1)} nats.",
             r <= CLOSE and min(y) < 0,
@@ -221,9 +224,11 @@ def judge_tree(results: Results) -> Finding:
         worst_low = sum(
             ranked[0]["end"]["outside"] >= ranked[-1]["end"]["outside"] for ranked in compared
         )
-        text = f"{tree.pair_title(results, pair)}: grew in {grown} of {len(cells)} settings"
+        settings = counted(len(cells), "setting")
+        text = f"{tree.pair_title(results, pair)}: grew in {grown} of {settings}"
         if compared:
-            text += f", most at the smallest beta for {worst_low} of {len(compared)} losses"
+            text += f", most at the smallest beta for {worst_low} of "
+            text += counted(len(compared), "loss")
         seen.append((None, Seen(f"{text}.", grown == len(cells) and worst_low == len(compared))))
     return conclude(seen, "tree.json, by `fastdaa study tree`")
 

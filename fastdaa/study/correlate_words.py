@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastdaa.counted import counted
 from fastdaa.study.fit_words import group_name
 
 Entry = Mapping[str, Any]
@@ -54,7 +55,7 @@ def _shown(entry: Entry, scope: str) -> str:
         return f"{name}not defined ({entry['reason']})"
     ends = entry["pearson_interval"]
     if ends is None:
-        runs = "1 run" if entry["runs"] == 1 else f"{entry['runs']} runs"
+        runs = counted(entry["runs"], "run")
         return f"{name}r = {entry['pearson']:+.2f}, no interval from {runs} (n = {entry['n']})"
     word = "includes" if _includes_zero(entry) else "excludes"
     return (
@@ -97,7 +98,7 @@ def _likelihood(entries: Sequence[Entry]) -> list[str]:
     for entry in entries:
         text = (
             f"Chosen log-ratio, {group_name(entry['group'])}: below 0 in "
-            f"{entry['chosen_below_zero']:.0%} of {entry['n']} rows"
+            f"{entry['chosen_below_zero']:.0%} of {counted(entry['n'], 'row')}"
         )
         if entry["pearson"] is not None:
             text += (

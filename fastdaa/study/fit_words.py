@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fastdaa.counted import counted
 from fastdaa.study.laws import LAWS
-from fastdaa.study.wording import capitalised, count
+from fastdaa.study.wording import capitalised
 
 Fit = Mapping[str, Any]
 TITLES = {
@@ -38,12 +39,12 @@ def describe_fits(content: Mapping[str, Any]) -> list[str]:
     ]
     if content["dropped"]:
         sentences.append(
-            f"{count(content['dropped'], 'row')} at the reference itself (d below 0.001) "
+            f"{counted(content['dropped'], 'row')} at the reference itself (d below 0.001) "
             f"{'was' if content['dropped'] == 1 else 'were'} left out of the fits."
         )
     if content["unknown"]:
         sentences.append(
-            f"{count(content['unknown'], 'row')} without {content['settings']['score']} "
+            f"{counted(content['unknown'], 'row')} without {content['settings']['score']} "
             f"{'was' if content['unknown'] == 1 else 'were'} left out."
         )
     if not fitted:
@@ -100,8 +101,8 @@ def _contradictions(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     return [
-        f"The log law's peak contradicts the best checkpoint in {len(found)} of {len(groups)} "
-        f"{'group' if len(groups) == 1 else 'groups'}: {_listed(found)}."
+        f"The log law's peak contradicts the best checkpoint in {len(found)} of "
+        f"{counted(len(groups), 'group')}: {_listed(found)}."
     ]
 
 
@@ -110,7 +111,7 @@ def _errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> list[st
     for law in laws:
         mean = sum(through_origin(group, law)["rmse"] for group in groups) / len(groups)
         parts.append(f"{TITLES[law]} {mean:.3g}")
-    where = "" if len(groups) == 1 else f", mean of {len(groups)} groups"
+    where = "" if len(groups) == 1 else f", mean of {counted(len(groups), 'group')}"
     return [f"RMSE without intercept (two coefficients each){where}: {'; '.join(parts)}."]
 
 
@@ -128,7 +129,7 @@ def _far_errors(groups: Sequence[Mapping[str, Any]], laws: Iterable[str]) -> lis
         # One group whose near points say nothing would decide a mean.
         middle = statistics.median(through_origin(group, law)["far_rmse"] for group in known)
         parts.append(f"{TITLES[law]} {middle:.3g}")
-    where = "" if len(known) == 1 else f", median of {len(known)} groups"
+    where = "" if len(known) == 1 else f", median of {counted(len(known), 'group')}"
     return [
         "Fitted to the nearest two thirds of the points, without intercept, the laws miss the "
         f"farthest third by (RMSE{where}): {'; '.join(parts)}."
@@ -149,8 +150,9 @@ def _log_against_kl(groups: Sequence[Mapping[str, Any]]) -> str:
             "(0.5 would be half)."
         )
     return (
-        f"The log law's RMSE is smaller than the quadratic in KL's in {better} of {len(ratios)} "
-        f"groups: ratio {min(ratios):.2f} to {max(ratios):.2f} (0.5 would be half)."
+        f"The log law's RMSE is smaller than the quadratic in KL's in {better} of "
+        f"{counted(len(ratios), 'group')}: ratio {min(ratios):.2f} to {max(ratios):.2f} "
+        "(0.5 would be half)."
     )
 
 
@@ -173,8 +175,9 @@ def _winner(groups: Sequence[Mapping[str, Any]], laws: Sequence[str]) -> list[st
         return [f"{capitalised(TITLES[name])}{extra} has the least leave-one-out error; {told}."]
     counts = ", ".join(f"{TITLES[law]} in {won}" for law, won in wins.items())
     return [
-        f"Least leave-one-out error, with or without intercept: {counts} of {len(groups)} groups. "
-        f"In {alone} of them the other laws are worse by more than resampling explains."
+        f"Least leave-one-out error, with or without intercept: {counts} of "
+        f"{counted(len(groups), 'group')}. In {alone} of them the other laws are worse by "
+        "more than resampling explains."
     ]
 
 
@@ -198,7 +201,9 @@ def _peaks(groups: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
         where = f"at d = {min(supported):.3g}"
         if len(supported) > 1:
             where += f" to {max(supported):.3g}"
-        in_groups = f" in {len(supported)} of {len(groups)} groups" if len(groups) > 1 else ""
+        in_groups = ""
+        if len(groups) > 1:
+            in_groups = f" in {len(supported)} of {counted(len(groups), 'group')}"
         sentences.append(f"A peak inside the data is supported{in_groups}, {where}.")
     if shaky:
         sentences.append(f"Not sure of a peak: {_listed(shaky)}.")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.study.environment import environment
 from fastdaa.study.json_file import write_json
 from fastdaa.study.kept_runs import POINTS, is_done
@@ -211,7 +212,7 @@ def _sweep(study: Study) -> str:
     study.failed_runs = result.failed
     kept = f", {result.kept} done before" if result.kept else ""
     failed = f", {len(result.failed)} failed" if result.failed else ""
-    return f"{result.finished} runs{kept}{failed}"
+    return f"{counted(result.finished, 'run')}{kept}{failed}"
 
 
 def _fit(study: Study) -> str:
@@ -219,7 +220,7 @@ def _fit(study: Study) -> str:
 
     content = fit_table(read_table(study.output / POINTS))
     write_json(study.output / "fits.json", content)
-    return f"{len(content['groups'])} curves"
+    return counted(len(content["groups"]), "curve")
 
 
 def _tree(study: Study) -> str:
@@ -232,7 +233,7 @@ def _tree(study: Study) -> str:
         content = run_exact(settings, lambda done, total: shown.reach("trees", done), study.workers)
     write_json(study.output / "tree.json", content)
     wrong = failures(content)
-    return f"{len(content['runs'])} trainings; " + (
+    return f"{counted(len(content['runs']), 'training')}; " + (
         f"claims that do not hold: {'; '.join(wrong)}" if wrong else "every claim holds"
     )
 
@@ -242,14 +243,14 @@ def _tilt(study: Study) -> str:
 
     seeds = study.seeds[:1]
     lines = run_tilt(study.output, seeds, lambda text: study.say(f"  {text}"))
-    return f"{len(lines)} pairs of curves"
+    return f"{counted(len(lines), 'pair')} of curves"
 
 
 def _estimators(study: Study) -> str:
     from fastdaa.study.estimators import run_estimators
 
     lines = run_estimators(study.output, study.seeds[0], lambda text: study.say(f"  {text}"))
-    return f"{len(lines)} policies"
+    return counted(len(lines), "policy")
 
 
 def _correlate(study: Study) -> str:
@@ -257,7 +258,7 @@ def _correlate(study: Study) -> str:
 
     content = correlate_table(read_table(study.output / POINTS))
     write_json(study.output / "correlations.json", content)
-    return f"{len(content['quality'])} correlations with quality"
+    return f"{counted(len(content['quality']), 'correlation')} with quality"
 
 
 def _report(study: Study) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import Row, distance, split
 from fastdaa.study.seed_noise import margin
 from fastdaa.study.wording import join, number
@@ -111,7 +112,7 @@ def _plateau(settings: Sequence[Setting], name: str) -> str:
     falling = [s for s in settings if not s.flat and s.moved < 0]
     text = (
         f"KL ends at {ends}; it is flat in the second half of the run (within {FLAT:.0%} or "
-        f"{FLAT_NATS} nats) in {flat} of {len(settings)} settings"
+        f"{FLAT_NATS} nats) in {flat} of {counted(len(settings), 'setting')}"
     )
     for moving, verb in ((rising, "still rises"), (falling, "falls back")):
         if moving:
@@ -120,10 +121,11 @@ def _plateau(settings: Sequence[Setting], name: str) -> str:
             )
     gone = [s for s in settings if s.collapsed]
     if gone:
-        text += (
-            "; entropy is below "
-            + f"{COLLAPSED:.0%} of the reference's at "
-            + join([f"{name} {s.strength:g} ({s.collapsed} of {len(s.runs)} seeds)" for s in gone])
+        text += f"; entropy is below {COLLAPSED:.0%} of the reference's at " + join(
+            [
+                f"{name} {s.strength:g} ({s.collapsed} of {counted(len(s.runs), 'seed')})"
+                for s in gone
+            ]
         )
     return text
 
@@ -153,8 +155,8 @@ def _ppo(settings: Sequence[Setting]) -> list[str]:
             f"with {number(peak, sign=True)} at iteration {when:.0f} and ends at "
             f"{number(setting.mean('gold'), sign=True)} with KL {number(setting.mean('kl'))}, "
             f"while the proxy ends at {number(setting.mean('proxy'), sign=True)}; entropy is below "
-            f"{COLLAPSED:.0%} of the reference's in {setting.collapsed} of {len(setting.runs)} "
-            "seeds."
+            f"{COLLAPSED:.0%} of the reference's in {setting.collapsed} of "
+            f"{counted(len(setting.runs), 'seed')}."
         )
     if held:
         told.append(f"PPO with a fixed KL coefficient: {_plateau(held, 'coefficient')}.")
@@ -191,8 +193,8 @@ def _duel(apa: Sequence[Setting], other: Sequence[Setting], name: str) -> str:
     return (
         f"Best gold of any checkpoint within √KL {number(places[0].distance)} to "
         f"{number(places[-1].distance)}: APA's less {name}'s is {number(middle, sign=True)} on "
-        f"average. Ahead by more than the 95 % interval over {places[0].seeds} seeds, "
-        f"of {len(places)} distances: APA at {ahead}, {name} at {behind}."
+        f"average. Ahead by more than the 95 % interval over {counted(places[0].seeds, 'seed')}, "
+        f"of {counted(len(places), 'distance')}: APA at {ahead}, {name} at {behind}."
     )
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.counted import counted
 from fastdaa.study.claims import Judged, judge_claims
 from fastdaa.study.curves import (
     EXACT_POLICIES,
@@ -22,7 +23,7 @@ from fastdaa.study.figures.style import Picture, render, save_png, to_svg
 from fastdaa.study.page import Page, PageFigure, render_page
 from fastdaa.study.report_tables import tables
 from fastdaa.study.results import Results, is_study_folder, read_results
-from fastdaa.study.wording import count, join, number, with_error
+from fastdaa.study.wording import join, number, with_error
 from fastdaa.whole_file import whole_file
 from fastdaa.writable import check_writable
 
@@ -174,14 +175,14 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
     if rows:
         runs = len({row["run"] for row in rows})
         losses = join(list(split(rows, series_name)))
-        text = f"{count(runs, 'run')} with {count(len(rows), 'checkpoint')} ({losses}"
+        text = f"{counted(runs, 'run')} with {counted(len(rows), 'checkpoint')} ({losses}"
         betas, seeds = distinct(rows, "beta"), distinct(rows, "seed")
         if len(betas) > 1:
             text += f"; beta from {betas[0]:g} to {betas[-1]:g}"
         elif betas:
             text += f"; beta {betas[0]:g}"
         if len(seeds) > 1:
-            text += f"; {len(seeds)} seeds"
+            text += f"; {counted(len(seeds), 'seed')}"
         parts.append(text + ").")
         parts.append(_best_sentence(results, rows))
     judged = [claim for claim in claims if claim.verdict != "no data"]
@@ -190,7 +191,7 @@ def describe(results: Results, claims: Sequence[Judged]) -> str:
             f"{sum(claim.verdict == verdict for claim in judged)} {verdict}"
             for verdict in ("reproduced", "partly", "not reproduced")
         ]
-        parts.append(f"Of {len(judged)} claims that the data can judge: {join(counts)}.")
+        parts.append(f"Of {counted(len(judged), 'claim')} that the data can judge: {join(counts)}.")
         if rows and len(distinct(rows, "seed")) < 2:
             parts.append("One seed is one world: these verdicts have no error bars.")
     if results.in_world:
@@ -263,8 +264,9 @@ def facts_of(results: Results, command: str | None) -> dict[str, str]:
     where = study if study.get("versions") else environment()
     facts["versions"] = ", ".join(f"{name} {value}" for name, value in where["versions"].items())
     facts["commit"] = where.get("commit") or "not from a checkout"
-    workers = f", {study['workers']} workers of one thread" if study.get("workers") else ""
-    facts["cores"] = f"{where['cores']}{workers}"
+    facts["cores"] = str(where["cores"])
+    if study.get("workers"):
+        facts["cores"] += f", {counted(study['workers'], 'worker')} of one thread"
     facts["machine"] = str(where["machine"])
     if study.get("command"):
         facts["command"] = str(study["command"])

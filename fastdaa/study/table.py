@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, overload
 
 import numpy as np
 
+from fastdaa.counted import counted
 from fastdaa.study.columns import OPTIONAL, REQUIRED, Row, check_row, is_number
 from fastdaa.study.table_files import rows_of
 from fastdaa.validation import check_choice
@@ -45,7 +46,8 @@ class Table(Sequence[Row]):
         return iter(self._rows)
 
     def __repr__(self) -> str:
-        return f"Table({len(self)} rows, {len({row['run'] for row in self})} runs)"
+        runs = {row["run"] for row in self}
+        return f"Table({counted(len(self), 'row')}, {counted(len(runs), 'run')})"
 
     @property
     def columns(self) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdaa.counted import counted
 from fastdaa.study.columns import LABELS, Row
 
 TABLES = ("points.jsonl", "track.jsonl")
@@ -116,7 +117,9 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
         for cells in reader:
             where = f"{file}:{reader.line_num}"
             if None in cells or None in cells.values():
-                raise ValueError(f"{where}: expected {len(names)} cells as in the header")
+                raise ValueError(
+                    f"{where}: expected {counted(len(names), 'cell')} as in the header"
+                )
             yield where, {name: _cell(name, text) for name, text in cells.items()}
 
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastdaa.counted import counted
 from fastdaa.study.closed_form import best_of_n, best_of_n_kl, correlation, standardised, tilt
 from fastdaa.study.kept_runs import REFERENCES
 from fastdaa.study.language import LANGUAGE, Language
@@ -192,8 +193,8 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     parts = [
         f"{first['preset']} (penalty {first['penalty']:g}, violations "
-        f"{100 * first['violation_share']:g} %), {first['pairs']} pairs, seed {first['seed']}: "
-        f"reward model {first['reward_accuracy']:.3f} of pairs (labels "
+        f"{100 * first['violation_share']:g} %), {counted(first['pairs'], 'pair')}, "
+        f"seed {first['seed']}: reward model {first['reward_accuracy']:.3f} of pairs (labels "
         f"{first['label_agreement']:.3f}), correlation {first['proxy_correlation']:.2f}"
     ]
     for algorithm, name in (("tilt", "tilting"), ("bon", "best of n")):

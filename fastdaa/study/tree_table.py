@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from fastdaa.counted import counted
+
 Cell = Mapping[str, Any]
 _TOLERANCE = 0.01
 """Masses closer than this are equal: at small beta all of them are 1 to the third digit."""
@@ -106,7 +108,7 @@ def _more_outside_at_small_beta(table: Sequence[Cell], pair: str) -> str:
     for loss in losses:
         ours = sorted((c for c in cells if c["loss"] == loss), key=lambda cell: cell["beta"])
         more += ours[0]["end"]["outside"] > ours[-1]["end"]["outside"]
-    return f"in {more} of {len(losses)} losses for pair {pair}"
+    return f"in {more} of {counted(len(losses), 'loss')} for pair {pair}"
 
 
 def _name(cell: Cell) -> str:

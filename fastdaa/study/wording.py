@@ -22,13 +22,6 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
     return text if error is None else f"{text}\u00a0±\u00a0{number(error, digits)}"
 
 
-def count(number_of: int, thing: str) -> str:
-    """``1 fit``, ``2 fits``; ``2 policies`` for ``policy``."""
-    if number_of == 1:
-        return f"1 {thing}"
-    return f"{number_of} {thing[:-1]}ies" if thing.endswith("y") else f"{number_of} {thing}s"
-
-
 def capitalised(text: str) -> str:
     """With a capital letter at the start."""
     return text[:1].upper() + text[1:]

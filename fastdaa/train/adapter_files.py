@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdaa.counted import counted
 from fastdaa.train.adapters import check_prompt_learning
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.quantization import compute_as_in_training, is_quantized, quantization_of
@@ -151,7 +152,7 @@ def load_adapter(adapter: Adapter, kind: Any, *, trainable: bool = False, **opti
     if wrong:
         raise ValueError(
             f"expected the adapter {adapter.source} to fit its base model {adapter.base}, but "
-            f"{len(wrong)} tensors are only in one of them, such as {wrong[0]}"
+            f"only one of them has {counted(len(wrong), 'tensor')}, such as {wrong[0]}"
         )
     # What is saved notes where the base was found.
     adapted.peft_config[adapted.active_adapter].base_model_name_or_path = adapter.base
@@ -177,15 +178,14 @@ def load_merged(adapter: Adapter, kind: Any, **options: Any) -> Any:
         raise ValueError(
             f"expected an adapter that can be merged, the base {adapter.base} of {adapter.source} "
             f"is quantised ({quantization_of(core)}), and merging would round its weights anew; "
-            "train the adapter further without use_peft, or name the unquantised base in its "
-            f"{_CONFIG}"
+            f"name the unquantised base in its {_CONFIG}"
         )
     ends = (core.get_input_embeddings(), core.get_output_embeddings())
     tied = getattr(core.config.get_text_config(), "tie_word_embeddings", False)
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ValueError(
             f"expected an adapter that can be merged, {adapter.source} changes one of two tied "
-            "embeddings, and merging would change both; train it further without use_peft"
+            "embeddings, and merging would change both; it can only be trained further as it is"
         )
     before = _probe(model)
     merged = model.merge_and_unload().requires_grad_(True)

@@ -10,8 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from fastdaa.counted import counted
+
 REF_ADAPTER = "fastdaa_ref"
 """Name of the frozen copy of an adapter that was trained before."""
+_OTHER_FORWARDS = {
+    "ADAPTION_PROMPT": "replaces the forward of the attention",
+    "LILY": "mixes all tokens of a batch",
+    "SHADOW": "has a forward pass of its own",
+    "XLORA": "runs the model twice",
+}
+"""Kinds of adapters under which log-probs of packed sequences cannot be had, and why."""
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -50,7 +59,8 @@ def adapter_dropout(model: nn.Module) -> float:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise ``ValueError`` for adapters whose start cannot be scored, or that shift positions."""
+    """Raise ``ValueError`` for adapters whose start cannot be scored, that are merged into their
+    base, or that shift positions."""
     if not hasattr(model, "disable_adapter"):
         raise ValueError(
             f"model: expected adapters in a peft.PeftModel, got a {type(model).__name__} that "
@@ -60,30 +70,49 @@ def check_adapters(model: nn.Module) -> None:
     name = getattr(model, "active_adapter", None)
     if not isinstance(name, str):
         raise ValueError(f"model: expected one active adapter, got {name}")
+    # PEFT computes such layers with their base alone: nothing would have a gradient.
+    merged = {name for part in model.modules() for name in getattr(part, "merged_adapters", ())}
+    if merged:
+        raise ValueError(
+            "model: expected adapters beside their base, got merged ones "
+            f"({', '.join(sorted(merged))}); call unmerge_adapter(), or merge_and_unload() to keep "
+            "them in the base"
+        )
     check_prompt_learning(model.peft_config[name])  # type: ignore[index]
 
 
 def check_frozen_base(model: Any) -> None:
-    """Raise ``ValueError`` where more than the adapter is trained.
+    """Raise ``ValueError`` where the policy is more than a frozen base and one adapter.
 
-    The base would move away from the starting point, and the reference with it.
+    A base that is trained would move away from the starting point, and the reference with it; a
+    second active adapter would be missing in the reference.
     """
+    active = list(model.active_adapters)
+    if len(active) > 1:
+        raise ValueError(
+            "model: expected one active adapter, since the reference is the model without it, got "
+            f"{', '.join(active)}; merge the others into the base, or give a ref_model"
+        )
     own = _weights(model, model.active_adapter)
     moved = [name for name, p in model.named_parameters() if p.requires_grad and name not in own]
     if moved:
         raise ValueError(
             "model: expected a frozen base under the adapter, since the base is the reference, got "
-            f"{len(moved)} weights of it that are trained, {moved[0]} first (as bias='all' of a "
+            f"{counted(len(moved), 'trained weight')} of it, {moved[0]} first (as bias='all' of a "
             "LoraConfig has it); freeze them or give a ref_model"
         )
 
 
 def check_prompt_learning(config: Any) -> None:
-    """Raise ``ValueError`` for the configuration of an adapter that shifts positions."""
+    """Raise ``ValueError`` for the configuration of an adapter that shifts positions, or runs the
+    model in a way of its own."""
+    kind = config.peft_type.value
+    why = _OTHER_FORWARDS.get(kind)
     if config.is_prompt_learning:
+        why = "puts virtual tokens in front of the sequences"
+    if why is not None:
         raise ValueError(
-            f"model: expected an adapter of weights such as LoRA, got {config.peft_type.value}, "
-            "which puts virtual tokens in front of the sequences"
+            f"model: expected an adapter of weights such as LoRA, got {kind}, which {why}"
         )
 
 
@@ -149,6 +178,12 @@ def keep_starting_adapter(model: Any) -> bool:
     if hasattr(config, "init_lora_weights"):
         # PiSSA, OLoRA and their like would take the new adapter's start out of the base weights.
         config.init_lora_weights = True
+    # Done once, with the first adapter: layers that stand there several times, and biases of the
+    # base (trained ones are refused), of which PEFT lets one adapter alone have any.
+    if getattr(config, "layer_replication", None):
+        config.layer_replication = None
+    if getattr(config, "bias", "none") != "none":
+        config.bias = "none"
     model.add_adapter(REF_ADAPTER, config)
     parameters = dict(model.named_parameters())
     for key, weight in weights.items():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from fastdaa.counted import counted
 from fastdaa.data import PairRows
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted, saving_own_adapters
@@ -159,8 +160,8 @@ class PairTrainer(Trainer):
         have = len(rows) if isinstance(rows, Sized) else needed
         if args.dataloader_drop_last and have < needed:
             raise ValueError(
-                f"dataloader_drop_last: expected at least {needed} rows, a batch of every process, "
-                f"got {have}; nothing would be left to train on"
+                f"dataloader_drop_last: expected at least {counted(needed, 'row')}, a "
+                f"batch of every process, got {have}; nothing would be left to train on"
             )
 
     def _begin_run(self, resume: str | bool | None) -> str | None:

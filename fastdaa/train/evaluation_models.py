@@ -120,7 +120,7 @@ def check_same_tokens(ids: np.ndarray, tokenizer: Any, ref_tokenizer: Any, ref_r
     if other:
         first = ", ".join(f"{i} is {names[i]!r}, not {ref_names[i]!r}" for i in other[:_SHOWN])
         raise ValueError(
-            f"ref_model: expected a tokenizer with the tokens of the model's, got {len(other)} "
-            f"other ones of the {len(ids)} in the pairs ({first}); its log-probs would be of "
+            f"ref_model: expected a tokenizer with the tokens of the model's, got other ones "
+            f"for {len(other)} of the {len(ids)} in the pairs ({first}); its log-probs would be of "
             "another text"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from fastdaa.counted import counted
 from fastdaa.train.steps_left import sharing_processes
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ def check_lone(count: int, name: str, args: UnpairedConfig, *, training: bool) -
         return
     option = f"per_device_{'train' if training else 'eval'}_batch_size"
     logger.warning(
-        "%s: 1 of %d examples is alone in %s, with no other one's completion for the KL baseline "
+        "%s: 1 of %s is alone in %s, with no other one's completion for the KL baseline "
         "of kto: there z0 is 0%s",
-        name, count, "the last batch of an epoch" if training else "the last batch",
+        name, counted(count, "example"),
+        "the last batch of an epoch" if training else "the last batch",
         f"; with another {option} than {size} it is not alone" if count > 1 else "",
     )  # fmt: skip
 

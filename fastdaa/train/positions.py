@@ -36,7 +36,9 @@ def positions_of(model: nn.Module) -> Positions:
     core: Any = causal_lm(model)
     config = core.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    sizes = [*_tables(core)]
+    # The positions of an image or a sound are none of the text's.
+    multimodal = core.config.get_text_config() is not core.config
+    sizes = [*_tables(core.get_decoder() if multimodal else core)]
     table = min(sizes) if sizes else None
     rope = getattr(config, "rope_parameters", None)
     rotary = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastdaa.counted import counted
 from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import (
     MISMATCHED_FIELD,
@@ -75,9 +76,10 @@ class Precompute:
         accelerator = self.trainer.accelerator
         missing = self.cache.missing(keys, tokens=self.tokens)
         if accelerator.is_main_process:
+            rows = counted(len(keys), self.trainer.unit.removesuffix("s"))
             logger.info(
-                "%s: reference log-probs of %d of %d %s are in %s",
-                name, len(keys) - len(missing), len(keys), self.trainer.unit, self.cache.folder,
+                "%s: reference log-probs of %d of %s are in %s",
+                name, len(keys) - len(missing), rows, self.cache.folder,
             )  # fmt: skip
         # By place, not by rank in the list: another rank may already have stored some of them.
         ranks, rank = accelerator.num_processes, accelerator.process_index

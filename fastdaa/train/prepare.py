@@ -147,10 +147,10 @@ def check_head(model: nn.Module) -> None:
     """Compare :class:`LmHead` with the model's own logits on a few tokens.
 
     A family that does something to its logits that this library does not know must not be
-    trained on wrong log-probs.
+    trained on wrong log-probs, nor one that sees the token that it predicts.
 
     Raises:
-        ValueError: there is no head, or the logits differ.
+        ValueError: there is no head, the logits differ, or the model is not causal.
     """
     core = causal_lm(model)
     if not _has_weights(core):
@@ -163,6 +163,8 @@ def check_head(model: nn.Module) -> None:
         expected = core(input_ids=tokens, use_cache=False).logits.float()
         hidden = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state
         got = LmHead.from_model(core).logits(hidden).float()
+        tokens[0, -1] = 0  # what came before it must not notice
+        moved = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state - hidden
     finally:
         for module in training:
             module.training = True
@@ -174,6 +176,12 @@ def check_head(model: nn.Module) -> None:
             f"{type(core).__name__}: expected head(hidden states) to be the model's logits, but "
             f"they differ by {error:.1e} of the largest one; this family does something to its "
             "logits that fastdaa does not know"
+        )
+    seen = float(moved[:, :-1].abs().amax() / hidden.abs().amax().clamp(min=1e-6))
+    if not seen <= tolerance:
+        raise ValueError(
+            f"{type(core).__name__}: expected a causal model, got hidden states that change by "
+            f"{seen:.1e} with a token behind them; log-probs of completions would mean nothing"
         )
 
 

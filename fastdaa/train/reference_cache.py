@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdaa.counted import counted
 from fastdaa.data.fields import SKIP_FIELDS, TOKEN_FIELDS
 from fastdaa.data.rows import PairRows
 from fastdaa.whole_file import remove_abandoned, whole_file
@@ -147,8 +148,8 @@ class ReferenceCache:
         if absent:
             what = "token log-probs" if tokens else "log-probs"
             raise KeyError(
-                f"expected reference {what} of all {len(row_keys)} rows in {self.folder}, "
-                f"{len(absent)} are missing, row {absent[0]} first"
+                f"expected reference {what} of {counted(len(row_keys), 'row')} in {self.folder}, "
+                f"{len(absent)} missing, row {absent[0]} first"
             )
 
     def _read_part(self, path: Path) -> None:

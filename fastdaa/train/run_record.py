@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdaa.counted import counted
 from fastdaa.data.fields import LABEL_FIELD
 
 RUN_FILE = "fastdaa_run.json"
@@ -100,7 +101,7 @@ def rows_fact(rows: Any) -> str | None:
             digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
         if LABEL_FIELD in row:
             digest.update(bytes([row[LABEL_FIELD]]))
-    return f"{len(rows)} rows {digest.hexdigest()[:12]}"
+    return f"{counted(len(rows), 'row')} {digest.hexdigest()[:12]}"
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fastdaa.counted import counted
 from fastdaa.head import LmHead
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.quantization import is_quantized, quantization_of
@@ -100,7 +101,7 @@ def pieces_fact(trainer: PairTrainer) -> dict[str, str]:
     stage = zero_stage(trainer)
     if stage is None:
         return {}
-    processes = f" over {trainer.args.world_size} processes" if stage else ""
+    processes = f" over {counted(trainer.args.world_size, 'process')}" if stage else ""
     return {"DeepSpeed": f"ZeRO {stage}{processes}"}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from fastdaa.counted import counted
 from fastdaa.train.zero3 import whole_size
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ def say_plan(args: PackedConfig, rows: int, unit: str, model: nn.Module) -> None
     product += f" x {accumulated} accumulated" if accumulated > 1 else ""
     product += f" x {processes} processes" if processes > 1 else ""
     logger.info(
-        "plan: steps %s, %s a step %s%s, epochs %.3g of %s %s, trained parameters %s",
+        "plan: steps %s, %s a step %s%s, epochs %.3g of %s, trained parameters %s",
         f"{steps:,}", unit, f"{args.train_batch_size * accumulated * processes:,}",
         f" ({product})" if " " in product else "", steps / _steps_of_epoch(args, rows),
-        f"{rows:,}", unit, f"{sum(whole_size(p) for p in model.parameters() if p.requires_grad):,}",
+        counted(rows, unit.removesuffix("s")),
+        f"{sum(whole_size(p) for p in model.parameters() if p.requires_grad):,}",
     )  # fmt: skip
 
 
@@ -93,8 +95,8 @@ def check_steps(checkpoint: str, args: PackedConfig, steps: int) -> None:
     if done > steps:
         asked = "max_steps" if args.max_steps > 0 else "num_train_epochs"
         raise ValueError(
-            f"{asked}: expected at least the {done} steps of {checkpoint}, got {steps}; give more "
-            "steps, or start a new run with that checkpoint as its model"
+            f"{asked}: expected at least the {counted(done, 'step')} of {checkpoint}, got {steps}; "
+            "give more steps, or start a new run with that checkpoint as its model"
         )
     if done == steps:
         logger.info("nothing left to train: %s is of the last step, %d", checkpoint, steps)

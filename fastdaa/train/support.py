@@ -73,6 +73,11 @@ def _judge_by_code(model: PreTrainedModel) -> Support:
         config, "use_bidirectional_attention", False
     ):
         return Support(False, "its attention is not causal")
+    if any(
+        getattr(adapter, "alora_invocation_tokens", None)
+        for adapter in (getattr(model, "peft_config", None) or {}).values()
+    ):
+        return Support(False, "its adapter (aLoRA) starts at a place that it looks for once a row")
     if getattr(config, "alibi", False) or _is_true(getattr(config, "attn_config", None), "alibi"):
         return Support(False, "it has ALiBi position biases, which depend on the place in the row")
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from fastdaa.counted import counted
 from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.losses import Objective
@@ -132,7 +133,7 @@ class PreferenceTrainer(PackLoop):
 
     def __repr__(self) -> str:
         rows = self.train_dataset
-        sizes = [f"{len(rows)} {self.unit}"] if isinstance(rows, Sized) else []
+        sizes = [counted(len(rows), self.unit.removesuffix("s"))] if isinstance(rows, Sized) else []
         return (
             f"{type(self).__name__}({type(causal_lm(self.model)).__name__}, {self.objective}, "
             f"{', '.join([*sizes, f'{self.layout} layout', f'step {self.state.global_step}'])})"
@@ -169,6 +170,9 @@ class PreferenceTrainer(PackLoop):
 
     def _prepare_data(self, given: nn.Module | None) -> None:
         """Tokenise the datasets and set up the reference, with its log-probs if they are cached."""
+        if self._has_ref and self.args.should_log:
+            for part in ("train_dataset", "eval_dataset"):
+                each(getattr(self, part), self._say_unread, part)
         train = each(self.train_dataset, self._tokenize, "train_dataset")
         evaluation = each(self.eval_dataset, self._tokenize, "eval_dataset")
         self.reference: Reference | None = None
@@ -190,6 +194,15 @@ class PreferenceTrainer(PackLoop):
                 self.frozen_facts["reference"] = weights_fact(self.model, trainable=False)
         self.train_dataset = each(train, lambda part, _: self.rows_type(part), "")
         self.eval_dataset = each(evaluation, lambda part, _: self.rows_type(part), "")
+
+    def _say_unread(self, dataset: Any, name: str) -> None:
+        """Warn of a reference's log-probs in a dataset, as TRL writes them: this run's count."""
+        unread = [column for column in self.ref_fields if column in dataset.column_names]
+        if unread:
+            logger.warning(
+                "%s: its %s are not read; the reference is a model (ref_model, or the model as it "
+                "starts)", name, " and ".join(unread),
+            )  # fmt: skip
 
     def _tokenize(self, dataset: Any, name: str) -> Any:
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)

@@ -149,10 +149,10 @@ def _check_loading(args: PackedConfig) -> None:
 
 def _check_metrics(args: PackedConfig) -> None:
     if args.label_smoothing_factor:
+        own = "; the label_smoothing of preference losses is an option of its own"
         raise ValueError(
             "label_smoothing_factor: expected 0, it is for the labels of classifiers, got "
-            f"{args.label_smoothing_factor}; the label_smoothing of preference losses is an "
-            "option of its own"
+            f"{args.label_smoothing_factor}{own if hasattr(args, 'label_smoothing') else ''}"
         )
     if args.include_for_metrics:
         raise ValueError(

@@ -94,7 +94,7 @@ def test_unknown_command(words: str, message: str, capsys: pytest.CaptureFixture
         ("--threshold 5", "from 0 to below 1"),
         ("--cases ,", "names with commas"),
         ("--cases a --selection cpu", "not allowed with"),
-        ("--unheard-of", "unrecognized"),
+        ("--unheard-of", "unknown option '--unheard-of'; `fastdaa bench head --help` lists"),
         ("--threshold 0.1", "--threshold: expected --compare beside it"),
         ("--launches 2", "--launches: expected --compare beside it"),
         ("--fresh", "--fresh: expected --output beside it"),

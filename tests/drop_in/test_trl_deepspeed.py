@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from drop_in.trl_runs import compare_rows
 from meeting import meeting, zero_settings
+from pieces import run_alone
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
@@ -33,7 +31,6 @@ SETTINGS = {
 }  # fmt: skip
 IN_ORDER = {"train_sampling_strategy": "sequential"}
 SAMPLED = {"num_generations": 2, "max_completion_length": 6, "beta": 0.2}
-CPU = {"DS_ACCELERATOR": "cpu"}
 OWN = {
     "DPO": {"beta": 0.3, **IN_ORDER}, "KTO": {"beta": 0.3, **IN_ORDER}, "SFT": IN_ORDER,
     "GRPO": SAMPLED, "RLOO": SAMPLED,
@@ -197,41 +194,26 @@ assert hash_of(0) == hash_of(0) != hash_of(1)
 
 # The head is whole around its own work alone.
 PIECES = """
-import deepspeed, torch, transformers
+import torch
 from fastdaa.drop_in.trl.head import add_head
+from pieces import cut
 
-torch.manual_seed(0)
-core = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=31, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
-add_head(core, keep=True)
-zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False,
-        "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-engine, *_ = deepspeed.initialize(model=core, config={
-    "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
-    "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True},
-    optimizer=torch.optim.SGD(core.parameters(), lr=1.0))
-head, sizes = core.lm_head.weight, []
-note = lambda *_: sizes.append(head.numel())
-core.model.norm.register_forward_hook(note)
-core.model.layers[0].register_full_backward_hook(note)
+model = cut(lambda core: add_head(core, keep=True))
+sizes, note = model.watch()
 for _ in range(2):
     ids = torch.arange(5)[None]
-    loss = engine(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    loss = model.engine(input_ids=ids, labels=ids, fused_lm_head=True).loss
     note()
-    engine.backward(loss)
+    model.engine.backward(loss)
     note()
-    engine.step()
+    model.engine.step()
 assert sizes == [0] * 8, sizes
 """
 
 
 @pytest.mark.parametrize("script", [HASHES, PIECES], ids=["names of caches", "pieces of the head"])
 def test_weights_in_pieces(trl, script):
-    env = {**os.environ, **meeting(1), **CPU, "RANK": "0", "LOCAL_RANK": "0"}
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_alone(script)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

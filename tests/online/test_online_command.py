@@ -166,6 +166,20 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
         ({"reward": "math:sqrt", "max_prompt_length": 2}, "expected at least one prompt"),
         ({"pipeline": True, "sft_options": "{"}, "sft_options: expected a JSON object"),
         ({"pipeline": True, "reward_options": '{"model": "other"}'}, "expected no 'model'"),
+        (
+            {"pipeline": True, "sft_options": '{"learning_rate": -1}'},
+            "error: stage sft (--sft_options): learning_rate: expected at least 0, got -1.0",
+        ),
+        (
+            {"pipeline": True, "reward_options": '{"seed": "x"}'},
+            "stage reward (--reward_options): argument \"seed\": invalid int value: 'x'",
+        ),
+        (
+            {"pipeline": True, "sft_options": '{"use_pefd": true}'},
+            "stage sft (--sft_options): unknown option \"use_pefd\" (did you mean \"use_peft\"?)",
+        ),
+        ({"pipeline": True, "test_size": 50}, "error: stage sft: test_size: expected fewer than"),
+        ({"reward": "MODEL"}, "error: reward: expected a sequence classifier, "),
         ({"pipeline": True, "gold_reward": "math:no", "test_size": 2}, "gold_reward: expected a f"),
         ({"pipeline": True, "reward": "no.py:f"}, "reward: expected a Python file, there is no"),
         (
@@ -175,13 +189,51 @@ def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):
     ],
     ids=[
         "no reward", "no model", "no file", "no function", "typo", "choice", "number", "prompts",
-        "json", "set", "no gold", "no reward file", "attention",
+        "json", "set", "sft number", "reward type", "sft typo", "shared", "no classifier",
+        "no gold", "no reward file", "attention",
     ],
 )  # fmt: skip
 def test_errors_in_one_line(files, tmp_path, capsys, options, message):
+    if options.get("reward") == "MODEL":
+        options = {"reward": files / "model"}
     assert main(arguments(files, tmp_path / "out", **options)) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("fastdaa online: error: ") and message in printed
+
+
+def test_options_of_the_second_stage_are_read_before_the_first(files, tmp_path, capsys):
+    given = {"reward_options": json.dumps({**STAGE, "max_steps": 0})}
+    assert main(pipeline(files, tmp_path / "out", **given)) == 2
+    assert "stage reward (--reward_options): max_steps: expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "online"])
+def test_conversations_without_a_template_name_the_option(files, tmp_path, capsys, command):
+    rows = [
+        {"prompt": [{"role": "user", "content": "w1"}],
+         "chosen": [{"role": "assistant", "content": "w2"}],
+         "rejected": [{"role": "assistant", "content": "w3"}]}
+    ] * 2  # fmt: skip
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"--model={files}/model", f"--dataset={tmp_path}/talk.jsonl", "--use_cpu"]
+    words += ["--reward=math:sqrt"] if command == "online" else []
+    assert main([command, *words, f"--output_dir={tmp_path}/out"]) == 2
+    assert "expected --chat_template with a Jinja file" in capsys.readouterr().err
+
+
+def test_a_stage_is_not_told_of_preference_losses(files, tmp_path, capsys):
+    words = [f"--model={files}/model", f"--dataset={files}/pairs.jsonl", "--use_cpu"]
+    for command in ("train", "sft", "reward"):
+        told = command == "train"
+        assert main([command, *words, "--label_smoothing_factor=0.1"]) == 2
+        assert ("the label_smoothing of" in capsys.readouterr().err) == told
+
+
+def test_what_the_head_refuses_is_called_by_its_option(files, tmp_path, capsys):
+    words = [f"--model={files}/model", f"--dataset={files}/pairs.jsonl", "--use_cpu"]
+    assert main(["sft", *words, f"--output_dir={tmp_path}/out", "--head_max_bytes=1"]) == 2
+    assert "error: head_max_bytes: expected at least 108" in capsys.readouterr().err
 
 
 def test_a_pipeline_without_pairs_fails_before_its_first_stage(files, tmp_path, capsys):
@@ -248,6 +300,14 @@ def test_prompts_and_how_a_chat_template_closes():
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(ValueError, match="takes a question and its answer"):
         chat_ending(tokenizer)
+
+
+def test_one_prompt_is_no_plural(files, tmp_path, capsys):
+    line = (files / "pairs.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(f"{line}\n{line}\n")
+    given = {"reward": f"{files}/reward.py:count", "dataset": tmp_path / "one.jsonl"}
+    assert main(arguments(files, tmp_path / "out", iterations=1, **given)) == 0
+    assert "prompts: 1 different prompt, and 1 repetition\n" in capsys.readouterr().err
 
 
 def test_other_prompts_are_another_run(files, tmp_path, capsys):

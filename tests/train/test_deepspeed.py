@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from meeting import rows_of, zero_settings
+from pieces import ON_CPU, run_alone
 from safetensors.torch import load_file
 from word_files import word_tokenizer, write_pairs
 
@@ -24,12 +25,10 @@ from fastdaa.train.checkpoints import last_complete
 
 pytest.importorskip("deepspeed")
 
-CPU = {"DS_ACCELERATOR": "cpu"}
-
 
 def deepspeed(stage, **zero):
     """Settings of a ZeRO stage."""
-    return {"deepspeed": zero_settings(stage, **zero), "env": CPU}
+    return {"deepspeed": zero_settings(stage, **zero), "env": ON_CPU}
 
 
 def assert_agree(two, one, atol=1e-5):
@@ -131,31 +130,14 @@ def test_weights_that_are_not_finite_are_not_saved(run_two, tmp_path):
 
 
 CUT = """
-import deepspeed, torch, transformers
+import deepspeed, torch
 from fastdaa.train.backbone import install_head_task, run_head_task
 from fastdaa.train.sharding import head_afterwards, head_in_force
+from pieces import cut
 
-def cut(**settings):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, **settings)
-    core = transformers.LlamaForCausalLM(config)
-    whole = core.lm_head.weight.detach().clone()
-    install_head_task(core)
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False,
-            "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    engine, *_ = deepspeed.initialize(model=core, config={
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True},
-        optimizer=torch.optim.SGD(core.parameters(), lr=1.0))
-    return core, whole, engine
-
-core, whole, engine = cut()
-head, sizes = core.lm_head.weight, []
-note = lambda *_: sizes.append(head.numel())
-core.model.norm.register_forward_hook(note)
-core.model.layers[0].register_full_backward_hook(note)
+core, whole, engine = model = cut(install_head_task)
+head = core.lm_head.weight
+sizes, note = model.watch()
 
 def task(hidden):
     with head_in_force(core) as live:
@@ -170,25 +152,19 @@ for _ in range(2):
     assert head.numel() == 0
     engine.backward(loss)
     assert torch.equal(head_afterwards(core).weight, whole) and head.numel() == 0
-    print(sizes)
     assert sizes == [0, whole.numel(), 0], sizes
     sizes.clear()
     engine.step()
     with deepspeed.zero.GatheredParameters([head]):
         assert not torch.equal(head, whole)
         whole = head.detach().clone()
-core, whole, engine = cut(tie_word_embeddings=True)
+core, whole, engine = cut(install_head_task, tie_word_embeddings=True)
 assert torch.equal(head_afterwards(core).weight, whole)
 """
 
 
 def test_the_head_is_whole_around_its_own_work_alone():
-    env = {**os.environ, **CPU, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    ended = subprocess.run(
-        [sys.executable, "-c", CUT], capture_output=True, text=True, timeout=120, env=env
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_alone(CUT)
 
 
 @pytest.mark.slow
@@ -211,7 +187,7 @@ def test_the_command_saves_a_whole_model(tmp_path, tiny_model, stage):
     ):
         arguments = [sys.executable, *map(str, arguments), "--output_dir", str(tmp_path / name)]
         ended = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=180, env={**os.environ, **CPU}
+            arguments, capture_output=True, text=True, timeout=180, env={**os.environ, **ON_CPU}
         )
         assert ended.returncode == 0, ended.stderr
     kind = transformers.LlamaForCausalLM

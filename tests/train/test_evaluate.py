@@ -163,7 +163,7 @@ def other_words(folder):
     [
         ({"vocab_size": 20}, {}, "expected a vocabulary of 61 as in the policy, got 20"),
         ({"vocab_size": 20}, {"log_exact_kl": "false"}, "expected token ids below 20"),
-        ({}, {}, "got 2 other ones of the"),
+        ({}, {}, "got other ones for 2 of the"),
     ],
     ids=["another vocabulary", "smaller, without KL", "other words"],
 )

@@ -80,6 +80,14 @@ def test_rotary_positions_have_no_end(rope, trained, caplog):
     assert ("made for up to 16" in caplog.text) == (trained is not None)
 
 
+def test_an_image_has_positions_of_its_own():
+    text = {**SMALL, "model_type": "llama", "intermediate_size": 8, "max_position_embeddings": N}
+    vision = {**SMALL, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=31)
+    model = transformers.LlavaForConditionalGeneration(config)
+    assert positions_of(model) == Positions(type(model).__name__, None, N)
+
+
 def test_longest_sequence():
     rows = [([1] * 3, [1] * 2, [1]), ([1], [1] * 2, [1] * 6), ([1], [], [])]
     data = Dataset.from_list(

@@ -263,7 +263,16 @@ def test_a_stored_quantised_base(files, tmp_path, capsys):
     assert (
         main(command_line(files, "train", out, tmp_path / "new", max_steps=1, use_peft=True)) == 2
     )
-    assert "expected an adapter that can be merged (--use_peft)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "expected an adapter that can be merged, the base" in error
+    assert "; leave --use_peft out to train it further" in error
+    # A reward model is trained on the merged model in any case.
+    for use_peft in (True, False):
+        argv = command_line(files, "reward", out, tmp_path / "new", use_peft=use_peft)
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "expected an adapter that can be merged, the base" in error
+        assert "use_peft" not in error
     # It is measured on the base that it was trained on.
     assert load_policy(out / "checkpoint-2", "auto", "cpu") is not None
 

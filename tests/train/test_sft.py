@@ -212,7 +212,7 @@ def test_long_prompts_are_left_out_and_counted(tokenizer):
     data = Dataset.from_list([{"prompt": "why why"}, {"prompt": "why"}])
     prompts, left_out = tokenize_prompts(data, tokenizer, max_length=1)
     assert [prompt.ids for prompt in prompts] == [[5]]
-    assert dict(left_out) == {"prompts of more than 1 tokens": 1}
+    assert dict(left_out) == {"prompts of more than 1 token": 1}
     with pytest.raises(DataError, match="expected at least one prompt"):
         tokenize_prompts(data.select([0]), tokenizer, max_length=1)
 

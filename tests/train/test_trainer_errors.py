@@ -155,6 +155,11 @@ MODELS = {
         ValueError,
         "does something to its logits that fastdaa does not know",
     ),
+    "sees what it predicts": (
+        lambda model: bidirectional(model),
+        ValueError,
+        "expected a causal model, got hidden states that change by",
+    ),
 }
 
 
@@ -167,6 +172,11 @@ def scaled(model):
         return outputs
 
     model.forward = changed
+    return model
+
+
+def bidirectional(model):
+    model.config.is_causal = False
     return model
 
 

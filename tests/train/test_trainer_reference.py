@@ -394,3 +394,19 @@ def test_the_adapter_is_saved_and_the_base_model_is_not(make_trainer, lora, tmp_
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == 2
     assert causal_lm(trainer.model) is trainer.model.get_base_model()
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_log_probs_that_come_with_the_data_are_said_not_to_be_read(
+    make_trainer, pairs, caplog, part
+):
+    rows = pairs().add_column("ref_chosen_logps", [-90.0] * 8)
+    rows = rows.add_column("ref_rejected_logps", [-9.0] * 8)
+    given = {"data": rows} if part == "train_dataset" else {"eval_dataset": {"a": rows}}
+    with caplog.at_level(logging.WARNING, "fastdaa"):
+        trainer = make_trainer(**given)
+        make_trainer(**given, loss_type="simpo")  # has no reference
+    said = [line for line in caplog.messages if "ref_chosen_logps and ref_rejected_logps" in line]
+    assert len(said) == 1 and said[0].startswith(f"{part}{' a' if 'eval' in part else ''}: its ")
+    trainer.train()
+    assert first(trainer)["loss"] == LN2

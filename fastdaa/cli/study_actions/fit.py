@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdaa.cli.study_actions.table_arguments import add_table_arguments, beside, read
+from fastdaa.counted import counted
 
 _MANY = 6
 """With more groups than this, fits with intercept are printed only where they are best."""
@@ -110,7 +111,7 @@ def _table(group: Mapping[str, Any], with_intercepts: bool) -> Any:
 
     table = Table(
         box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left",
-        title=f"{group_name(group['group'])}: {group['points']} points",
+        title=f"{group_name(group['group'])}: {counted(group['points'], 'point')}",
     )  # fmt: skip
     for name, width in _COLUMNS.items():
         # Too long for the terminal: onto a second line, never cut.
@@ -159,6 +160,6 @@ def _notes(groups: list[dict[str, Any]]) -> dict[str, str]:
         for note in group["notes"]:
             found.setdefault(note, []).append(group_name(group["group"]))
     return {
-        note: names[0] if len(names) == 1 else f"{len(names)} groups"
+        note: names[0] if len(names) == 1 else counted(len(names), "group")
         for note, names in found.items()
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdaa.cli.runs import INTERRUPTED
 from fastdaa.cli.study_actions.output_folder import add_output_dir
+from fastdaa.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say_how_to_continue(options.output_dir)
         return INTERRUPTED
-    said = f"{result.finished} runs in {result.seconds:.0f} s"
+    said = f"{counted(result.finished, 'run')} in {result.seconds:.0f} s"
     say_what_was_done(console, said, result, Path(options.output_dir) / POINTS)
     return report_failures(result.failed)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdaa.cli.runs import INTERRUPTED, no_bars_in_files
+from fastdaa.counted import counted
 
 HELP = "measure quality and KL of finished checkpoints"
+_COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages")
 _NUMBERS: tuple[tuple[str, int | float, str, str], ...] = (
     ("judge_timeout", 600.0, "S", "seconds that the judge may take for a checkpoint"),
     ("temperature", 1.0, "T", "temperature of the samples"),
@@ -33,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--ref_model", help="where training started (default: an adapter's base)")
     what.add_argument("--dataset", required=True, help="pairs that were not trained on")
     what.add_argument("--dataset_split", help="split of the dataset")
+    for name in _COLUMNS:
+        what.add_argument(f"--{name}_column", help=f"column that is read as {name}")
+    what.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error",
+        help="at a row that cannot be used: stop, or skip and count it (default: %(default)s)",
+    )  # fmt: skip
     what.add_argument("--no_start", action="store_true", help="leave the starting point out")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -78,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     known = {row["checkpoint"] for row in rows}
     missing = [one for one in checkpoints if one.step not in known]
     if len(missing) < len(checkpoints):
-        print(f"{len(checkpoints) - len(missing)} checkpoints are in {options.table} already")
+        measured = counted(len(checkpoints) - len(missing), "checkpoint")
+        print(f"measured before: {measured} in {options.table}")
     if missing:
         try:
             with no_bars_in_files():
@@ -139,7 +148,11 @@ def _measure(
     from fastdaa.data import load_pairs
     from fastdaa.study.track.finished import FinishedRun, default_reference
 
-    pairs = load_pairs(options.dataset, split=options.dataset_split)
+    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    pairs = load_pairs(
+        options.dataset, split=options.dataset_split, on_bad_row=options.on_bad_row,
+        columns={name: column for name, column in named.items() if column is not None},
+    )  # fmt: skip
     source = checkpoints[-1].folder
     reference = options.ref_model
     if reference is None:

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastdaa.counted import counted
+
 HELP = "exact small problems: null space, tree with one pair, closed forms"
 
 
@@ -91,13 +93,11 @@ def _null_space_table(content: dict[str, Any]) -> Any:
 def _tree_table(pair: str, content: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    from fastdaa.study.wording import count
-
     leaves = content["pairs"][pair]
     cells = [cell for cell in content["table"] if cell["pair"] == pair]
     table = Table(
         title=f"tree, pair {pair} ({leaves['chosen']} over {leaves['rejected']}), "
-        f"mean of {count(cells[0]['seeds'], 'seed')}"
+        f"mean of {counted(cells[0]['seeds'], 'seed')}"
     )
     table.add_column("loss")
     for name in ("beta", "outside", "chosen", "rejected", "KL", "margin"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import (
     Row,
     distance,
@@ -36,7 +37,7 @@ from fastdaa.study.figures.style import (
     step_colours,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import count, join, number, with_error
+from fastdaa.study.wording import join, number, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def quality_sentence(rows: Sequence[Row]) -> str:
     far = sorted(runs, key=lambda name: -max(map(distance, runs[name])))
     told = [_one_run(name, runs[name]) for name in far[:_TOLD]]
     rest = len(runs) - len(told)
-    parts = ["; ".join(told) + (f" ({count(rest, 'nearer run')} not told)." if rest else ".")]
+    parts = ["; ".join(told) + (f" ({counted(rest, 'nearer run')} not told)." if rest else ".")]
     if any(score_error(row) is not None for row in rows):
         parts.append("Bars are standard errors over prompts.")
     judged = [row for row in rows if row.get("declined") is not None]

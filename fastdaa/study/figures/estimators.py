@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from fastdaa.counted import counted
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
     BLUE,
@@ -22,7 +23,7 @@ from fastdaa.study.figures.style import (
     panels,
 )
 from fastdaa.study.results import Results
-from fastdaa.study.wording import count, join, number, span
+from fastdaa.study.wording import join, number, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def sentence(policies: Sequence[Policy], samples: int) -> str:
             inside = sum(bias <= 3 for bias in known)
             told.append(
                 f"{name} lies within three standard errors of the exact KL in {inside} of "
-                f"{count(len(known), 'policy')} (at most "
+                f"{counted(len(known), 'policy')} (at most "
                 f"{number(max(known), 1)})"
             )
     ratios = [each["variance_ratio"] for each in policies if each["variance_ratio"] is not None]

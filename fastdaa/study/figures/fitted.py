@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import (
     distinct,
     is_length_regularised,
@@ -20,7 +21,7 @@ from fastdaa.study.figures.style import Layout, Picture, label_axes, legend_belo
 from fastdaa.study.fit_words import contradiction
 from fastdaa.study.laws import LAWS
 from fastdaa.study.results import Results
-from fastdaa.study.wording import count, join, number
+from fastdaa.study.wording import join, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,7 +143,7 @@ def sentence(found: Sequence[Fit]) -> str:
     if against:
         text += (
             f" The log law's peak contradicts the best checkpoint measured in {against} of "
-            f"{count(len(log), 'fit')}."
+            f"{counted(len(log), 'fit')}."
         )
     return text
 

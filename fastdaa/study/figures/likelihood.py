@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import Row, column_pairs, finals, pearson, series_name, split, sweeps
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
@@ -75,9 +76,9 @@ def sentence(groups: Mapping[object, Sequence[Row]]) -> str:
         above = sum(value > -kl for kl, value in zip(x, y, strict=True))
         where = "" if preset is None else f"Preset {preset}: "
         parts.append(
-            f"{where}chosen answers became less likely in {fallen} of {len(y)} runs; their mean "
-            f"log-ratio correlates with the forward KL at r = {number(pearson(x, y), sign=True)} "
-            f"and lies above minus that KL in {above}."
+            f"{where}chosen answers became less likely in {fallen} of {counted(len(y), 'run')}; "
+            "their mean log-ratio correlates with the forward KL at r = "
+            f"{number(pearson(x, y), sign=True)} and lies above minus that KL in {above}."
         )
     text = " ".join(parts)
     return capitalised(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import distance, split
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
@@ -44,13 +45,13 @@ class World(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"preset {self.preset}, {self.pairs:,} pairs"
+        return f"preset {self.preset}, {counted(self.pairs, 'pair')}"
 
     @property
     def heading(self) -> str:
         return (
             f"{self.preset}: penalty {self.penalty:g}, violations {self.violations:.0%}\n"
-            f"{self.pairs:,} pairs"
+            f"{counted(self.pairs, 'pair')}"
         )
 
 
@@ -98,11 +99,11 @@ def sentence(groups: Mapping[World, Sequence[Row]]) -> str:
         fallen = [fall for fall in falls if fall[0] > 0]
         _, world, best, end = max(falls, key=lambda fall: fall[0])
         parts.append(
-            f"{name}: gold falls beyond its best in {len(fallen)} of {len(falls)} curves, most in "
-            f"{world.title}, from {number(best['gold'], sign=True)} at √KL "
-            f"{number(distance(best))} to {number(end['gold'], sign=True)} at "
-            f"{number(distance(end))}, where the reward that it was made "
-            f"for is {number(end['proxy'], sign=True)}"
+            f"{name}: gold falls beyond its best in {len(fallen)} of "
+            f"{counted(len(falls), 'curve')}, most in {world.title}, from "
+            f"{number(best['gold'], sign=True)} at √KL {number(distance(best))} to "
+            f"{number(end['gold'], sign=True)} at {number(distance(end))}, where the reward "
+            f"that it was made for is {number(end['proxy'], sign=True)}"
         )
     text = "; ".join(parts) + "."
     return capitalised(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastdaa.counted import counted
 from fastdaa.study.curves import LOSS_NAMES
 from fastdaa.study.figures.needs import Needs
 from fastdaa.study.figures.style import (
@@ -77,9 +78,10 @@ def sentence(results: Results) -> str:
         title = pair_title(results, pair)
         parts.append(
             f"{capitalised(title)}: the mass outside the pair grew from {number(start)} "
-            f"in {len(grown)} of {len(cells)} settings, to {number(least['end']['outside'])} "
-            f"({loss_name(least)}, beta {least['beta']:g}) at least and "
-            f"{number(most['end']['outside'])} ({loss_name(most)}, beta {most['beta']:g}) at most."
+            f"in {len(grown)} of {counted(len(cells), 'setting')}, to "
+            f"{number(least['end']['outside'])} ({loss_name(least)}, beta {least['beta']:g}) at "
+            f"least and {number(most['end']['outside'])} ({loss_name(most)}, beta "
+            f"{most['beta']:g}) at most."
         )
     if any(cell["seeds"] > 1 for cells in cells_of(results).values() for cell in cells):
         parts.append("Points: means; bars: all seeds.")

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
+from fastdaa.counted import counted
+
 ERROR_RATE = 0.025
 """Chance of a warning at one measurement while nothing changes."""
 
@@ -71,6 +73,6 @@ def decline(earlier: Sequence[Measured], current: Measured) -> Decline | None:
 def _difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of ``first - second``."""
     if len(first) != len(second):
-        raise ValueError(f"expected values of {len(first)} prompts, got {len(second)}")
+        raise ValueError(f"expected values of {counted(len(first), 'prompt')}, got {len(second)}")
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     return fmean(gaps), stdev(gaps) / math.sqrt(len(gaps))

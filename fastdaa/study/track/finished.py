@@ -48,7 +48,8 @@ def find_checkpoints(folders: Sequence[str | Path]) -> list[Checkpoint]:
     found: dict[int, Checkpoint] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"model: expected a folder, there is no {folder}")
+            got = f"{folder} is a file" if folder.exists() else f"there is no {folder}"
+            raise FileNotFoundError(f"model: expected a folder, {got}")
         inside = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
         for path in [path for path in inside if _has_model(path)] or [folder]:
             checkpoint = _read(path)
@@ -101,7 +102,7 @@ def load_policy(source: str | Path, dtype: str, device: Any) -> nn.Module:
         raise ValueError(
             f"model: expected a policy on the base that it was trained on, {source} was trained on "
             f"one that was quantised when it was loaded ({trained}); measure such runs while they "
-            "train (--track_reward, --track_judge)"
+            "train, by `fastdaa train` with --track_reward or --track_judge"
         )
     if quantization is None:
         model = model.to(device)

@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from fastdaa.counted import counted
 from fastdaa.study.track.scoring import Sample, ScorerError, Scores
 from fastdaa.validation import check_positive
 
@@ -123,8 +124,8 @@ def read_verdicts(output: str, count: int) -> list[float]:
     missing = [place for place in range(count) if place not in verdicts]
     if missing:
         raise ScorerError(
-            f"judge: expected {count} verdicts, got {len(verdicts)}; the first without one has "
-            f"the id {missing[0]}"
+            f"judge: expected {counted(count, 'verdict')}, got {len(verdicts)}; the first "
+            f"without one has the id {missing[0]}"
         )
     return [verdicts[place] for place in range(count)]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastdaa.counted import counted
 from fastdaa.data.encode import encode
 from fastdaa.data.errors import BadRow
 from fastdaa.data.fields import TOKEN_FIELDS
@@ -93,12 +94,13 @@ def held_out_prompts(
     if not chosen:
         raise ValueError(
             f"prompts: expected some of at most {longest} tokens, to leave room for an answer of "
-            f"{settings.max_new_tokens}, got none among {len(pairs)} pairs"
+            f"{settings.max_new_tokens}, got none in {counted(len(pairs), 'pair')}"
         )
     if len(chosen) < settings.prompts:
         logger.warning(
-            "track: %d different prompts instead of %d (%d pairs, %d with too long a prompt)",
-            len(chosen), settings.prompts, len(pairs), too_long,
+            "track: %s instead of %d (%s, %d with too long a prompt)",
+            counted(len(chosen), "different prompt"), settings.prompts,
+            counted(len(pairs), "pair"), too_long,
         )  # fmt: skip
     rows = list(chosen.values())
     ends = {*end_ids, *_closing(rows, tokenizer)}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from fastdaa.counted import counted
 from fastdaa.study.track.prompts import Prompt
 
 
@@ -65,10 +66,10 @@ def finite_numbers(given: Any, count: int, where: str) -> list[float]:
         given = given.tolist()
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ScorerError(
-            f"{where}: expected a list of {count} numbers, got {type(given).__name__}"
+            f"{where}: expected a list of {counted(count, 'number')}, got {type(given).__name__}"
         )
     if len(given) != count:
-        raise ScorerError(f"{where}: expected {count} numbers, got {len(given)}")
+        raise ScorerError(f"{where}: expected {counted(count, 'number')}, got {len(given)}")
     values = []
     for place, value in enumerate(given):
         try:

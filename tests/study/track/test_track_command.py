@@ -92,7 +92,7 @@ def test_a_run_and_its_finished_checkpoints_give_the_same_rows(
     # Again: nothing is measured twice, and other settings are no continuation.
     capsys.readouterr()
     assert measure() == 0
-    assert "3 checkpoints are in" in capsys.readouterr().out
+    assert "measured before: 3 checkpoints in" in capsys.readouterr().out
     assert rows(tmp_path / "later.jsonl") == after
     assert measure("--temperature", "0.5") == 2
     assert "expected temperature = 1.0" in capsys.readouterr().err
@@ -100,6 +100,21 @@ def test_a_run_and_its_finished_checkpoints_give_the_same_rows(
     assert measure("--set", "loss=ipo") == 2
     assert "--set: expected loss = 'dpo' as in the row of checkpoint 0" in capsys.readouterr().err
     assert rows(tmp_path / "later.jsonl") == after
+    # What errors of the data propose are options here, too.
+    held_out = rows(files / "held_out.jsonl")
+    other = [{"p": r["prompt"], "win": r["chosen"], "lose": r["rejected"]} for r in held_out]
+    path = tmp_path / "other.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*other, {"p": "w1"}])))
+    given = ["--dataset", str(path), "--table", str(tmp_path / "other_table.jsonl")]
+    assert measure(*given) == 2
+    assert "chosen_column and rejected_column say" in capsys.readouterr().err
+    given += ["--prompt_column", "p", "--chosen_column", "win", "--rejected_column", "lose"]
+    assert measure(*given) == 2
+    assert "on_bad_row='skip' leaves such rows out" in capsys.readouterr().err
+    assert measure(*given, "--on_bad_row", "skip") == 0
+    assert [row["score"] for row in rows(tmp_path / "other_table.jsonl")] == [
+        row["score"] for row in after
+    ]
 
 
 def test_adapters_know_where_they_started_and_a_judge_stands_beside_the_reward(
