@@ -44,7 +44,7 @@ def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     """One run of the loop, from its options to its saved policy.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the memory or the disk is full.
     """
     from fastdaa.train.full_disk import full_disk_named
 
@@ -53,6 +53,8 @@ def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
 
 
 def _train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
+    import torch
+
     checkpoint = check_paths(arguments, config)
     trainer = build(arguments, config, checkpoint)
     try:
@@ -60,6 +62,12 @@ def _train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequen
         interrupted = result.interrupted
     except KeyboardInterrupt:
         interrupted = True
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OSError(
+            f"the memory of the device is full after iteration {trainer.place.iteration}: expected "
+            f"a --generation_batch_size (now {arguments.generation_batch_size}) and --minibatch "
+            f"(now {config.minibatch}) that fit, or --use_peft; {error}"
+        ) from error
     if interrupted:
         where = f"iteration {trainer.place.iteration}, step {trainer.place.steps}"
         print_continuation("online", argv, str(config.output_dir), where)

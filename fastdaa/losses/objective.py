@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fastdaa.counted import counted
 from fastdaa.losses.custom import is_custom
 from fastdaa.losses.hyperparameters import (
     check_accepted,
@@ -148,10 +147,8 @@ class Objective:
         names = [losses] if isinstance(losses, (str, Loss)) else list(losses)
         weights = [1.0] * len(names) if weights is None else listed_weights(weights)
         if len(weights) != len(names):
-            shown = [getattr(name, "name", name) for name in names]
-            raise ValueError(
-                f"expected {counted(len(names), 'weight')} for {shown}, got {len(weights)}"
-            )
+            shown = ", ".join(str(getattr(name, "name", name)) for name in names)
+            raise ValueError(f"weights: expected one a loss ({shown}), got {len(weights)}")
         chosen = [name if isinstance(name, Loss) else get_loss(name) for name in names]
         check_accepted(chosen, hyperparameters)
         given = {name: value for name, value in hyperparameters.items() if value is not None}

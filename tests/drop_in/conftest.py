@@ -205,3 +205,15 @@ def adapter() -> Callable[[bool], dict[str, Any]]:
         return {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def liger() -> Any:
+    """Liger's own losses."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    version = importlib.metadata.version("liger-kernel")
+    if tuple(map(int, version.split(".")[:2])) != (0, 8):
+        pytest.skip(f"the classes follow liger-kernel 0.8, not {version}")
+    from liger_kernel import chunked_loss
+
+    return chunked_loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import math
 import subprocess
@@ -19,17 +18,6 @@ NAMES = [name for name in ours.__all__ if name.startswith("Liger")]
 # How many tokens of each row are scored, after how many that are not.
 LENGTHS = [5, 1, 6, 2, 6, 3]
 STARTS = [1, 4, 0, 5, 1, 2]
-
-
-@pytest.fixture(scope="module")
-def liger():
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
-    version = importlib.metadata.version("liger-kernel")
-    if tuple(map(int, version.split(".")[:2])) != (0, 8):
-        pytest.skip(f"the classes follow liger-kernel 0.8, not {version}")
-    from liger_kernel import chunked_loss
-
-    return chunked_loss
 
 
 def batch(ignore_index, bias, seed=0):

@@ -25,6 +25,7 @@ from fastdaa.cli.online import _print_summary
 from fastdaa.cli.online_arguments import parse
 from fastdaa.cli.runs import continuation
 from fastdaa.data.tokenise_prompts import TokenizedPrompt
+from fastdaa.online.loop import OnlineTrainer
 from fastdaa.online.prompts import Ending, Prompts, chat_ending
 from fastdaa.train.folder_lock import LOCK_FILE
 
@@ -135,6 +136,17 @@ def _times(folder):
     """When the files of a run were written; whoever looks at a run takes its lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_full_memory_is_one_line(files, tmp_path, capsys, monkeypatch):
+    def full(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(OnlineTrainer, "train", full)
+    assert main(arguments(files, tmp_path / "out", reward=f"{files}/reward.py:count")) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the memory of the device is full after iteration 0: expected a" in line
+    assert "--generation_batch_size (now 64)" in line and line.endswith("Tried to allocate 1 GiB.")
 
 
 def test_interrupted_and_continued_as_the_command_says(files, tmp_path, capsys):

@@ -20,18 +20,20 @@ What differs:
 - ``beta`` has to be above 0, ``label_smoothing`` (where the loss reads it) in [0, 0.5), ``gamma``
   and ``alpha`` not negative, ``discopop_tau`` in (0, 1]: else ``ValueError``.
 
-Left out: ``LigerFusedLinearKTOLoss``, whose completions are unpaired and whose KL baseline is given
-by the caller (fastdaa's ``kto`` estimates it on the pairs of the batch), and the losses that are
-not about preferences.
+:class:`LigerFusedLinearKTOLoss` has other inputs and results, those of Liger's: ``_input [B, T,
+D]`` first, and a KL baseline from the caller. Left out are the losses that are not about
+preferences.
 """
 
 from fastdaa.drop_in.liger.dpo import LigerFusedLinearDPOLoss
+from fastdaa.drop_in.liger.kto import LigerFusedLinearKTOLoss
 from fastdaa.drop_in.liger.orpo import LigerFusedLinearORPOLoss
 from fastdaa.drop_in.liger.reference_free import LigerFusedLinearCPOLoss, LigerFusedLinearSimPOLoss
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
     "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
 ]

@@ -17,22 +17,14 @@ Result = tuple[Tensor, tuple[Tensor, ...]]
 """The loss, and the tuple of other results."""
 
 
-class LinearPreferenceLoss(nn.Module):
-    """What the four losses share; attributes may be changed between calls, as with Liger."""
+class LinearLoss(nn.Module):
+    """What all losses share; attributes may be changed between calls, as with Liger."""
 
-    def __init__(
-        self,
-        ignore_index: int,
-        beta: float,
-        compute_nll_loss: bool,
-        compiled: bool,
-        chunk_size: int,
-    ) -> None:
+    def __init__(self, ignore_index: int, beta: float, compiled: bool, chunk_size: int) -> None:
         super().__init__()
         if not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
         self.ignore_index, self.beta = ignore_index, beta
-        self.compute_nll_loss = compute_nll_loss
         self.compiled, self.chunk_size = compiled, chunk_size
 
     def extra_repr(self) -> str:
@@ -42,6 +34,21 @@ class LinearPreferenceLoss(nn.Module):
             for name, value in vars(self).items()
             if not name.startswith("_") and name != "training"
         )
+
+
+class LinearPreferenceLoss(LinearLoss):
+    """What the losses of pairs share."""
+
+    def __init__(
+        self,
+        ignore_index: int,
+        beta: float,
+        compute_nll_loss: bool,
+        compiled: bool,
+        chunk_size: int,
+    ) -> None:
+        super().__init__(ignore_index, beta, compiled, chunk_size)
+        self.compute_nll_loss = compute_nll_loss
 
     def _with_nll(self, loss: str, alpha: float, **hyperparameters: Any) -> Objective:
         """``loss`` and, if wanted, ``alpha`` times the likelihood of the chosen completions."""

@@ -1,4 +1,4 @@
-"""Liger's batches: ``[all chosen; all rejected]``, targets shifted by the caller."""
+"""Liger's batches: targets shifted by the caller; pairs are ``[all chosen; all rejected]``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
         TypeError, ValueError: a target that is not int64 of two dimensions, or an odd number of
             rows.
     """
-    check_indices("target", target, tuple(getattr(target, "shape", ())))
-    check_readable("target", target)
+    _check_target(target)
     if target.ndim != 2 or target.shape[0] % 2 or not target.shape[0]:
         raise ValueError(
             f"target: expected shape [2B, T], all chosen and then all rejected, got "
@@ -33,8 +32,27 @@ def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
     return pairs_in_order(target, "chosen_first", ignore_index, shift=0)
 
 
+def select_shifted_rows(target: Tensor, ignore_index: int) -> TokenSelection:
+    """The same of single completions, ``target [B, T]``, row by row."""
+    _check_target(target)
+    if target.ndim != 2 or not target.shape[0]:
+        raise ValueError(f"target: expected shape [B, T], got {list(target.shape)}")
+    return pairs_in_order(target, "interleaved", ignore_index, shift=0)  # the rows as they come
+
+
+def _check_target(target: Tensor) -> None:
+    check_indices("target", target, tuple(getattr(target, "shape", ())))
+    check_readable("target", target)
+
+
 def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> PairLogps:
-    """Summed log-probs of the pairs of ``hidden_states [2B, T, D]``; differentiable.
+    """:func:`row_sums` of the pairs of ``hidden_states [2B, T, D]``."""
+    return pair_logps(row_sums(hidden_states, head, selection), selection.lengths)
+
+
+def row_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> Tensor:
+    """Summed log-probs ``[S]`` of the rows of ``hidden_states [S, T, D]``, as they are selected;
+    differentiable.
 
     3U with a trained head, where the gradients of all logits fit in memory, else 4U.
 
@@ -47,7 +65,7 @@ def selected_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection
         logps = head_logps(rows, head, selection.targets)
     else:
         logps, _ = head_logps_and_stats(rows, head, selection.targets, keep=True, selected=True)
-    return pair_logps(sequence_logps(logps, selection.lengths), selection.lengths)
+    return sequence_logps(logps, selection.lengths)
 
 
 def detached(sums: PairLogps) -> PairLogps:
@@ -56,16 +74,26 @@ def detached(sums: PairLogps) -> PairLogps:
 
 
 @torch.no_grad()
-def mean_logit(hidden_states: Tensor, head: LmHead) -> Tensor:
-    """Mean logit over all positions of ``hidden_states [B, T, D]`` and the whole vocabulary.
+def summed_logits(hidden_states: Tensor, head: LmHead, rows: Tensor | None = None) -> Tensor:
+    """Sum of the logits of all positions of ``hidden_states [B, T, D]``, or of those of some rows
+    ``[B]``, over the whole vocabulary.
 
     Scored or not, every position counts, as with Liger. The sum over the vocabulary is taken on the
     weight, so no logits are needed.
     """
     dtype = torch.promote_types(torch.float32, hidden_states.dtype)
-    mean = hidden_states.mean(dim=(0, 1), dtype=dtype)
+    positions = hidden_states.sum(dim=1, dtype=dtype)
+    count = torch.full_like(positions[:, 0], hidden_states.shape[1])
+    if rows is not None:
+        positions, count = positions * rows[:, None], count * rows
     # No product of vectors: autocast would round its factors.
-    total = (mean * head.weight.sum(dim=0, dtype=dtype)).sum()
+    total = (positions.sum(dim=0) * head.weight.sum(dim=0, dtype=dtype)).sum()
     if head.bias is not None:
-        total = total + head.bias.sum(dtype=dtype)
-    return total / head.width
+        total = total + count.sum() * head.bias.sum(dtype=dtype)
+    return total
+
+
+def mean_logit(hidden_states: Tensor, head: LmHead) -> Tensor:
+    """Mean of :func:`summed_logits`."""
+    entries = hidden_states.shape[0] * hidden_states.shape[1] * head.width
+    return summed_logits(hidden_states, head) / entries
