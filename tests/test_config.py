@@ -73,7 +73,7 @@ def test_objective(tmp_path: Path, fields: dict[str, Any], expected: str) -> Non
         pytest.param({"loss_type": "dpo", "loss_kwargs": {"delta": 1}}, "delta", id="not its own"),
         pytest.param({"beta": -1.0}, "beta", id="beta"),
         pytest.param({"beta": 0.1, "loss_kwargs": {"beta": 0.2}}, "once", id="beta twice"),
-        pytest.param({"loss_weights": [1.0, 2.0]}, "expected 1 weights", id="weights"),
+        pytest.param({"loss_weights": [1.0, 2.0]}, "weights: expected one a loss", id="weights"),
         pytest.param({"loss_kwargs": "{delta: 1}"}, "JSON object", id="bad json"),
         pytest.param({"loss_kwargs": {"delta": object()}}, "JSON can hold", id="no json"),
         pytest.param({"layout": "flat"}, "layout: expected one of", id="layout"),

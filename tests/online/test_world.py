@@ -243,7 +243,7 @@ def test_turned_around_the_sentences_turn_around() -> None:
         rows += _rows("apa", 0.5, seed, [(1.0, 0.1), (1.0, 0.1), (3.0, 0.1), (9.0, -2.0)])
         rows += _rows("ppo", 0.0, seed, [(1.0, 0.5), (2.0, 0.5), (4.0, 0.6), (4.0, 0.6)])
     told = "\n".join(sentences(rows))
-    assert "in 0 of 1 settings, and still rises" in told
+    assert "in 0 of 1 setting, and still rises" in told
     assert "PPO without a KL term does not collapse" in told
     assert (
         "Ahead by more than the 95 % interval over 3 seeds, of 8 distances: APA at 0, PPO" in told

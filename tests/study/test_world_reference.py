@@ -279,7 +279,7 @@ def test_following_a_reward_model_over_optimises(
     bon = [row for row in table if row["algorithm"] == "bon"]
     assert all(row["kl"] <= row["kl_formula"] + 1e-6 for row in bon)
     assert bon[1]["kl"] == pytest.approx(bon[1]["kl_formula"], rel=0.02)
-    assert "1024 pairs, seed 0" in lines[0]
+    assert "1,024 pairs, seed 0" in lines[0]
     # A second call trains nothing.
     monkeypatch.setattr(experiment, "train_proxy", None)
     again = experiment.run_tilt(output, [0], settings=[QUICK], language=SMALL)
