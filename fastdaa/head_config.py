@@ -67,10 +67,17 @@ def read_head_config(config: PretrainedConfig, owner: nn.Module) -> HeadConfig:
 
 @lru_cache(maxsize=64)
 def _words(kind: type) -> frozenset[str] | None:
-    """Those of the code of a class; None where there is none to read."""
-    # A class that FSDP2 makes at run time has no forward of its own.
-    makes_logits = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
-    try:
-        return frozenset(re.findall(r"\w+", inspect.getsource(makes_logits)))
-    except (OSError, TypeError):
-        return None
+    """Those of the code of a class that makes its logits; None where there is none to read."""
+    words: set[str] = set()
+    for cls in kind.__mro__:
+        # Those that FSDP2 makes at run time have none; that of torch's Module makes no logits.
+        if "forward" not in vars(cls) or cls.__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):  # made at run time, so around the forward of another one
+            continue
+        words.update(re.findall(r"\w+", source))
+        if not re.search(r"super\([^)]*\)\s*\.forward\(|\.forward\(\s*self\b", source):
+            break
+    return frozenset(words) or None

@@ -288,9 +288,46 @@ def test_a_text_config_counts_where_no_code_can_be_read():
     model = tiny_llama()
     config = SimpleNamespace(model_type="wrapper", get_text_config=lambda: text)
     assert read_head_config(config, model).softcap is None  # Llama's code does not read it
-    made_at_run_time = type("Made", (type(model),), {"forward": lambda self: None})
-    model.__class__ = made_at_run_time
-    assert read_head_config(config, model).softcap == 0.7
+    made_at_run_time = type("Made", (torch.nn.Module,), {"forward": lambda self: None})
+    assert read_head_config(config, made_at_run_time()).softcap == 0.7
+
+
+class CappedText(torch.nn.Module):
+    """As a multimodal model that reads ``final_logit_softcapping``."""
+
+    def forward(self):
+        return None
+
+
+class CallsSuper(CappedText):
+    def forward(self):
+        return super().forward()
+
+
+class CallsBase(CappedText):
+    def forward(self):
+        return CappedText.forward(self)
+
+
+class Replaces(CappedText):
+    def forward(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap"),
+    [
+        (CallsSuper, 0.7),
+        (CallsBase, 0.7),
+        (type("Made", (CappedText,), {"forward": lambda self: CappedText.forward(self)}), 0.7),
+        (type("MadeOfAnother", (CallsSuper,), {}), 0.7),
+        (Replaces, None),
+    ],
+)
+def test_a_subclass_that_runs_its_base_has_the_head_of_it(kind, softcap):
+    text = SimpleNamespace(model_type="gemma2", final_logit_softcapping=0.7)
+    config = SimpleNamespace(model_type="wrapper", get_text_config=lambda: text)
+    assert read_head_config(config, kind()).softcap == softcap
 
 
 # LmHead by itself

@@ -159,7 +159,11 @@ BAD = {
     "g-single": ("daa", {"g": (torch.exp,)}, "or a pair"),
     "alpha": ("dpo", {"length_alpha": float("inf")}, "to be a finite number, got inf"),
     "lam": ("apa", {"lam": 0.0}, "expected lam of apa_pairs to be a finite number > 0, got 0.0"),
-    "weights": (["dpo", "sft"], {"weights": [1.0]}, r"weights: expected one a loss \(dpo, sft\), got 1"),
+    "weights": (
+        ["dpo", "sft"],
+        {"weights": [1.0]},
+        "weights: expected one a loss .dpo, sft., got 1",
+    ),
     "weight-negative": ("dpo", {"weights": [-1.0]}, "expected a finite weight >= 0 for dpo"),
     "weights-zero": ("dpo", {"weights": [0.0]}, "at least one loss with a weight above 0"),
     "nothing": ([], {}, "at least one loss"),

@@ -17,7 +17,7 @@ from fastdaa.head import LmHead
 from fastdaa.train.adapter_files import load_causal_lm
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
-from fastdaa.train.quantization import compute_as_in_training
+from fastdaa.train.quantization import compute_as_in_training, is_quantized
 from fastdaa.train.support import supports_segments
 from fastdaa.train.zero3 import check_whole
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 5
 _ROWS_AT_ONCE = 4096
+# Change of hidden states by a later token, of the largest one, that rounding explains: in fp32, and
+# in half precision or quantised. Later tokens change how the rows of an expert or the columns of
+# LLM.int8() are rounded, and with that a close choice of experts; who sees them is far above.
+_SEEN = (3e-2, 0.2)
 
 
 def load_model(model: str | nn.Module, name: str = "model") -> nn.Module:
@@ -163,7 +167,7 @@ def check_head(model: nn.Module) -> None:
         expected = core(input_ids=tokens, use_cache=False).logits.float()
         hidden = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state
         got = LmHead.from_model(core).logits(hidden).float()
-        tokens[0, -1] = 0  # what came before it must not notice
+        tokens[0, -1] = (tokens[0, -1] + 1) % vocabulary  # what came before it must not notice
         moved = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state - hidden
     finally:
         for module in training:
@@ -178,7 +182,7 @@ def check_head(model: nn.Module) -> None:
             "logits that fastdaa does not know"
         )
     seen = float(moved[:, :-1].abs().amax() / hidden.abs().amax().clamp(min=1e-6))
-    if not seen <= tolerance:
+    if not seen <= _SEEN[is_quantized(core) or torch.finfo(core.dtype).bits < 32]:
         raise ValueError(
             f"{type(core).__name__}: expected a causal model, got hidden states that change by "
             f"{seen:.1e} with a token behind them; log-probs of completions would mean nothing"

@@ -73,9 +73,10 @@ def _judge_by_code(model: PreTrainedModel) -> Support:
         config, "use_bidirectional_attention", False
     ):
         return Support(False, "its attention is not causal")
+    adapters = getattr(model, "peft_config", None) or {}
     if any(
-        getattr(adapter, "alora_invocation_tokens", None)
-        for adapter in (getattr(model, "peft_config", None) or {}).values()
+        getattr(adapters.get(name), "alora_invocation_tokens", None)
+        for name in _active_adapters(model)
     ):
         return Support(False, "its adapter (aLoRA) starts at a place that it looks for once a row")
     if getattr(config, "alibi", False) or _is_true(getattr(config, "attn_config", None), "alibi"):
@@ -153,6 +154,13 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
 
 def _has_window(holder: Any) -> bool:
     return isinstance(getattr(holder, "sliding_window", None), int)
+
+
+def _active_adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters that are in force in any layer of PEFT's."""
+    # Of transformers' models `active_adapters` is a method.
+    of_layers = (getattr(module, "active_adapters", None) for module in model.modules())
+    return {name for names in of_layers if isinstance(names, list) for name in names}
 
 
 def _is_true(config: Any, name: str) -> bool:

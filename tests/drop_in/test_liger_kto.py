@@ -93,6 +93,13 @@ def test_only_the_loss_has_a_gradient_and_none_goes_to_the_reference_or_the_base
     assert kl.grad is None
 
 
+def test_a_broken_completion_spoils_the_sums_of_its_side_alone():
+    call = batch()
+    call["_input"][0] = torch.nan  # a chosen one
+    _, results = LigerFusedLinearKTOLoss()(**call)
+    assert [bool(result.isnan()) for result in results] == 3 * [True, False]
+
+
 def test_an_empty_completion_has_a_mean_of_0():
     call = batch()
     call["target"][0] = -100

@@ -109,6 +109,9 @@ def test_an_adapter_that_starts_within_a_sequence_is_not_packed(make_trainer, ti
     assert make_trainer(model=model).layout == "padded"
     with pytest.raises(ValueError, match=r"got 'prefix_shared' for LlamaForCausalLM: .*aLoRA"):
         make_trainer(model=model, layout="prefix_shared")
+    model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert make_trainer(model=model).layout == "prefix_shared"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fastdaa.head import LmHead
 from fastdaa.train.adapter_files import find_adapter, load_causal_lm, load_merged
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.prepare import check_head
 from fastdaa.train.quantization import (
     QuantizationOptions,
     describe,
@@ -49,6 +50,22 @@ def quantized(tiny_model, tmp_path):
         return load_causal_lm(str(folder), dtype=dtype, quantization_config=config)
 
     return load
+
+
+def test_llm_int8_is_causal_on_a_gpu(quantized, monkeypatch):
+    # There the columns with outliers, of any token, are rounded otherwise in all of them.
+    functions = pytest.importorskip("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(functions, "MatMul8bitFp", functions.MatMul8bitLt)
+    model = quantized(load_in_8bit=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.fill_(3.0)
+        hidden = [
+            model.model(torch.tensor([[1, 2, 3, 4, last]])).last_hidden_state for last in (5, 6)
+        ]
+    assert (hidden[0] - hidden[1])[:, :-1].abs().max() > 1e-3 * hidden[0].abs().max()
+    check_head(model)
 
 
 def lora(**options):

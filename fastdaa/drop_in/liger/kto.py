@@ -81,9 +81,9 @@ class LigerFusedLinearKTOLoss(LinearLoss):
         loss = losses.mean()
         policy, rewards = policy.detach(), self.beta * ratios.detach()
         results = (
-            *((policy * rows).sum() for rows in (chosen, ~chosen)),
+            *(policy.where(rows, 0.0).sum() for rows in (chosen, ~chosen)),
             *(summed_logits(_input, head, rows) for rows in (chosen, ~chosen)),
-            *((rewards * rows).sum() for rows in (chosen, ~chosen)),
+            *(rewards.where(rows, 0.0).sum() for rows in (chosen, ~chosen)),
         )
         return loss, results
 

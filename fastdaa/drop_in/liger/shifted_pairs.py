@@ -76,7 +76,7 @@ def detached(sums: PairLogps) -> PairLogps:
 @torch.no_grad()
 def summed_logits(hidden_states: Tensor, head: LmHead, rows: Tensor | None = None) -> Tensor:
     """Sum of the logits of all positions of ``hidden_states [B, T, D]``, or of those of some rows
-    ``[B]``, over the whole vocabulary.
+    ``[B]`` bool, over the whole vocabulary.
 
     Scored or not, every position counts, as with Liger. The sum over the vocabulary is taken on the
     weight, so no logits are needed.
@@ -85,7 +85,7 @@ def summed_logits(hidden_states: Tensor, head: LmHead, rows: Tensor | None = Non
     positions = hidden_states.sum(dim=1, dtype=dtype)
     count = torch.full_like(positions[:, 0], hidden_states.shape[1])
     if rows is not None:
-        positions, count = positions * rows[:, None], count * rows
+        positions, count = positions.where(rows[:, None], 0.0), count.where(rows, 0.0)
     # No product of vectors: autocast would round its factors.
     total = (positions.sum(dim=0) * head.weight.sum(dim=0, dtype=dtype)).sum()
     if head.bias is not None:
