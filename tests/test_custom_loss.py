@@ -152,7 +152,7 @@ def test_hyperparameters_and_names():
         Objective.parse(custom_loss(centred), power="two")
     with pytest.raises(ValueError, match="got gamma=1, which no chosen loss uses: own_dpo takes"):
         Objective.parse(custom_loss(own_dpo), gamma=1)
-    with pytest.raises(ValueError, match=r"expected 1 weight for \['own_dpo'\], got 2"):
+    with pytest.raises(ValueError, match=r"weights: expected one a loss \(own_dpo\), got 2"):
         Objective.parse(custom_loss(own_dpo), weights=[1, 2])
 
 
