@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastdaa.drop_in.liger.base import LinearPreferenceLoss, Result
-from fastdaa.drop_in.liger.shifted_pairs import detached, selected_sums
+from fastdaa.drop_in.liger.shifted_pairs import detached, reference_head, selected_sums
 from fastdaa.head import LmHead
 from fastdaa.logps import pair_logps
 from fastdaa.losses import Objective, sft, token_means
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.pair_loss import pair_loss
-from fastdaa.validation import check_choice, check_positions
+from fastdaa.validation import check_choice
 
 
 class LigerFusedLinearDPOLoss(LinearPreferenceLoss):
@@ -116,11 +116,7 @@ class LigerFusedLinearDPOLoss(LinearPreferenceLoss):
         if not self.use_ref_model:
             zeros = torch.zeros(len(target), device=selection.lengths.device)
             return pair_logps(zeros, selection.lengths)
-        if ref_input is None or ref_weight is None:
-            missing = "ref_input" if ref_input is None else "ref_weight"
-            raise ValueError(f"{missing}: expected a tensor with use_ref_model=True, got None")
-        check_positions("ref_input", ref_input, target.shape)
-        return selected_sums(ref_input, LmHead(ref_weight, ref_bias), selection)
+        return selected_sums(*reference_head(ref_input, ref_weight, ref_bias, target), selection)
 
     def _loss_of_means(
         self, hidden_states: Tensor, head: LmHead, selection: TokenSelection, ref: PairLogps

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from fastdaa.drop_in.liger.base import LinearLoss, Result
-from fastdaa.drop_in.liger.shifted_pairs import row_sums, select_shifted_rows, summed_logits
+from fastdaa.drop_in.liger.shifted_pairs import (
+    reference_head,
+    row_sums,
+    select_shifted_rows,
+    summed_logits,
+)
 from fastdaa.head import LmHead
 from fastdaa.losses.unpaired import UnpairedObjective, kto
 from fastdaa.outputs import TokenSelection
@@ -103,11 +108,7 @@ class LigerFusedLinearKTOLoss(LinearLoss):
         """Log-probs ``[B]`` of the reference, 0 where there is none."""
         if not self.use_ref_model:
             return 0.0
-        if ref_input is None or ref_weight is None:
-            missing = "ref_input" if ref_input is None else "ref_weight"
-            raise ValueError(f"{missing}: expected a tensor with use_ref_model=True, got None")
-        check_positions("ref_input", ref_input, target.shape)
-        return self._logps(ref_input, LmHead(ref_weight, ref_bias), selection)
+        return self._logps(*reference_head(ref_input, ref_weight, ref_bias, target), selection)
 
 
 def _checked_labels(labels: Tensor | None, target: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, head_logps_and_stats, pair_logps, sequence_logps
 from fastdaa.outputs import PairLogps, TokenSelection
 from fastdaa.selection import pairs_in_order
-from fastdaa.validation import check_head_inputs, check_indices, check_readable
+from fastdaa.validation import (
+    check_head_inputs,
+    check_indices,
+    check_positions,
+    check_readable,
+)
 
 
 def select_shifted_pairs(target: Tensor, ignore_index: int) -> TokenSelection:
@@ -66,6 +71,21 @@ def row_sums(hidden_states: Tensor, head: LmHead, selection: TokenSelection) -> 
     else:
         logps, _ = head_logps_and_stats(rows, head, selection.targets, keep=True, selected=True)
     return sequence_logps(logps, selection.lengths)
+
+
+def reference_head(
+    ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, LmHead]:
+    """Hidden states and head of a reference that is wanted.
+
+    Raises:
+        ValueError: one of them is missing, or the hidden states are not of the target's positions.
+    """
+    if ref_input is None or ref_weight is None:
+        missing = "ref_input" if ref_input is None else "ref_weight"
+        raise ValueError(f"{missing}: expected a tensor with use_ref_model=True, got None")
+    check_positions("ref_input", ref_input, target.shape)
+    return ref_input, LmHead(ref_weight, ref_bias)
 
 
 def detached(sums: PairLogps) -> PairLogps:
