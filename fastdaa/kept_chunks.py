@@ -78,9 +78,8 @@ class KeptChunks:
         if grads.weight is not None:
             factor = scaled_rows(hidden, of.coefficients, dz.dtype, active, self.plan.engine)
             grads.add_to_weight(dz, factor)
-            rounded = None if of.entries is None else factor
-            add_target_rows(grads.weight, hidden, of, active, self.plan.engine, rounded)
-            del factor, rounded  # before the gradient of the hidden states comes
+            add_target_rows(grads.weight, hidden, of, active, self.plan.engine, factor)
+            del factor  # before the gradient of the hidden states comes
         if grads.hidden is not None:
             for part, result in hidden_gradient_parts(dz, of, kept.weight, self.plan.engine):
                 at = part if active is None else active[part]

@@ -10,9 +10,8 @@ largest of its row. What rounding takes from it is added in fp32:
     dW = dz^T G,   dW[targets] += c * o * H - r * G,   G = c * f * H, rounded
 
 where ``dz`` holds the kept rows, ``f`` a factor a row and ``r`` the rounded ``o / f`` that stand in
-``dz`` at the targets. They stand there because ``dW`` is rounded before it is added to: without
-them the products would be of the size of what is added, and often cancel it. Where factors are not
-rounded, ``r`` is 0.
+``dz`` at the targets. They stand there because ``dW`` may be rounded before it is added to: without
+them the products would be of the size of what is added, and often cancel it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 from fastdaa.row_passes import in_tile, move_to_front
 from fastdaa.scaled_rows import scaled_rows
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
-from fastdaa.tiles import add_product, product, product_slices, row_slices, write_product
+from fastdaa.tiles import add_product, product, product_slices, row_slices
 from fastdaa.waiting_rows import WaitingRows
 
 # Moving rows costs 4 bytes a logit and saves 4 D FLOP a logit that is left out, so it pays up to
@@ -36,7 +35,7 @@ _WORTH_MOVING = 15 / 16
 
 class KeptGradients(NamedTuple):
     """``d logp / d z`` of tokens and the first columns: ``factors[:, None] * dz``, but ``own`` at
-    the targets, where ``dz`` has it rounded to a half, or 0 if it is wide."""
+    the targets, where ``dz`` has it rounded."""
 
     dz: Tensor
     """``[a, k]``, a factor."""
@@ -80,13 +79,8 @@ class FirstColumns:
         if weight is not None:
             out = weight[: self.width]
             factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active, self.engine)
-            if rows.entries is None:
-                write_product(out, dz.T, factor)
-                del factor  # before the targets' rows come
-                add_target_rows(out, hidden, rows, active, self.engine)
-            else:
-                add_target_rows(out.zero_(), hidden, rows, active, self.engine, factor)
-                add_product(out, dz.T, factor)
+            add_target_rows(out.zero_(), hidden, rows, active, self.engine, factor)
+            add_product(out, dz.T, factor)
         if bias is not None:
             total = torch.zeros_like(bias[: self.width], dtype=rows.own.dtype)
             add_column_sums(total, dz, rows)
@@ -107,11 +101,10 @@ class FirstColumns:
 
 def with_entries(rows: TargetRows, dz: Tensor, columns: slice, vocab_size: int) -> TargetRows:
     """The rows ``[a]`` of ``dz [a, k]``, which has these columns of the vocabulary, with what
-    stands at their targets where it is rounded."""
-    if dz.dtype != rows.own.dtype:
-        inside, local = in_tile(rows.targets, columns.start, dz.shape[1])
-        entries = dz.gather(1, local[:, None])[:, 0].to(rows.own.dtype)
-        rows = rows._replace(entries=torch.where(inside, entries, 0.0))
+    stands at their targets."""
+    inside, local = in_tile(rows.targets, columns.start, dz.shape[1])
+    entries = dz.gather(1, local[:, None])[:, 0].to(rows.own.dtype)
+    rows = rows._replace(entries=torch.where(inside, entries, 0.0))
     return rows if dz.shape[1] == vocab_size else rows.among(columns)
 
 

@@ -21,6 +21,7 @@ from fastdaa.call_size import (
 )
 from fastdaa.slices import (
     CPU_ROW_MULTIPLE,
+    LEAST_RESULTS,
     PRODUCT_BYTES,
     STATISTICS_BYTES,
     STATISTICS_ROWS,
@@ -213,14 +214,16 @@ class Room:
         sums = size.selection + size.weight_copy
         copy = size.row_copy + size.gathered_row + self.fill
         budget = self.beside(sums, self.tile)
-        if self.engine != "triton" or budget < STATISTICS_BYTES:
+        if self.engine != "triton" or budget < STATISTICS_BYTES + size.wide * LEAST_RESULTS:
             return self.whole_rows(sums, entry * size.width + copy)
         rows = self.block(budget, entry * min(size.width, least_columns()) + copy)
         held = min(rows, size.tokens) if size.tokens else rows
         columns = logit_columns(self.engine, held, size.width)
         sums += size.tokens * state_bytes(size.width, size.stats)
         # The last block is lower, and may take more columns.
-        tile = min(STATISTICS_BYTES, held * entry * size.width)
+        lower = size.tokens % held
+        last = lower * logit_columns(self.engine, lower, size.width)
+        tile = entry * max(held * columns, last)
         return Tiles(rows, rows, columns, sums + tile + held * copy)
 
     @property

@@ -8,6 +8,7 @@ that every tile adds to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ _ADDS_HALVES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= 
 # are 396; with fewer rows columns are more: no library has a reason to split the sums.
 STATISTICS_ROWS = 1024
 STATISTICS_BYTES = 49 << 20
+# With fewer results, 128 tiles of 128 x 128, a product leaves multiprocessors of an H200 idle, and
+# its library may share sums out to them: other bits than where more rows come with a row.
+LEAST_RESULTS = 1 << 21
 # CPU products give a row the same bits in any block whose height is a multiple of this.
 CPU_ROW_MULTIPLE = 16
 
@@ -39,16 +43,30 @@ def adds_halves() -> bool:
     return _ADDS_HALVES
 
 
-def logit_columns(engine: str, rows: int, width: int) -> int:
+def logit_blocks(engine: str, rows: int, width: int) -> list[slice]:
     """Columns of the products that make so many rows of logits for statistics.
 
     All of them in plain torch. The Triton kernels merge statistics of vocabulary splits: products
-    of whole splits, the same on all paths, so that a row has the same bits held whole or not.
+    of whole splits, the same on all paths, so that a row has the same bits held whole or not. What
+    is left over of the vocabulary below a split joins others where it is little.
     """
-    if engine != "triton":
-        return width
+    rows = max(rows, 1)
+    if engine != "triton" or 4 * rows * width <= STATISTICS_BYTES:
+        return [slice(0, width)]
     split = least_columns()
-    return min(width, split * max(STATISTICS_BYTES // (4 * split * max(rows, 1)), 1))
+    splits, most = -(-width // split), max(STATISTICS_BYTES // (4 * split * rows), 1)
+    count = -(-splits // most)
+    few, longer = divmod(splits, count)
+    lengths = [few] * (count - longer) + [few + 1] * longer
+    starts = [split * before for before in accumulate(lengths[:-1], initial=0)]
+    if count > 1 and rows * (width - starts[-1]) < LEAST_RESULTS:
+        del starts[-1]
+    return [slice(*ends) for ends in pairwise([*starts, width])]
+
+
+def logit_columns(engine: str, rows: int, width: int) -> int:
+    """The most columns of such a product."""
+    return max(columns.stop - columns.start for columns in logit_blocks(engine, rows, width))
 
 
 def least_columns() -> int:

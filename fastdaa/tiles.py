@@ -30,7 +30,7 @@ from fastdaa.slices import (
     ROW_MULTIPLE,
     UNSPLIT_ENTRIES,
     adds_halves,
-    logit_columns,
+    logit_blocks,
 )
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -236,11 +236,11 @@ class Logits:
     ) -> tuple[RowState, TokenStats | None]:
         """Statistics of rows of which no more is in memory at a time than has to be."""
         width = self.head.width
-        step = logit_columns(self.engine_name, hidden.shape[0], width)
-        if step == width:
+        parts = logit_blocks(self.engine_name, hidden.shape[0], width)
+        if len(parts) == 1:
             return self.row_tile(hidden, weight, slice(0, width)).statistics(targets, stats)
         states = []
-        for columns in blocks(width, step):
+        for columns in parts:
             z = logits_product(hidden, weight[columns])
             tile = TritonTile(self.head, z, columns, self.operand)
             states.append(tile.states(targets, stats))
@@ -252,7 +252,7 @@ class Logits:
     ) -> Tensor:
         rows, width = hidden.shape[0], weight.shape[0]
         high = min(block_rows or rows, rows)
-        if high == rows and logit_columns(self.engine_name, rows, width) == width:
+        if high == rows and len(logit_blocks(self.engine_name, rows, width)) == 1:
             return logits_product(hidden, weight, out)
         if out is None:
             filled = filled_rows(rows, hidden.device)
@@ -260,7 +260,7 @@ class Logits:
         for part in blocks(rows, max(high, 1)):
             height = part.stop - part.start
             place = out[part.start : part.start + filled_rows(height, hidden.device)]
-            for columns in blocks(width, logit_columns(self.engine_name, height, width)):
+            for columns in logit_blocks(self.engine_name, height, width):
                 logits_product(hidden[part], weight[columns], place[:, columns])
         return out[:rows]
 

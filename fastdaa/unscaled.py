@@ -17,7 +17,7 @@ from fastdaa.tiles import Logits, blocks, filled_rows
 class Unscaled:
     """``d logp / d logits`` of tokens and the plan's first columns, tile by tile, as
     :class:`fastdaa.kept_products.KeptGradients` has it: rounded to the dtype of the next product,
-    the targets' entries as well if that is a half.
+    the targets' entries as well.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Unscaled:
         for block in blocks(logps.shape[0], self.plan.block_rows):
             at = slice(rows.start + block.start, rows.start + block.stop)
             logps[block] = self._tile(at, block if gradient else None, record)
-        if gradient and self.logits.operand != self.logits.wide:
+        if gradient:
             self._set_targets(rows)
         return logps
 

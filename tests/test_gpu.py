@@ -334,9 +334,11 @@ def test_log_probs_do_not_depend_on_the_height_of_a_block(engine: str, vocab: in
     """Margins of equal models are exactly 0 only if they do not, where blocks are cut elsewhere."""
     hidden, weight, targets = _case(1024, vocab, 1024, torch.bfloat16)
     whole = token_logps(hidden, weight, targets, engine=engine)
+    differences = {}
     for rows in (1, 16, 100, 128, 256, 512, 832):
         part = token_logps(hidden[:rows], weight, targets[:rows], engine=engine)
-        assert torch.equal(part, whole[:rows]), rows
+        differences[rows] = float((part - whole[:rows]).abs().max())
+    assert not any(differences.values()), differences
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])

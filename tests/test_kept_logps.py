@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from device_memory import META, counted
+from kept_calls import OneSign
 
 from fastdaa import LmHead, token_logps
 from fastdaa.kept_logps import plan_kept
@@ -77,6 +78,13 @@ def test_bf16_factors_round_no_more_than_materialised_logits(half_factors):
     for leaf, got, want in zip(tensors, grads, wanted, strict=True):
         assert got.dtype == leaf.dtype
         assert (got.double() - want).norm() < 2 * torch.finfo(leaf.dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("mean", [1, 3])
+def test_targets_that_cancel_the_others_under_wide_factors(mean):
+    """On a CPU: the weight's gradient is rounded, the factors of its product are not."""
+    problem = OneSign(mean)
+    problem.check(problem.gradients(lambda *call: token_logps(*call, impl="single_pass")))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -28,7 +30,9 @@ from fastdaa.train.adapters import REF_ADAPTER
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.full_disk import full_cache_named
 from fastdaa.train.reference_cache import ReferenceCache, hash_rows, hash_weights, store_key
-from fastdaa.train.references import Reference
+from fastdaa.train.references import AdapterReference, ModelReference, reference_for_cache
+from fastdaa.train.sharding import forwards_meet, is_sharded, zero_stage
+from fastdaa.train.zero3 import let_go
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,14 +52,15 @@ _IRRELEVANT = {
 class Precompute:
     """Adds reference log-probs to tokenised datasets.
 
+    The reference is made when something is missing in the cache; :meth:`close` lets it go.
+
     Args:
-        trainer: whose collator, accelerator and settings are used.
-        reference: the model that makes what the cache does not have.
-        model: that model, for the key of the cache.
+        trainer: whose policy, collator, accelerator and settings are used.
+        given: the reference model; None for the policy as it is now.
     """
 
-    def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
-        self.trainer, self.reference = trainer, reference
+    def __init__(self, trainer: PreferenceTrainer, given: nn.Module | None):
+        self.trainer, self.given = trainer, given
         self.tokens = trainer.objective.needs_ref_tokens
         self.collate: Any = trainer.data_collator
         root = trainer.args.ref_cache_root()
@@ -66,7 +71,19 @@ class Precompute:
                 f"ref_cache_dir: expected a folder to write to, {root} cannot be written or "
                 f"created ({error.strerror})"
             ) from error
-        self.cache = ReferenceCache(root, _model_key(trainer, model))
+        # Before the model is cut into pieces.
+        self.cache = ReferenceCache(root, _model_key(trainer, given))
+
+    @functools.cached_property
+    def reference(self) -> ModelReference | AdapterReference:
+        """What scores the pairs that the cache does not have."""
+        return reference_for_cache(self.trainer, self.given)
+
+    def close(self) -> None:
+        """Keep no reference in memory."""
+        made = vars(self).pop("reference", None)
+        if made is not None and zero_stage(self.trainer) == 3:
+            let_go(made.model)
 
     def __call__(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """The dataset with the columns of reference log-probs; other columns stay."""
@@ -91,14 +108,10 @@ class Precompute:
 
     def _fill(self, dataset: Dataset, keys: list[bytes], places: list[int], name: str) -> None:
         """Compute and store what is missing; whatever happens, finished batches are kept."""
-        if not places:
-            return
         pending: list[tuple[bytes, Tensor, Sequence[Tensor]]] = []
         since = time.monotonic()
-        args = self.trainer.args
-        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         try:
-            for batch in self._batches(dataset, places, size, name):
+            for batch in self._batches(dataset, places, name):
                 pending += [(keys[place], *scores) for place, scores in self._score(batch)]
                 if time.monotonic() - since > _SECONDS_A_PART:
                     pending, since = self._store(pending), time.monotonic()
@@ -114,33 +127,55 @@ class Precompute:
         return []
 
     def _batches(
-        self, dataset: Dataset, places: list[int], size: int, name: str
+        self, dataset: Dataset, places: list[int], name: str
     ) -> Iterator[Mapping[str, Any]]:
-        """Batches of pairs of similar length, the longest first: the largest need shows at once."""
-        rows = PairRows(dataset)
+        """Batches of pairs of similar length, the longest first: the largest need shows at once.
+
+        Where forwards are collectives, every process gets as many; those that it has too few of
+        are repeated with ``"counted": 0``.
+        """
+        args, rows = self.trainer.args, PairRows(dataset)
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         lengths = sum(rows.lengths().values())
         order = sorted(places, key=lambda place: -int(lengths[place]))  # type: ignore[index]
-        args = self.trainer.args
-        quiet = args.disable_tqdm or not self.trainer.is_world_process_zero()
+        members = [order[start : start + size] for start in range(0, len(order), size)]
+        steps = len(members)
+        if forwards_meet(self.trainer):
+            steps = self._most(steps)
+        quiet = args.disable_tqdm or not self.trainer.is_world_process_zero() or not order
         unit = self.trainer.unit.removesuffix("s")
         with tqdm(total=len(order), desc=f"reference, {name}", unit=unit, disable=quiet) as bar:
-            for start in range(0, len(order), size):
-                members = order[start : start + size]
-                yield self.collate(rows.__getitems__(members))
-                bar.update(len(members))
+            for step in range(steps):
+                if step < len(members):
+                    yield self.collate(rows.__getitems__(members[step]))
+                    bar.update(len(members[step]))
+                else:
+                    last = members[-1] if members else [0]
+                    yield {**self.collate(rows.__getitems__(last)), "counted": 0}
+
+    def _most(self, number: int) -> int:
+        """The largest number of all processes."""
+        mine = torch.tensor(number, device=self.trainer.args.device)
+        return int(self.trainer.accelerator.gather(mine).max())
 
     def _score(self, batch: Mapping[str, Any]) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
         """Row number, sums ``[2]`` and token log-probs of both sides of every pair of a batch."""
         moved = self.trainer._prepare_inputs(dict(batch))
-        for pack in moved["packs"]:
+        packs = moved["packs"]
+        counting = batch.get("counted", len(packs))
+        if forwards_meet(self.trainer):
+            packs = packs + packs[-1:] * (self._most(len(packs)) - len(packs))
+        for index, pack in enumerate(packs):
             with self.trainer.accelerator.autocast():
                 scores = self.reference.score(pack)
+            if index >= counting:
+                continue
             sums = scores.sequence_logps.view(-1, 2).cpu()
             assert scores.token_logps is not None
             sides = scores.token_logps.cpu().split(pack["counts"])
-            for index, place in enumerate(pack["pair_index"].tolist()):
+            for pair, place in enumerate(pack["pair_index"].tolist()):
                 row = int(batch["row_ids"][place])
-                yield row, (sums[index], list(sides[2 * index : 2 * index + 2]))
+                yield row, (sums[pair], list(sides[2 * pair : 2 * pair + 2]))
 
     def _with_columns(self, dataset: Dataset, keys: list[bytes]) -> Dataset:
         sums = self.cache.lookup(keys)
@@ -164,8 +199,8 @@ class UnpairedPrecompute(Precompute):
     dataset (:mod:`fastdaa.data.mismatched`), and its log-probs, too.
     """
 
-    def __init__(self, trainer: PreferenceTrainer, reference: Reference, model: nn.Module):
-        super().__init__(trainer, reference, model)
+    def __init__(self, trainer: PreferenceTrainer, given: nn.Module | None):
+        super().__init__(trainer, given)
         own: Any = trainer.data_collator
         self.cross = own.cross if own.mismatched else None
         layout: Any = "padded" if own.layout == "padded" else "prefix_shared"
@@ -200,14 +235,30 @@ def _with_column(dataset: Dataset, field: str, values: Any) -> Dataset:
     return dataset.add_column(field, values)
 
 
-def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
-    """Everything of the reference that log-probs depend on."""
+def _model_key(trainer: PreferenceTrainer, given: nn.Module | None) -> str:
+    """Everything of the reference that log-probs depend on, as the first process has it.
+
+    Under FSDP others may wait for its weights.
+    """
+    key = [_own_key(trainer, given) if trainer.is_world_process_zero() else ""]
+    return str(broadcast_object_list(key)[0])
+
+
+def _own_key(trainer: PreferenceTrainer, given: nn.Module | None) -> str:
+    model = trainer.model if given is None else given
     core = causal_lm(model)
     # The policy's own adapter is off while it is the reference; only a copy of its start counts.
     adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    if model is trainer.model:
+    if given is None:
         adapters = {name: one for name, one in adapters.items() if name == REF_ADAPTER}
     config = {k: v for k, v in core.config.to_dict().items() if k not in _IRRELEVANT}
+    precision = str(trainer.accelerator.mixed_precision)
+    others: dict[str, str] = {}
+    if trainer.args.head_engine == "triton":
+        others["engine"] = "triton"  # other kernels round the last bits otherwise
+    if is_sharded(trainer) and precision != "no":
+        # They compute with rounded weights, where autocast rounds factors.
+        others["sharding"] = str(trainer.accelerator.distributed_type.value)
     return store_key(
         hash_weights(_weights(core, adapters)),
         config=json.dumps(config, sort_keys=True, default=str),
@@ -215,10 +266,9 @@ def _model_key(trainer: PreferenceTrainer, model: nn.Module) -> str:
         adapter="".join(
             json.dumps(one.to_dict(), sort_keys=True, default=str) for one in adapters.values()
         ),
-        mixed_precision=str(trainer.accelerator.mixed_precision),
+        mixed_precision=precision,
         reduction="sum",
-        # Other kernels round the last bits otherwise.
-        **({"engine": "triton"} if trainer.args.head_engine == "triton" else {}),
+        **others,
     )
 
 

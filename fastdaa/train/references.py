@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from fastdaa.data import selection_from
 from fastdaa.head import LmHead
 from fastdaa.logps import head_logps, sequence_logps
-from fastdaa.train.adapters import is_adapted, keep_starting_adapter, starting_point
+from fastdaa.train.adapters import is_adapted, starting_point
 from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.compilation import compile_backbone
 from fastdaa.train.prepare import prepare_model
-from fastdaa.train.sharding import head_afterwards, head_in_force, prepare_reference
+from fastdaa.train.sharding import (
+    head_afterwards,
+    head_in_force,
+    is_sharded,
+    prepare_reference,
+)
 
 if TYPE_CHECKING:
     from fastdaa.train.trainer import PreferenceTrainer
@@ -85,9 +90,14 @@ class AdapterReference:
         self.policy = policy
         self.options: dict[str, Any] = {"max_bytes": max_bytes, "engine": engine}
 
+    @property
+    def model(self) -> nn.Module:
+        """The policy as it is now."""
+        return self.policy()
+
     def score(self, pack: Mapping[str, Any], *, keep_rows: bool = False) -> ReferenceScores:
         """Log-probs of the scored tokens of a pack under the starting point of the policy."""
-        model = self.policy()
+        model = self.model
         with torch.no_grad(), starting_point(model):
             return score_pack(model, pack, keep_rows=keep_rows, **self.options)
 
@@ -102,16 +112,18 @@ class CachedReference:
         return ReferenceScores(pack["ref_logps"], pack.get("ref_token_logps"))
 
 
-def online_reference(trainer: PreferenceTrainer, given: nn.Module | None) -> Reference:
+def online_reference(
+    trainer: PreferenceTrainer, given: nn.Module | None
+) -> ModelReference | AdapterReference:
     """The reference that scores packs while the policy is trained.
 
     Args:
         trainer: with the policy before its training.
-        given: a second model; else it is the starting point of the policy.
+        given: a second model; else it is the starting point of the policy, see
+            :func:`fastdaa.train.adapters.keep_starting_adapter`.
     """
     options = (trainer.args.head_max_bytes, trainer.args.head_engine)
     if given is None and is_adapted(trainer.model):
-        keep_starting_adapter(trainer.model)
         return AdapterReference(lambda: trainer.model, *options)
     ref = frozen_copy(trainer.model) if given is None else given
     prepare_model(ref, trainer.layout)
@@ -121,13 +133,17 @@ def online_reference(trainer: PreferenceTrainer, given: nn.Module | None) -> Ref
 
 def reference_for_cache(
     trainer: PreferenceTrainer, given: nn.Module | None
-) -> tuple[Reference, nn.Module]:
-    """The reference that scores packs before the training, and its model."""
-    if given is not None or is_adapted(trainer.model):
-        return online_reference(trainer, given), trainer.model if given is None else given
-    # The policy itself, before it is trained, spares a copy.
+) -> ModelReference | AdapterReference:
+    """The reference that scores packs before the training, and is dropped then."""
+    adapted = is_adapted(trainer.model)
+    if given is not None or (adapted and not is_sharded(trainer)):
+        return online_reference(trainer, given)
+    options = (trainer.args.head_max_bytes, trainer.args.head_engine)
+    # The policy itself, before it is trained, spares a copy, but it is cut only when it is trained.
     model = trainer.model.eval()
-    return ModelReference(model, trainer.args.head_max_bytes, trainer.args.head_engine), model
+    if is_sharded(trainer):
+        model = prepare_reference(frozen_copy(model), trainer.accelerator)
+    return AdapterReference(lambda: model, *options) if adapted else ModelReference(model, *options)
 
 
 def score_pack(

@@ -54,12 +54,6 @@ def check_parallelism(trainer: PairTrainer) -> None:
             )
     if zero_stage(trainer) == 3:
         _check_zero3(trainer)
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if sharded and getattr(trainer.args, "precompute_ref_log_probs", False):
-        raise ValueError(
-            "precompute_ref_log_probs: expected an unsharded run, got FSDP or DeepSpeed, which cut "
-            "the reference into pieces as they cut the policy; leave the option out"
-        )
     if trainer.is_fsdp_enabled and getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError("FSDP: expected version 2 (fsdp_version: 2), got version 1")
     if trainer.is_fsdp_enabled and is_quantized(trainer.model):
@@ -105,9 +99,19 @@ def pieces_fact(trainer: PairTrainer) -> dict[str, str]:
     return {"DeepSpeed": f"ZeRO {stage}{processes}"}
 
 
+def is_sharded(trainer: PairTrainer) -> bool:
+    """Whether FSDP or DeepSpeed places the models, when they are prepared and not before."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def forwards_meet(trainer: PairTrainer) -> bool:
+    """Whether weights lie in pieces, so that every forward is a collective of all processes."""
+    return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
+
+
 def meets_in_packs(trainer: PairTrainer) -> bool:
     """Whether the forward or the backward of every pack is a collective of all processes."""
-    return trainer.is_fsdp_enabled or (zero_stage(trainer) or 0) >= 2
+    return forwards_meet(trainer) or zero_stage(trainer) == 2
 
 
 def more_to_come(trainer: PairTrainer, model: nn.Module) -> AbstractContextManager[None]:
@@ -191,7 +195,7 @@ def place_early(model: nn.Module, trainer: PairTrainer) -> None:
     """Put a whole model on the device before it is checked, where checks are fast."""
     quantized = is_quantized(model)
     mapped = getattr(model, "hf_device_map", None) is not None
-    if not (quantized or mapped or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if not (quantized or mapped or is_sharded(trainer)):
         model.to(trainer.args.device)
 
 

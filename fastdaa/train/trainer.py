@@ -20,7 +20,12 @@ from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import PAIR_SEQUENCES, REF_FIELDS, REF_TOKEN_FIELDS
 from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals
-from fastdaa.train.adapters import adapter_words, check_frozen_base, is_adapted
+from fastdaa.train.adapters import (
+    adapter_words,
+    check_frozen_base,
+    is_adapted,
+    keep_starting_adapter,
+)
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.best_metric import (
     KL_METRICS,
@@ -54,7 +59,6 @@ from fastdaa.train.references import (
     Reference,
     check_reference,
     online_reference,
-    reference_for_cache,
 )
 from fastdaa.train.run_record import weights_fact
 from fastdaa.train.sharding import check_one_device, place_early
@@ -182,10 +186,13 @@ class PreferenceTrainer(PackLoop):
                 self.objective,
             )
         if self._has_ref:
+            if given is None and is_adapted(self.model):
+                keep_starting_adapter(self.model)
             if self.args.precompute_ref_log_probs:
-                precompute = self.precompute_type(self, *reference_for_cache(self, given))
+                precompute = self.precompute_type(self, given)
                 train = each(train, precompute, "train_dataset")
                 evaluation = each(evaluation, precompute, "eval_dataset")
+                precompute.close()
                 self.reference = CachedReference()
             else:
                 self.reference = online_reference(self, given)

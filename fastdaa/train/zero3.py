@@ -79,6 +79,15 @@ def call_as(module: nn.Module, function: Callable[[Tensor], Any], hidden_states:
             object.__setattr__(module, "forward", own)
 
 
+def let_go(module: nn.Module) -> None:
+    """Free the pieces of a module that nobody uses any more; DeepSpeed keeps the module itself."""
+    weights: Iterable[Any] = module.parameters()
+    for weight in weights:
+        if is_cut(weight):
+            weight.data = weight.new_empty(0)
+            weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
+
+
 def load_whole(args: Any) -> None:
     """Have ``from_pretrained`` load whole weights, which are checked and copied before training.
 

@@ -273,7 +273,7 @@ def run_two(run_several: Callable[..., Any]) -> Callable[..., Any]:
 
 RUN_OPTIONS = {
     *("pairs", "reshard", "end", "resume", "adapter", "lora", "eval", "model", "env"),
-    *("launcher", "slow_end", "groups"),
+    *("launcher", "slow_end", "groups", "reference", "lone"),
 }
 
 
@@ -293,6 +293,8 @@ def run_options(
         "seed": 3,
     }
     model = {**SIZES, **own.pop("model", {})}
+    if "reference" in own:
+        own["reference"] = {**SIZES, **own["reference"]}
     return {"model": model, "pairs": rows, "settings": {**defaults, **settings}, **own}
 
 

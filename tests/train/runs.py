@@ -1,9 +1,11 @@
 """One training run in a process of its own, which may end in the middle.
 
 Run by the fixture ``start_run`` with the global ``OPTIONS``: ``settings`` of the config, ``model``
-(configuration of a tiny Llama), ``pairs``, ``adapter`` (folder of one to continue), ``resume``,
-``end`` (where and how the process ends), ``slow_end`` (whether the first process takes long after
-its last step), ``env`` and ``groups`` (mismatched completions are those of so many rows at a time).
+(configuration of a tiny Llama), ``reference`` (of another one that is the reference), ``pairs``,
+``adapter`` (folder of one to continue), ``resume``, ``end`` (where and how the process ends),
+``slow_end`` (whether the first process takes long after its last step), ``env``, ``groups``
+(mismatched completions are those of so many rows at a time) and ``lone`` (the trainer may keep no
+model but the policy).
 Pairs with a ``label`` are unpaired data. Writes the final weights to ``final.safetensors`` in the
 output folder. With ``argv`` it is the command line that runs.
 """
@@ -131,14 +133,27 @@ def allow_fsdp_on_cpu(args: PreferenceConfig) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def build_model(config: dict[str, Any], adapter: str | None) -> Any:
-    torch.manual_seed(0)
+def build_model(config: dict[str, Any], adapter: str | None = None, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     if adapter is None:
         return model
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def assert_no_other_weights(model: torch.nn.Module) -> None:
+    """No weights are in memory but those of ``model``."""
+    gc.collect()
+    own = {id(parameter) for parameter in model.parameters()}
+    others = [
+        one
+        for one in gc.get_objects()
+        if isinstance(one, torch.nn.Parameter) and id(one) not in own
+    ]
+    pieces = [weight.ds_tensor for weight in others if hasattr(weight, "ds_tensor")]
+    assert sum(weight.numel() for weight in [*others, *pieces]) == 0
 
 
 def main(options: dict[str, Any]) -> None:
@@ -153,6 +168,9 @@ def main(options: dict[str, Any]) -> None:
     if options.get("slow_end"):
         callbacks.append(SlowEnd())
     data = Dataset.from_list(options["pairs"])
+    reference = options.get("reference")
+    if reference is not None:
+        reference = build_model(reference, seed=1)
     torch.manual_seed(0)
     lora = options.get("lora")
     if lora is not None:
@@ -167,6 +185,7 @@ def main(options: dict[str, Any]) -> None:
         mismatch_in_groups(options["groups"])
     trainer = (UnpairedTrainer if unpaired else PreferenceTrainer)(
         build_model(options["model"], options.get("adapter")),
+        reference,
         args=args,
         train_dataset=data,
         eval_dataset=Dataset.from_list(options["eval"]) if "eval" in options else None,
@@ -174,6 +193,8 @@ def main(options: dict[str, Any]) -> None:
         callbacks=callbacks,
     )
     trainer.remove_callback(Curves)
+    if options.get("lone"):
+        assert_no_other_weights(trainer.model)
     if options.get("reshard"):
         trainer.reference.model.set_reshard_after_forward(True)
     trainer.train(resume_from_checkpoint=options.get("resume", False))

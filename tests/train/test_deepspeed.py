@@ -84,6 +84,32 @@ def test_unpaired_data(run, run_two, tmp_path, unpaired, stage):
     assert_agree(tmp_path / "two", tmp_path / "one")
 
 
+CACHED = [
+    pytest.param(2, {}, id="stage 2"),
+    pytest.param(3, {}, id="stage 3"),
+    pytest.param(3, {"tokens_per_pack": 25}, id="unequal packs"),
+    pytest.param(3, {"lora": {"r": 2}}, id="adapter"),
+    pytest.param(3, {"reference": {}}, id="another reference"),
+]
+
+
+@pytest.mark.parametrize(("stage", "options"), CACHED)
+def test_a_precomputed_reference(run, run_two, tmp_path, pairs, stage, options):
+    # Of the batches of an evaluation, one process has two and the other has one.
+    common = {
+        "pairs": pairs(24).to_list(), "save_strategy": "no", "optim": "sgd", "learning_rate": 0.3,
+        "eval": pairs(7, seed=1).to_list(), "eval_strategy": "epoch", "log_exact_kl": False,
+        **options,
+    }  # fmt: skip
+    cached = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}
+    cached |= {"ref_cache_dir": str(tmp_path / "cache"), "lone": "reference" not in options}
+    assert run(tmp_path / "one", per_device_train_batch_size=8, **common) == 0
+    assert run_two(tmp_path / "two", **deepspeed(stage), **common, **cached) == [0, 0]
+    assert_agree(tmp_path / "two", tmp_path / "one")
+    parts = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert sorted(len(part["keys"]) for part in parts) == [3, 4, 12, 12]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", [{}, {"lora": {"r": 2}}], ids=["full", "adapter"])
 def test_a_stopped_run_goes_on_to_the_bit(run_two, tmp_path, stage, kind):

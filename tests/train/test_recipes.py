@@ -172,6 +172,10 @@ def test_fsdp_leaves_a_whole_model_and_continues(start, tmp_path):
     assert both("--resume_from_checkpoint", out="cut") == [0, 0]
     continued = load_file(tmp_path / "cut" / "model.safetensors")
     assert all(torch.equal(continued[key], value) for key, value in whole.items())
+    cache = ["--precompute_ref_log_probs", "--ref_cache_dir", str(tmp_path / "cache")]
+    assert both(*cache, out="cached") == [0, 0]
+    cached = load_file(tmp_path / "cached" / "model.safetensors")
+    assert all(torch.allclose(cached[key], value, atol=1e-6) for key, value in whole.items())
 
 
 def test_apa(start, tmp_path):

@@ -52,23 +52,44 @@ def test_ranks_may_have_different_numbers_of_packs(run, run_two, tmp_path, pairs
     assert_agree(tmp_path / "two", tmp_path / "one")
 
 
-def test_the_ranks_share_precomputing(run, run_two, tmp_path, pairs):
+def fsdp(**config):
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config}
+    return {"fsdp": True, "fsdp_config": config}
+
+
+PRECOMPUTED = {
+    "ddp": {},
+    "fsdp2": fsdp(),
+    "fsdp2, unequal packs": {**fsdp(), "tokens_per_pack": 25},
+    "fsdp2, adapter": {**fsdp(), "lora": {"r": 2}},
+    "fsdp2, tied": {**fsdp(), "model": {"tie_word_embeddings": True}},
+    "fsdp2, another reference": {**fsdp(), "reference": {}},
+}
+
+
+@pytest.mark.parametrize("sharding", PRECOMPUTED.values(), ids=PRECOMPUTED)
+def test_the_ranks_share_precomputing(run, run_two, tmp_path, pairs, sharding):
     data = {"pairs": pairs(24).to_list(), "eval": pairs(7, seed=1).to_list()}
-    options = {"save_strategy": "no", "precompute_ref_log_probs": True, **data}
-    assert run_two(tmp_path / "two", ref_cache_dir=str(tmp_path / "cache"), **options) == [0, 0]
+    # Of the batches of an evaluation, one rank has two and the other has one.
+    options = {
+        "save_strategy": "no", "precompute_ref_log_probs": True, "precompute_ref_batch_size": 3,
+        "optim": "sgd", "learning_rate": 0.3, "eval_strategy": "epoch", **data, **sharding,
+    }  # fmt: skip
+    cache = {"ref_cache_dir": str(tmp_path / "cache"), "lone": "reference" not in options}
+    assert run_two(tmp_path / "two", **cache, **options) == [0, 0]
     parts = [load_file(p) for p in (tmp_path / "cache").rglob("*.safetensors")]
     keys = [bytes(key.tolist()) for part in parts for key in part["keys"]]
     assert len(keys) == len(set(keys)) == 31
     sizes = sorted(len(part["keys"]) for part in parts)
     assert sizes == [3, 4, 12, 12]
-    options["per_device_train_batch_size"] = 8
-    assert run(tmp_path / "one", ref_cache_dir=str(tmp_path / "cache 1"), **options) == 0
+    alone = {name: options[name] for name in options if name not in fsdp()}
+    alone |= {"precompute_ref_log_probs": False, "log_exact_kl": False}
+    assert run(tmp_path / "one", per_device_train_batch_size=8, **alone) == 0
     assert_agree(tmp_path / "two", tmp_path / "one")
-
-
-def fsdp(**config):
-    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config}
-    return {"fsdp": True, "fsdp_config": config}
+    # Another run finds them, one process more than it needs.
+    alone |= {"precompute_ref_log_probs": True, **cache}
+    assert run(tmp_path / "again", per_device_train_batch_size=8, **alone) == 0
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == len(parts)
 
 
 @pytest.mark.parametrize("sharding", [{}, fsdp()], ids=["ddp", "fsdp2"])

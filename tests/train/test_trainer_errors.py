@@ -230,7 +230,7 @@ _ONE_LAYER = transformers.LlamaConfig(
 )
 
 
-def parallel(*, zero=None, fsdp=None, precompute=False, settings=None, gather=None, **sizes):
+def parallel(*, zero=None, fsdp=None, settings=None, gather=None, **sizes):
     """What the check looks at, of a trainer under some parallelism."""
     gathers = {} if gather is None else {"stage3_gather_16bit_weights_on_model_save": gather}
     config = {"zero_optimization": {"stage": zero, **gathers}}
@@ -242,8 +242,7 @@ def parallel(*, zero=None, fsdp=None, precompute=False, settings=None, gather=No
     accelerator = SimpleNamespace(state=state, parallelism_config=config)
     return SimpleNamespace(
         args=SimpleNamespace(
-            precompute_ref_log_probs=precompute,
-            **{"torch_compile": False, "auto_find_batch_size": False, **(settings or {})},
+            **{"torch_compile": False, "auto_find_batch_size": False, **(settings or {})}
         ),
         accelerator=accelerator,
         model=transformers.LlamaForCausalLM(_ONE_LAYER),
@@ -264,9 +263,7 @@ def parallel(*, zero=None, fsdp=None, precompute=False, settings=None, gather=No
             {"zero": 3, "gather": False},
             "gather_16bit_weights_on_model_save to be true, or left out",
         ),
-        ({"zero": 2, "precompute": True}, "precompute_ref_log_probs: expected an unsharded run"),
         ({"fsdp": 1}, "FSDP: expected version 2"),
-        ({"fsdp": 2, "precompute": True}, "precompute_ref_log_probs: expected an unsharded run"),
         ({"tp_size": 2}, "tp_size: expected 1, got 2"),
         ({"cp_size": 4}, "cp_size: expected 1, got 4"),
     ],
@@ -274,9 +271,7 @@ def parallel(*, zero=None, fsdp=None, precompute=False, settings=None, gather=No
         "ZeRO-3 compiled",
         "ZeRO-3 and batch sizes",
         "ZeRO-3 without a model",
-        "ZeRO-2 and cache",
         "FSDP1",
-        "FSDP and cache",
         "tensor parallel",
         "context parallel",
     ],
