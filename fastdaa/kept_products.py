@@ -25,7 +25,7 @@ from torch import Tensor
 from fastdaa.row_passes import in_tile, move_to_front
 from fastdaa.scaled_rows import scaled_rows
 from fastdaa.target_rows import TargetRows, add_column_sums, add_target_rows, finish_hidden
-from fastdaa.tiles import add_product, product, product_slices, row_slices
+from fastdaa.tiles import add_product, product, product_slices, row_slices, write_product
 from fastdaa.waiting_rows import WaitingRows
 
 # Moving rows costs 4 bytes a logit and saves 4 D FLOP a logit that is left out, so it pays up to
@@ -79,8 +79,12 @@ class FirstColumns:
         if weight is not None:
             out = weight[: self.width]
             factor = scaled_rows(hidden, rows.coefficients, dz.dtype, active, self.engine)
-            add_target_rows(out.zero_(), hidden, rows, active, self.engine, factor)
-            add_product(out, dz.T, factor)
+            if out.dtype == rows.own.dtype:  # nothing is rounded between the two
+                write_product(out, dz.T, factor)
+                add_target_rows(out, hidden, rows, active, self.engine, factor)
+            else:
+                add_target_rows(out.zero_(), hidden, rows, active, self.engine, factor)
+                add_product(out, dz.T, factor)
         if bias is not None:
             total = torch.zeros_like(bias[: self.width], dtype=rows.own.dtype)
             add_column_sums(total, dz, rows)

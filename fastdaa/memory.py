@@ -21,7 +21,6 @@ from fastdaa.call_size import (
 )
 from fastdaa.slices import (
     CPU_ROW_MULTIPLE,
-    LEAST_RESULTS,
     PRODUCT_BYTES,
     STATISTICS_BYTES,
     STATISTICS_ROWS,
@@ -214,16 +213,18 @@ class Room:
         sums = size.selection + size.weight_copy
         copy = size.row_copy + size.gathered_row + self.fill
         budget = self.beside(sums, self.tile)
-        if self.engine != "triton" or budget < STATISTICS_BYTES + size.wide * LEAST_RESULTS:
+        if self.engine != "triton" or budget < STATISTICS_BYTES:
             return self.whole_rows(sums, entry * size.width + copy)
         rows = self.block(budget, entry * min(size.width, least_columns()) + copy)
         held = min(rows, size.tokens) if size.tokens else rows
         columns = logit_columns(self.engine, held, size.width)
-        sums += size.tokens * state_bytes(size.width, size.stats)
         # The last block is lower, and may take more columns.
         lower = size.tokens % held
         last = lower * logit_columns(self.engine, lower, size.width)
         tile = entry * max(held * columns, last)
+        if tile > budget:
+            return self.whole_rows(sums, entry * size.width + copy)
+        sums += size.tokens * state_bytes(size.width, size.stats)
         return Tiles(rows, rows, columns, sums + tile + held * copy)
 
     @property

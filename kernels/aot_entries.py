@@ -120,15 +120,17 @@ def _columns(name: str, dtype: str, m: str = ":16") -> list[Entry]:
     )  # fmt: skip
 
 
-def _targets(name: str, out: str, hidden: str, m: str = ":16", less: bool = False) -> list[Entry]:
-    others = {"less_ptr": "*bf16:16", "less_sources_ptr": "*i64", "less_factors_ptr": "*fp32"}
+def _targets(
+    name: str, out: str, hidden: str, m: str = ":16", less: str | None = None
+) -> list[Entry]:
+    others = {"less_ptr": f"*{less}:16", "less_sources_ptr": "*i64", "less_factors_ptr": "*fp32"}
     arguments = {
         "out_ptr": f"*{out}:16", "hidden_ptr": f"*{hidden}:16", "targets_ptr": "*i64",
         "ends_ptr": "*i64", "sources_ptr": "*i64", "factors_ptr": "*fp32", "V": "i32:16",
         "column_blocks": "i32", **dict.fromkeys(("D", "stride_ov", "stride_hn"), f"i32{m}"),
         **(others if less else {}),
     }  # fmt: skip
-    constants = {"stride_od": 1, "stride_hd": 1, "HAS_LESS": less}
+    constants = {"stride_od": 1, "stride_hd": 1, "HAS_LESS": less is not None}
     return _each(
         f"target_rows/{name}", _add_target_rows_kernel, arguments,
         constants | ({} if less else dict.fromkeys(others)), ROW_CONFIGS["target_rows"],
@@ -206,8 +208,9 @@ ENTRIES: list[Entry] = [
     *_targets("fp32", "fp32", "fp32"),
     *_targets("fp32-sum", "fp32", "bf16"),
     *_targets("odd-columns", "bf16", "bf16", m=""),
-    *_targets("less", "bf16", "bf16", less=True),
-    *_targets("less-fp32-sum", "fp32", "bf16", less=True),
+    *_targets("less", "bf16", "bf16", less="bf16"),
+    *_targets("less-fp32-sum", "fp32", "bf16", less="bf16"),
+    *_targets("less-fp32", "fp32", "fp32", less="fp32"),
     *TILE_ENTRIES,
 ]
 """All of them. A name holds the kernel, the variant and the block sizes."""

@@ -251,6 +251,25 @@ def test_unsupported_models_are_named_with_their_reason(name):
     assert word in support.reason
 
 
+def test_padded_rows_have_the_positions_of_the_model():
+    """Those of Kosmos-2.5 begin behind its padding token, not with 0."""
+    text = {
+        "vocab_size": VOCAB, "embed_dim": 32, "ffn_dim": 48, "layers": 2, "attention_heads": 4,
+        "max_position_embeddings": 160, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+        "init_std": 0.1, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    config = transformers.Kosmos2_5Config(
+        text_config=text, vision_config={**vision, "num_attention_heads": 4}
+    )
+    torch.manual_seed(0)
+    model = transformers.Kosmos2_5ForConditionalGeneration(config).eval()
+    assert not supports_segments(model, probe=True).ok
+    expected = padded_reference(model)
+    install_head_task(model)
+    assert_same(through_backbone(model, pack_of("padded")), expected, 1e-4)
+
+
 def test_model_that_drops_the_segments_fails_the_probe():
     model = transformers.StableLmForCausalLM(transformers.StableLmConfig(**GROUPED))
     support = supports_segments(model, probe=True)

@@ -102,7 +102,7 @@ def shape_of(points: Sequence[Point], answers: Answers) -> tuple[str, str]:
 
 
 class Accuracy(NamedTuple):
-    """A contender's errors on a case, beside those of gradients from materialised fp32 logits."""
+    """A contender's errors on a case, beside those of gradients from materialised logits."""
 
     case: str
     contender: str
@@ -118,7 +118,7 @@ def accuracies(answers: Answers) -> list[Accuracy]:
     found = []
     for (kind, case, name), result in answers.results.items():
         if kind == "accuracy" and result.ours and result.measured:
-            plain = answers.results.get((kind, case, "pytorch-fp32-logits"))
+            plain = answers.results.get((kind, case, "pytorch"))
             found.append(_accuracy_of(result, plain, case, name))
     return found
 
@@ -143,7 +143,7 @@ def _above(error: float | None, other: float | None) -> bool:
 
 
 def _accuracy(answers: Answers) -> Iterator[Verdict]:
-    question = f"sums of 512 within {SUM_LIMIT:g} nat, gradients as with fp32 logits"
+    question = f"sums of 512 within {SUM_LIMIT:g} nat, gradients as with logits"
     found = accuracies(answers)
     for case, contender, total, _, verdict in found:
         name = f"{contender.removeprefix('fastdaa-')}, {case}"

@@ -209,7 +209,7 @@ def _vocabularies(answers: Answers) -> list[str]:
 
 
 def _accuracy(answers: Answers) -> list[str]:
-    """The contract: sums of log-probs, and gradients beside those of materialised fp32 logits."""
+    """The contract: sums of log-probs, and gradients beside those of materialised logits."""
     cells = [
         [
             case, name.removeprefix("fastdaa-"), wording.error(total),
@@ -218,5 +218,5 @@ def _accuracy(answers: Answers) -> list[str]:
         for case, name, total, gradients, verdict in accuracies(answers)
     ]  # fmt: skip
     headings = ["case", "contender", f"largest sum of 512 (at most {SUM_LIMIT:g} nat)",
-                "dH / with fp32 logits", "dW / with fp32 logits", "verdict"]  # fmt: skip
+                "dH / with logits", "dW / with logits", "verdict"]  # fmt: skip
     return table(headings, cells) if cells else []
