@@ -65,6 +65,7 @@ def token_divergence(
         TypeError, ValueError: an unknown ``kind``, inputs of a wrong dtype or shape, another number
             of positions or another vocabulary, or an engine that cannot serve the call.
         ImportError: ``engine="fused"`` without the package triton.
+        RuntimeError: ``engine="fused"`` gives other results than plain torch on this GPU.
     """
     check_choice("kind", kind, KINDS)
     check_choice("engine", engine, ("auto", "torch", "fused"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.frozen import slopes_of
+from fastdaa.fused_check import check_rows
 from fastdaa.gradient_sums import Gradients, GradientSums, dtypes_of
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
@@ -185,4 +186,38 @@ def fused_divergences(
         return getattr(found, kind)
 
     size = hidden_states.shape[0]
-    return torch.cat([values(rows) for rows in blocks(size, plan.block_rows)] or [values(slice(0))])
+    found = [values(rows) for rows in blocks(size, plan.block_rows)] or [values(slice(0))]
+    if size:
+        _check(hidden_states, head, ref_hidden_states, ref_head, kind, found[0])
+    return torch.cat(found)
+
+
+def _check(
+    hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead, kind: str,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """The first block of a call, once for every variant of the kernel."""
+
+    def plain(picked: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        with without_autocast(picked.device):
+            both = Logits(hidden_states[picked], head), Logits(ref_hidden_states[picked], ref_head)
+            weights, rows = _weights(*both), slice(0, picked.shape[0])
+            largest = [
+                logits.tile(logits.rows(rows), weight, slice(0, head.width)).abs().amax(dim=1)
+                for logits, weight in zip(both, weights, strict=True)
+            ]
+            expected, _ = _compare(*both, weights, rows, kind, False)
+        return {"divergences": expected}, torch.maximum(*largest)
+
+    options = [
+        (
+            h.weight.shape,
+            h.bias is None,
+            h.logit_scale == 1.0,
+            h.softcap is None,
+            h.temperature == 1.0,
+        )
+        for h in (head, ref_head)
+    ]
+    variant = ("divergence", kind == "js", hidden_states.dtype, *options)
+    check_rows(hidden_states.device, variant, {"divergences": values}, plain)

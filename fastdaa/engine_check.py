@@ -68,7 +68,7 @@ def _try_kernels(device: torch.device) -> str:
     try:
         # In a thread of its own: inference mode, checkpoints that record operators, transforms of
         # torch.func and autocast belong to the caller's.
-        with _free_to_wait(), ThreadPoolExecutor(max_workers=1) as thread:
+        with free_to_wait(), ThreadPoolExecutor(max_workers=1) as thread:
             wrong = thread.submit(wrong_results, device).result()
     except torch.OutOfMemoryError:
         raise
@@ -87,7 +87,7 @@ def _try_kernels(device: torch.device) -> str:
 
 
 @contextmanager
-def _free_to_wait() -> Iterator[None]:
+def free_to_wait() -> Iterator[None]:
     """The check waits for its results, which ``torch.cuda.set_sync_debug_mode`` may forbid."""
     if not torch.cuda.is_initialized():
         yield

@@ -70,6 +70,7 @@ def token_logps(
         TypeError, ValueError: inputs of a wrong dtype, shape or device, or an ``impl`` or
             ``engine`` that cannot serve this call.
         ImportError: ``engine="triton"`` or ``"fused"`` without the package triton.
+        RuntimeError: ``engine="fused"`` gives other results than plain torch on this GPU.
     """
     check_head_inputs(hidden_states, weight, targets, bias)
     head = LmHead(weight, bias, softcap, logit_scale, temperature)

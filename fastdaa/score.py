@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdaa.engines import state_and_values
+from fastdaa.fused_check import check_rows
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.outputs import STATISTICS, TokenStats
@@ -64,7 +65,38 @@ def _fused(logits: Logits, targets: Tensor, block_rows: int, stats: bool) -> _Sc
             stats=stats,
         )  # fmt: skip
         results.append(state_and_values(scores))
+        if len(results) == 1:
+            _check(logits, weight, targets[rows], results[0], stats)
     return _joined(results, weight.new_zeros(0, dtype=torch.float32), stats)
+
+
+def _check(logits: Logits, weight: Tensor, targets: Tensor, got: _Scores, stats: bool) -> None:
+    """The first block of a call, once for every variant of the kernel."""
+    from fastdaa.kernels.operands import tile_factors
+
+    def named(scores: _Scores) -> dict[str, Tensor]:
+        state, values = scores
+        return {
+            "log-probs": state.logps,
+            **({} if values is None else {"entropies": values.entropy}),
+        }
+
+    def plain(picked: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        with without_autocast(weight.device):
+            hidden = logits.pick(picked).rows(slice(0, picked.shape[0]))
+            some = targets[picked]
+            # The kernel gives NaN for other ids, at which plain torch fails.
+            known = (some >= 0) & (some < weight.shape[0])
+            scores = logits.statistics(hidden, weight, some.where(known, 0), stats)
+        return named(scores), scores[0].m.where(known, torch.inf)
+
+    head = logits.head
+    factors = tile_factors(head.logit_scale, head.softcap, head.temperature)
+    variant = (
+        "score", logits.operand, weight.shape, stats, head.bias is None,
+        tuple(factor is None for factor in factors),
+    )  # fmt: skip
+    check_rows(weight.device, variant, named(got), plain)
 
 
 def _joined(results: list[_Scores], empty: Tensor, stats: bool) -> _Scores:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from fastdaa import LmHead, reference, token_divergence, token_kl
+from fastdaa import LmHead, fused_check, reference, token_divergence, token_kl
 from fastdaa.divergence import KINDS
+from fastdaa.kernels import divergence as divergence_kernel
 
 
 def heads(n=21, v=97, dtype=torch.float32, ref_dtype=None, **options):
@@ -200,6 +201,28 @@ def test_the_fused_kernel_gives_the_same_values_and_no_gradient():
         assert torch.allclose(got, want, atol=1e-4), kind
     with pytest.raises(ValueError, match="a call without gradient"):
         token_divergence(hidden.requires_grad_(), head, ref_hidden, ref_head, engine="fused")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.interpreter
+def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(fused_check, "_SEEN", seen)
+    monkeypatch.setattr(
+        fused_check, "is_due", lambda device, variant: (device, variant) not in seen
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tensors = heads(n=5, v=37)
+    token_divergence(*tensors, kind="kl", engine="fused")
+    token_divergence(*tensors, kind="reverse_kl", engine="fused")
+    assert len(seen) == 1  # one kernel for both
+    right = divergence_kernel.token_divergences
+    monkeypatch.setattr(
+        divergence_kernel, "token_divergences",
+        lambda *a, **k: (found := right(*a, **k))._replace(js=found.js + 0.1),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"expected divergences .* off by up to 0\.1 on a GPU"):
+        token_divergence(*tensors, kind="js", engine="fused")
 
 
 def test_backward_twice_and_unknown_kind():

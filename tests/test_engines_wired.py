@@ -14,11 +14,14 @@ from fastdaa import (
     LmHead,
     Objective,
     TokenSelection,
+    fused_check,
     objective_kernel,
     pair_loss,
     token_logps,
     token_stats,
+    validation,
 )
+from fastdaa.kernels import score as score_kernel
 
 # What the interpreter's numpy says about masked -inf - -inf.
 pytestmark = [
@@ -143,6 +146,54 @@ def test_fused_takes_heads_in_another_dtype_and_strided_rows():
     targets = torch.randint(0, V, (N,))
     want = token_logps(hidden, weight, targets)
     assert torch.allclose(token_logps(hidden, weight, targets, engine="fused"), want, atol=1e-5)
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Has fused kernels be checked on a CPU, too; the variants that were."""
+    seen = set()
+    monkeypatch.setattr(fused_check, "_SEEN", seen)
+    monkeypatch.setattr(
+        fused_check, "is_due", lambda device, variant: (device, variant) not in seen
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return seen
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(checked, monkeypatch, stats):
+    tensors, targets = [t.detach() for t in leaves()], torch.randint(0, V, (N,))
+
+    def call(**options):
+        head = LmHead(tensors[1], **options)
+        if stats:
+            return token_stats(tensors[0], head, targets, engine="fused")
+        return token_logps(tensors[0], tensors[1], targets, engine="fused", **options)
+
+    call()
+    call()
+    assert len(checked) == 1
+    call(softcap=3.0)
+    assert len(checked) == 2
+    monkeypatch.setattr(validation, "_readable", lambda _: False)  # as on a GPU
+    targets[3] = -100  # NaN from the kernel, which is right
+    call(temperature=0.5)
+    assert len(checked) == 3
+    right = score_kernel.score_tokens
+
+    def wrong(*args, **options):
+        rows = right(*args, **options)
+        name = "entropy" if stats else "logps"
+        values = getattr(rows, name).clone()
+        values[-1] += 0.1
+        return rows._replace(**{name: values})
+
+    monkeypatch.setattr(score_kernel, "score_tokens", wrong)
+    call()
+    with pytest.raises(
+        RuntimeError, match=r"engine='fused': expected .* off by up to 0\.1 on a GPU"
+    ):
+        call(bias=torch.zeros(V))
 
 
 def test_fused_says_what_it_cannot_do():

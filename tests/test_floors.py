@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"row_passes", "single_pass_memory"},
     {"engines", "objective_kernel"},
     {"tiles", "engine_check"},
-    {"planner"},
+    {"planner", "fused_check"},
     {"waiting_rows"},
     {"score", "plan_call", "gradient_sums", "kept_products"},
     {"frozen", "recompute", "unscaled", "compiled_operators"},

@@ -35,7 +35,7 @@ _TAKEN = (
     "loss_kwargs",
     *("max_length", "truncation_mode", "on_bad_row", "dataset_num_proc", "layout", "attention"),
     *("tokens_per_pack", "impl", "head_engine", "head_max_bytes"),
-    *("log_exact_kl", "log_token_stats"),
+    *("log_exact_kl", "log_token_stats", "router_aux_loss_coef"),
     *("per_device_eval_batch_size", "dataloader_num_workers", "bf16", "use_cpu", "disable_tqdm"),
 )
 _LEFT_OUT = ("epoch", "model_preparation_time", "samples_per_second", "steps_per_second")

@@ -20,6 +20,7 @@ from fastdaa.online.token_loss import TokenLoss, token_loss
 from fastdaa.online.types import Experience
 from fastdaa.selection import select_rows
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.balance import balance_of
 from fastdaa.train.sharding import head_in_force
 
 
@@ -148,9 +149,7 @@ class Updater:
         if values is None:
             values = critic(pack)
         if aux_loss is not None:
-            aux_loss = aux_loss * getattr(
-                core.config.get_text_config(), "router_aux_loss_coef", 0.0
-            )
+            aux_loss = aux_loss * (balance_of(core) or 0.0)
         return loss, values, aux_loss
 
     def _clip(self) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ hidden states while the parameters are there.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdaa.train.attention import placeholder_mask
+from fastdaa.train.balance import balance_of, load_balancing_loss
 from fastdaa.train.zero3 import call_as, holds_cut
 
 HeadTask = Callable[[Tensor], Any]
@@ -35,9 +35,9 @@ class BackboneOutput(NamedTuple):
     result: Any
     """What the head task returned."""
     aux_loss: Tensor | None
-    """Scalar load-balancing loss of a mixture of experts whose configuration has
-    ``output_router_logits``, over the tokens of the batch as they lie there (a shared prompt
-    counts once). Not yet multiplied by ``router_aux_loss_coef``. Else ``None``."""
+    """Scalar load-balancing loss of a mixture of experts for which
+    :func:`fastdaa.train.balance.balance_of` has a weight, over the tokens of the batch as they lie
+    there (a shared prompt counts once), not yet weighted. Else ``None``."""
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -155,7 +155,8 @@ def run_head_task(model: nn.Module, pack: Mapping[str, Any], head_task: HeadTask
     Args:
         model: any wrapping of a model with ``install_head_task``.
         pack: ``input_ids`` and ``position_ids`` ``[R, L]``; ``segments`` if the row is packed,
-            else ``attention_mask`` ``[R, L]`` or, for a dense mask, 4-D or a dictionary.
+            else ``attention_mask`` ``[R, L]`` of rows padded on the right, whose positions are the
+            model's own, or for a dense mask 4-D or a dictionary.
         head_task: from ``[R, L, D]`` hidden states to its result.
 
     Raises:
@@ -165,7 +166,15 @@ def run_head_task(model: nn.Module, pack: Mapping[str, Any], head_task: HeadTask
         raise RuntimeError("expected a model with a head task, got one without install_head_task")
     names = ("input_ids", "position_ids", "attention_mask", "segments")
     inputs = {name: pack[name] for name in names if pack.get(name) is not None}
+    if _is_padded(inputs):
+        # Padded on the right, so that the model knows them itself; some do not begin with 0.
+        inputs.pop("position_ids", None)
     return model(**inputs, use_cache=False, head_task=head_task)
+
+
+def _is_padded(inputs: Mapping[str, Any]) -> bool:
+    mask = inputs.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _ignoring_self(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,31 +202,14 @@ def _forward_with_head_task(
     if "segments" in inputs and "attention_mask" not in inputs:
         inputs["attention_mask"] = placeholder_mask(inputs["input_ids"])
     inputs.setdefault("use_cache", False)
-    config = model.config.get_text_config()
-    balanced = bool(getattr(config, "output_router_logits", False))
+    balanced = balance_of(model) is not None
     if balanced:
         inputs["output_router_logits"] = True
     inputs.pop("return_dict", None)
     backbone, call = backbone_of(model), getattr(model, BACKBONE_CALL, None)
     outputs = backbone(**inputs) if call is None else call(backbone, inputs)
-    aux_loss = _load_balancing_loss(model, outputs, inputs) if balanced else None
+    aux_loss = load_balancing_loss(model, outputs, inputs) if balanced else None
     head: Any = model.get_output_embeddings()
     if head is not None and holds_cut(head):
         return BackboneOutput(call_as(head, head_task, outputs.last_hidden_state), aux_loss)
     return BackboneOutput(head_task(outputs.last_hidden_state), aux_loss)
-
-
-def _load_balancing_loss(
-    model: PreTrainedModel, outputs: Any, inputs: Mapping[str, Any]
-) -> Tensor | None:
-    """The family's own loss over its router logits, as its causal language model computes it."""
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    logits = getattr(outputs, "router_logits", None)
-    if function is None or not logits:
-        raise ValueError(
-            f"expected router logits and a load-balancing loss, since {type(model).__name__} has "
-            "output_router_logits set, got none; set it to False in the configuration"
-        )
-    mask = inputs.get("attention_mask")
-    padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    return function(logits, model.num_experts, model.num_experts_per_tok, padding)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from fastdaa.losses.objective import Objective
-from fastdaa.losses.registry import LOSSES
+from fastdaa.losses.registry import LOSSES, Loss
 from fastdaa.train.options import HeadOptions, check_count, read_mapping
 from fastdaa.train.packed_config import PackedConfig
 from fastdaa.validation import shown
@@ -25,7 +25,8 @@ class PreferenceConfig(HeadOptions, PackedConfig):
     bf16, unless ``fp16`` is set or accelerate was launched with another mixed precision.
 
     Args:
-        loss_type: names or aliases of losses; several make a mixture.
+        loss_type: names or aliases of losses, or from Python losses of
+            :func:`fastdaa.custom_loss`; several make a mixture.
         loss_weights: one weight a loss; 1 each by default.
         beta: strength of the KL regularisation; by default the loss's own.
         label_smoothing: probability that a label is flipped; by default the loss's own.
@@ -55,6 +56,8 @@ class PreferenceConfig(HeadOptions, PackedConfig):
         ref_cache_dir: where reference log-probs are kept; by default ``fastdaa/reference`` in the
             Hugging Face home, so that other runs find them.
         disable_dropout: set all dropout probabilities of policy and reference to 0.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts, 0 for none;
+            by default that of the model's configuration, if it has ``output_router_logits``.
         log_exact_kl: log the exact per-token KL to the reference, on the last batch of every
             logging interval and on the evaluation set. Needs an online reference.
         log_token_stats: log entropy, top-1 accuracy and mean logits.
@@ -154,6 +157,14 @@ class PreferenceConfig(HeadOptions, PackedConfig):
         losses, weights = self.loss_type, self.loss_weights
         return self.objective_type.parse(losses, weights=weights, **hyperparameters)
 
+    def loss_names(self) -> list[str]:
+        """``loss_type`` in words; a loss of the caller's has the name of its function."""
+        return [getattr(loss, "name", loss) for loss in self.loss_type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them, for trackers."""
+        return {**super().to_dict(), "loss_type": self.loss_names()}
+
     def identity(self) -> dict[str, Any]:
         """The base class's settings, and the objective."""
         return {**super().identity(), "objective": str(self.objective())}
@@ -170,7 +181,8 @@ class PreferenceConfig(HeadOptions, PackedConfig):
         # Python callers and YAML files may give one name or one weight without a list.
         names: Any = self.loss_type
         weights: Any = self.loss_weights
-        self.loss_type = [names] if isinstance(names, str) else list(names)
+        single = isinstance(names, str | Loss)
+        self.loss_type = [names] if single else list(names)
         if weights is not None:
             weights = [weights] if isinstance(weights, int | float) else weights
             self.loss_weights = [float(weight) for weight in weights]

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from fastdaa.train.adapters import adapter_dropout, check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.balance import balance_of, left_unbalanced, set_balance
 from fastdaa.train.base import PairTrainer
 from fastdaa.train.best_metric import check_best_metric, running_metrics
 from fastdaa.train.callbacks import default_callbacks, use_progress
@@ -24,9 +25,11 @@ from fastdaa.train.evaluation_batches import BatchesInStep
 from fastdaa.train.finite import check_row
 from fastdaa.train.metrics import MetricStore, Sums
 from fastdaa.train.missed_evaluation import make_up_evaluation
+from fastdaa.train.offload import check_offload
 from fastdaa.train.pooled_metrics import PooledStore
 from fastdaa.train.positions import check_length, longest, positions_of
 from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
+from fastdaa.train.savable import check_can_be_saved
 from fastdaa.train.sharding import (
     check_parallelism,
     meets_in_packs,
@@ -69,6 +72,7 @@ class PackLoop(PairTrainer):
         for name in _UNUSED:
             if options.get(name) is not None:
                 raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
+        check_offload(model, "model", trained=True)
         self._stores: dict[str, MetricStore] = {"train": MetricStore(), "eval": self.store_type()}
         if "args" in options:
             settle_ddp(options["args"], model)
@@ -100,9 +104,11 @@ class PackLoop(PairTrainer):
         """Choose the layout that the policy and ``references`` can take; prepare the policy.
 
         Raises:
-            ValueError: a layout that one of them cannot take, or ``metric_for_best_model`` is none
-                of the metrics that there will be.
+            ValueError: a layout that one of them cannot take, a weight of balance for a model
+                without experts, or ``metric_for_best_model`` is none of the metrics that there
+                will be.
         """
+        self._settle_balance()
         check_best_metric(self.args, self.metric_names(), self.eval_dataset)
         self._positions = [positions_of(model) for model in (self.model, *references)]
         wanted, layouts = self.args.layout, self.args.layouts
@@ -123,6 +129,17 @@ class PackLoop(PairTrainer):
                 )
             disable_dropout(self.model)
 
+    def _settle_balance(self) -> None:
+        core = causal_lm(self.model)
+        set_balance(core, self.args.router_aux_loss_coef)
+        unused = left_unbalanced(core)
+        if unused is not None and self.args.should_log:
+            logger.info(
+                "router_aux_loss_coef: none, since output_router_logits is off in the "
+                "configuration of %s; %g, which it has, would balance the experts",
+                type(core).__name__, unused,
+            )  # fmt: skip
+
     def check_lengths(self, dataset: Any, name: str, *sequences: Sequence[str]) -> None:
         """Raise ``ValueError`` where the models have no positions for the longest sequence.
 
@@ -132,7 +149,8 @@ class PackLoop(PairTrainer):
             sequences: the columns whose tokens make one sequence, of every kind of sequence.
         """
         what = f"max_length: expected at most {{limit}}, got {self.args.max_length}"
-        check_length(self._positions, longest(dataset, sequences), name, what)
+        cached = getattr(self.args, "precompute_ref_log_probs", False)
+        check_length(self._positions, longest(dataset, sequences), name, what, cached=cached)
 
     def metric_names(self) -> list[str]:
         """What an evaluation has, without ``eval_``."""
@@ -140,8 +158,7 @@ class PackLoop(PairTrainer):
 
     def own_metric_names(self) -> list[str]:
         """Those of them that are about what is learnt; a subclass adds its own."""
-        config = causal_lm(self.model).config.get_text_config()
-        return ["aux_loss"] if getattr(config, "output_router_logits", False) else []
+        return [] if balance_of(causal_lm(self.model)) is None else ["aux_loss"]
 
     def with_backend(self, pack: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pack, with the attention backend that the settings name."""
@@ -166,10 +183,12 @@ class PackLoop(PairTrainer):
         """Forward and backward, pack by pack, so that one pack's activations live at a time.
 
         Raises:
+            ValueError: before the first step, what belongs to the weights cannot be saved.
             MemoryError: the memory is full, and ``auto_find_batch_size`` would start again from
                 weights that have been trained.
         """
         if self._first_step is None:
+            check_can_be_saved(self.model)
             self._first_step = self.state.global_step
             make_up_evaluation(self)
         try:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastdaa.data.collate import Layout
+from fastdaa.train.balance import check_coefficient
 from fastdaa.train.device_options import check_needs, check_ways
 from fastdaa.train.options import PackOptions, check_count
 from fastdaa.train.trainer_options import check_after, check_before, launched_processes
@@ -88,6 +89,13 @@ class PackedConfig(PackOptions, TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set all dropout probabilities to 0."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts, 0 for none. "
+            "Default: the model configuration's, if it has output_router_logits."
+        },
+    )
 
     def __post_init__(self) -> None:
         if launched_processes() > 1 and not torch.accelerator.is_available():
@@ -103,6 +111,7 @@ class PackedConfig(PackOptions, TrainingArguments):
         check_choice("layout", self.layout, ("auto", *self.layouts))
         check_count("max_length", self.max_length, optional=True)
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
+        check_coefficient(self.router_aux_loss_coef)
         self.check_packs()
         check_before(self)
         if self.layout == "padded" and self.attention != "auto":
@@ -127,6 +136,7 @@ class PackedConfig(PackOptions, TrainingArguments):
         to come out of it, whatever the settings say, and seeds decide which rows a run has seen.
         """
         schedule, optimizer = self.lr_scheduler_type, self.optim
+        balance = self.router_aux_loss_coef
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": str(getattr(schedule, "value", schedule)),
@@ -137,6 +147,7 @@ class PackedConfig(PackOptions, TrainingArguments):
             **{name: getattr(self, name) for name in _OF_OPTIMIZER},
             "seed": self.seed,
             "data_seed": self.data_seed,
+            **({} if balance is None else {"router_aux_loss_coef": balance}),
         }
 
     @property

@@ -14,6 +14,7 @@ from fastdaa.losses import Objective
 from fastdaa.outputs import BatchTotals, PairLossOutput
 from fastdaa.pair_loss import pair_loss
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.balance import balance_of
 from fastdaa.train.references import ReferenceScores
 from fastdaa.train.sharding import head_in_force
 
@@ -72,7 +73,7 @@ def run_policy(
     (output, kl), aux_loss = run_head_task(model, pack, task)
     loss = output.loss
     if aux_loss is not None:
-        weight = getattr(core.config.get_text_config(), "router_aux_loss_coef", 0.0)
+        weight = balance_of(core) or 0.0
         # Of several packs each counts by its pairs.
         loss = loss + weight * len(selection.counts) / (2 * totals.pairs) * aux_loss
         aux_loss = aux_loss.detach()

@@ -1,14 +1,16 @@
 """How long a sequence a model can take: the rows of its table of positions.
 
 Tables (GPT-2, OPT, GPT-Neo, GPT-J) end; on a GPU, reading behind the end kills the process, and a
-long sequence may come hours into a run. Rotary positions have no end, but quality has.
+long sequence may come hours into a run. Rotary positions have no end, but quality has. Some scale
+with the longest sequence of a forward pass (LongRoPE, dynamic NTK): behind their first scale, a
+log-prob depends on what else is in the pass.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ class Positions(NamedTuple):
     """Tokens behind which there is no position; None without such a table."""
     trained: int | None
     """Tokens behind which rotary positions are such as the model was not made for, if it says."""
+    own: int | None = None
+    """Tokens up to which rotary positions are a sequence's own; in a forward pass with a longer
+    one they scale for all. None where they always are its own."""
 
 
 def positions_of(model: nn.Module) -> Positions:
@@ -43,7 +48,19 @@ def positions_of(model: nn.Module) -> Positions:
     rope = getattr(config, "rope_parameters", None)
     rotary = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
     trained = limit if rotary and table is None and isinstance(limit, int) else None
-    return Positions(type(core).__name__, table, trained)
+    return Positions(type(core).__name__, table, trained, min(_scales(rope, limit), default=None))
+
+
+def _scales(rope: Any, limit: Any) -> Iterable[int]:
+    """Tokens behind which rotary positions scale with the longest sequence, of every such kind."""
+    if not isinstance(rope, Mapping):
+        return
+    # Families with kinds of layers have the parameters of each under its name.
+    for part in (rope, *rope.values()):
+        kind = str(part.get("rope_type", "")) if isinstance(part, Mapping) else ""
+        first = part.get("original_max_position_embeddings") if kind == "longrope" else limit
+        if (kind == "longrope" or "dynamic" in kind) and isinstance(first, int):
+            yield first
 
 
 def _tables(core: nn.Module) -> Iterable[int]:
@@ -81,16 +98,20 @@ def longest(dataset: Any, fields: Sequence[Sequence[str]]) -> int:
     return most
 
 
-def check_length(models: Iterable[Positions], tokens: int, name: str, how: str) -> None:
+def check_length(
+    models: Iterable[Positions], tokens: int, name: str, how: str, *, cached: bool = False
+) -> None:
     """Compare the longest sequence with what models can take.
 
     Args:
         tokens: of the longest sequence.
         name: of the data.
         how: which option makes sequences shorter, and to what, with ``{limit}`` for the number.
+        cached: log-probs of a reference are kept from other forward passes.
 
     Raises:
-        ValueError: it is longer than the table of positions of one of them.
+        ValueError: it is longer than the table of positions of one of them, or cached log-probs
+            would be those of other positions.
     """
     for model in models:
         if model.table is not None and tokens > model.table:
@@ -98,10 +119,24 @@ def check_length(models: Iterable[Positions], tokens: int, name: str, how: str) 
                 f"{how.format(limit=model.table)}: the positions of {model.model} end there, and "
                 f"the longest sequence of {name} has {tokens:,} tokens"
             )
+        if cached and model.own is not None and tokens > model.own:
+            raise ValueError(
+                f"precompute_ref_log_probs: expected sequences of at most {model.own:,} tokens, "
+                f"got {tokens:,} in {name}; behind that, the rotary positions of {model.model} "
+                "depend on what else is in a forward pass, which a cache does not know"
+            )
         if model.trained is not None and tokens > model.trained:
             logger.warning(
                 "%s: the longest sequence has %s tokens, %s was made for up to %s "
                 "(max_position_embeddings, without rope scaling)",
                 name, f"{tokens:,}", model.model, f"{model.trained:,}",
+            )  # fmt: skip
+            return
+        if model.own is not None and tokens > model.own:
+            logger.warning(
+                "%s: the longest sequence has %s tokens; the rotary positions of %s change for a "
+                "whole forward pass where one of its sequences has more than %s, so that log-probs "
+                "depend on the batch",
+                name, f"{tokens:,}", model.model, f"{model.own:,}",
             )  # fmt: skip
             return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdaa.data import PairCollator, PairRows
 from fastdaa.data.fields import PAIR_SEQUENCES
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.balance import balance_of
 from fastdaa.train.best_metric import REWARD_METRICS
 from fastdaa.train.metrics import MetricStore, Sums
 from fastdaa.train.prepare import (
@@ -142,8 +143,7 @@ class RewardTrainer(StageTrainer):
         total = losses.sum()
         if aux_loss is not None:
             pairs = self.items_of(pack)
-            coefficient = getattr(core.config.get_text_config(), "router_aux_loss_coef", 0.0)
-            total = total + coefficient * pairs * aux_loss
+            total = total + (balance_of(core) or 0.0) * pairs * aux_loss
         return total
 
 

@@ -14,6 +14,7 @@ from fastdaa.data.fields import SEQUENCE_FIELDS
 from fastdaa.data.rows import SequenceRows
 from fastdaa.data.tokenise import tokenize_examples
 from fastdaa.train.backbone import causal_lm, run_head_task
+from fastdaa.train.balance import balance_of
 from fastdaa.train.best_metric import TOKEN_METRICS
 from fastdaa.train.completion_loss import CompletionLoss, completion_loss
 from fastdaa.train.metrics import MetricStore, Sums
@@ -141,7 +142,7 @@ class SftTrainer(StageTrainer):
         total = output.total
         if aux_loss is not None:
             # A mixture of experts balances its load; a pack counts by its tokens.
-            weight = getattr(core.config.get_text_config(), "router_aux_loss_coef", 0.0)
+            weight = balance_of(core) or 0.0
             store.add(Sums(("aux_loss",), (aux_loss.detach() * tokens).view(1), (float(tokens),)))
             total = total + weight * tokens * aux_loss
         return total

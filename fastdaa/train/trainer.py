@@ -39,6 +39,7 @@ from fastdaa.train.best_model import best_model, rows_of_saved
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.metrics import pack_metrics
 from fastdaa.train.model_card import write_model_card
+from fastdaa.train.offload import check_offload
 from fastdaa.train.pack_loop import PackLoop
 from fastdaa.train.policy import PackResult, run_policy
 from fastdaa.train.precompute import Precompute
@@ -164,6 +165,7 @@ class PreferenceTrainer(PackLoop):
             return None
         assert ref_model is not None
         given = load_model(ref_model, "ref_model")
+        check_offload(given, "ref_model", trained=False)
         self._reference_name = causal_lm(given).name_or_path or type(given).__name__
         self.frozen_facts["reference"] = weights_fact(given)
         check_reference(given, self.model, same_vocabulary=self.args.log_exact_kl)
@@ -241,7 +243,11 @@ class PreferenceTrainer(PackLoop):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of all packs of a batch; their metrics are noted."""
+        """Mean loss of all packs of a batch; their metrics are noted.
+
+        In training it is called once a pack, for that pack's share of the batch's mean. So what a
+        subclass adds to it belongs in proportion: ``pairs of the pack / inputs["totals"][0]``.
+        """
         packs = inputs["packs"]
         totals = BatchTotals(*inputs["totals"]) if "totals" in inputs else _totals(inputs)
         counted = inputs.get("counted", len(packs))
@@ -298,6 +304,15 @@ class PreferenceTrainer(PackLoop):
                 "model is kept"
             )
         return self.rows_type(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        given, names = self.args.loss_type, self.args.loss_names()
+        try:
+            # A function of the caller's need not be one that can be pickled.
+            self.args.loss_type = names
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.loss_type = given
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write ``README.md`` into the output folder: what was trained, how, and how it did."""

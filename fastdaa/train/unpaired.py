@@ -24,6 +24,7 @@ from fastdaa.data.unpaired import read_label
 from fastdaa.data.unpaired_collate import UnpairedCollator
 from fastdaa.losses.unpaired import UnpairedObjective
 from fastdaa.train.backbone import HeadTask, causal_lm, run_head_task
+from fastdaa.train.balance import balance_of
 from fastdaa.train.best_metric import (
     KL_METRICS,
     LOGIT_METRICS,
@@ -220,8 +221,7 @@ class UnpairedTrainer(PreferenceTrainer):
         loss: Tensor = output.loss
         sequences = self.items_of(pack)
         if aux_loss is not None:
-            config = causal_lm(model).config.get_text_config()
-            weight = getattr(config, "router_aux_loss_coef", 0.0)
+            weight = balance_of(causal_lm(model)) or 0.0
             # Of several packs each counts by its completions.
             loss = loss + weight * sequences / facts["rows"] * aux_loss
         if not counts:

@@ -80,6 +80,44 @@ def test_rotary_positions_have_no_end(rope, trained, caplog):
     assert ("made for up to 16" in caplog.text) == (trained is not None)
 
 
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": N,
+    "short_factor": [1.0, 1.0], "long_factor": [2.0, 5.0],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+def _scaled(rope):
+    # LongRoPE names where its first scale ends, dynamic NTK ends it at the table's length.
+    limit = N if rope is DYNAMIC else 4 * N
+    return _model("Llama", max_position_embeddings=limit, intermediate_size=8, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=["longrope", "dynamic"])
+def test_positions_that_scale_with_the_longest_of_a_pass(rope, make_trainer, tmp_path, caplog):
+    def data(tokens):
+        row = {"prompt_ids": [3] * (tokens - 2), "chosen_ids": [4, 5], "rejected_ids": [6]}
+        return Dataset.from_list([row] * 4)
+
+    assert positions_of(_scaled(rope)).own == N
+    caplog.set_level(logging.WARNING, "fastdaa")
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    make_trainer(model=_scaled(rope), data=data(N), **cached)
+    assert "forward pass" not in caplog.text
+    make_trainer(model=_scaled(rope), data=data(N + 1))
+    assert "has 17 tokens; the rotary positions of LlamaForCausalLM change for a" in caplog.text
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs: expected .* at most 16 .* 17"):
+        make_trainer(model=_scaled(rope), data=data(N + 1), **cached)
+
+
+def test_scales_of_kinds_of_layers():
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    model = _scaled(plain)
+    assert positions_of(model).own is None
+    model.config.rope_parameters = {"sliding_attention": plain, "full_attention": LONG}
+    assert positions_of(model).own == N
+
+
 def test_an_image_has_positions_of_its_own():
     text = {**SMALL, "model_type": "llama", "intermediate_size": 8, "max_position_embeddings": N}
     vision = {**SMALL, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fastdaa import custom_loss
 
 LN2 = float(np.float32(np.log(2)))
 LAYOUTS = ("padded", "packed", "prefix_shared")
@@ -172,6 +175,26 @@ def test_losses_that_couple_a_batch_cannot_be_split(make_trainer):
     trainer = make_trainer(loss_type=["kto"])
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == 0.5
+
+
+def test_a_loss_of_the_callers_trains_and_is_saved(make_trainer, losses_of, tmp_path):
+    beta = 0.1
+
+    def own_dpo(policy, ref):  # of no module, so that it cannot be pickled
+        return -F.logsigmoid(beta * (policy.chosen - ref.chosen - policy.rejected + ref.rejected))
+
+    options = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    expected = make_trainer(beta=beta, max_steps=2, learning_rate=1e-2)
+    expected.train()
+    trainer = make_trainer(loss_type=custom_loss(own_dpo, coupled=False), **options)
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(losses_of(expected), abs=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    assert saved.loss_type == ["own_dpo"]
+    # What trackers are told.
+    assert json.loads(trainer.args.to_json_string())["loss_type"] == ["own_dpo"]
+    assert trainer.args.objective().needs_ref
 
 
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
