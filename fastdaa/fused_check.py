@@ -57,9 +57,10 @@ def check_rows(
             ends = value[picked].isfinite() == expected[name].isfinite()
             wrong = ((gap > limit) | ~ends) & limit.isfinite()
             if bool(wrong.any()):
+                where, gap = torch.cuda.get_device_name(device), gap[wrong].max()
                 raise RuntimeError(
                     f"engine='fused': expected {name} as plain torch gives them, got some that are "
-                    f"off by up to {gap[wrong].max().item():.3g} on {torch.cuda.get_device_name(device)}; "
-                    "use engine='auto', and please report it"
+                    f"off by up to {gap.item():.3g} on {where}; use engine='auto', and please "
+                    "report it"
                 )
     _SEEN.add((device, variant))

@@ -39,7 +39,14 @@ def _load_train(
 ) -> tuple[Dataset, Dataset | None]:
     from fastdaa.data.mixture import load_mixture
     from fastdaa.data.named_columns import NamedColumns
+    from fastdaa.data.sources import has_configurations
 
+    name = arguments.dataset_name
+    if name is not None and not any(map(has_configurations, arguments.dataset)):
+        raise ValueError(
+            f"dataset_name: expected a dataset of the hub, which has configurations, got {name!r} "
+            f"for {', '.join(arguments.dataset)}"
+        )
     options: dict[str, Any] = {
         "split": arguments.dataset_split, "name": arguments.dataset_name,
         "limit": arguments.max_train_samples, "on_bad_row": on_bad_row,

@@ -66,6 +66,12 @@ def without_split(text: str) -> str:
     return source.path if source.name is None else f"{source.path}:{source.name}"
 
 
+def has_configurations(text: str) -> bool:
+    """Whether a source that text names may have several configurations."""
+    path = Path(parse_source(text).path).expanduser()
+    return not path.exists() or (path.is_dir() and _has_card(path))
+
+
 def open_source(
     source: str | PathLike[str] | Dataset, split: str | None, name: str | None
 ) -> Records:

@@ -11,10 +11,12 @@ from fastdaa.online.critic import Critic
 from fastdaa.online.seeds import Purpose, seed_of
 from fastdaa.train.adapters import check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.offload import check_offload
 from fastdaa.train.positions import check_length, positions_of
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
 from fastdaa.train.quantization import check_adapted, compute_as_in_training
 from fastdaa.train.references import check_reference, frozen_copy
+from fastdaa.train.savable import check_can_be_saved
 from fastdaa.train.support import supports_segments
 
 
@@ -47,6 +49,10 @@ def prepare_models(
         ValueError: models that do not fit each other, the prompts or packed rows.
     """
     check_adapted(policy, adapted=is_adapted(policy))
+    check_can_be_saved(policy)
+    check_offload(policy, "policy", trained=True)
+    if reference is not None:
+        check_offload(reference, "reference", trained=False)
     for model in (policy, reference):
         if model is not None:
             compute_as_in_training(model)

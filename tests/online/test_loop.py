@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -386,6 +387,18 @@ def test_prompts_that_leave_no_positions() -> None:
 def test_no_prompts(tiny_policy: Any) -> None:
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         OnlineTrainer(tiny_policy(), Sampler(), CountOf(), [], _config(None))
+
+
+def test_models_that_could_not_be_trained_or_saved(tiny_policy: Any, tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(ValueError, match="model: expected a generation configuration that can be"):
+        _trainer(policy, _config(None))
+    away = cpu_offload(tiny_policy(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="policy: expected the weights to train and the LM head"):
+        _trainer(away, _config(None))
+    with pytest.raises(ValueError, match="reference: expected the LM head on a device"):
+        _trainer(tiny_policy(), _config(None), reference=away)
 
 
 def test_nothing_is_saved_without_a_folder(tiny_policy: Any) -> None:
