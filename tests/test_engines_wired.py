@@ -196,6 +196,21 @@ def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(checked, monkeypa
         call(bias=torch.zeros(V))
 
 
+def test_a_target_far_below_the_largest_logit_is_compared_by_its_own_size(checked, monkeypatch):
+    hidden, weight = (t.detach() for t in leaves())
+    bias, targets = torch.zeros(V), torch.full((N,), 5)
+    bias[5] = -1e6
+    right = score_kernel.score_tokens
+
+    def in_another_order(*args, **options):
+        rows = right(*args, **options)
+        return rows._replace(logps=rows.logps.nextafter(torch.zeros(())))
+
+    monkeypatch.setattr(score_kernel, "score_tokens", in_another_order)
+    token_logps(hidden, weight, targets, bias=bias, engine="fused")
+    assert len(checked) == 1
+
+
 def test_fused_says_what_it_cannot_do():
     tensors, targets = leaves(), torch.randint(0, V, (N,))
     with pytest.raises(ValueError, match="expected a call without gradient"):

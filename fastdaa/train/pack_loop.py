@@ -149,8 +149,13 @@ class PackLoop(PairTrainer):
             sequences: the columns whose tokens make one sequence, of every kind of sequence.
         """
         what = f"max_length: expected at most {{limit}}, got {self.args.max_length}"
-        cached = getattr(self.args, "precompute_ref_log_probs", False)
+        cached = self.has_cached_reference
         check_length(self._positions, longest(dataset, sequences), name, what, cached=cached)
+
+    @property
+    def has_cached_reference(self) -> bool:
+        """Whether log-probs of a reference are kept from other forward passes."""
+        return False
 
     def metric_names(self) -> list[str]:
         """What an evaluation has, without ``eval_``."""

@@ -140,8 +140,12 @@ class Precompute:
         order = sorted(places, key=lambda place: -int(lengths[place]))  # type: ignore[index]
         members = [order[start : start + size] for start in range(0, len(order), size)]
         steps = len(members)
-        if forwards_meet(self.trainer):
-            steps = self._most(steps)
+        if is_sharded(self.trainer):
+            most = self._most(steps)
+            if most:
+                _ = self.reference  # whose placing is a collective, too
+            if forwards_meet(self.trainer):
+                steps = most
         quiet = args.disable_tqdm or not self.trainer.is_world_process_zero() or not order
         unit = self.trainer.unit.removesuffix("s")
         with tqdm(total=len(order), desc=f"reference, {name}", unit=unit, disable=quiet) as bar:

@@ -213,6 +213,11 @@ class PreferenceTrainer(PackLoop):
                 "starts)", name, " and ".join(unread),
             )  # fmt: skip
 
+    @property
+    def has_cached_reference(self) -> bool:
+        """Whether there is a reference and it is precomputed."""
+        return self._has_ref and self.args.precompute_ref_log_probs
+
     def _tokenize(self, dataset: Any, name: str) -> Any:
         dataset = tokenize_dataset(dataset, self.processing_class, self.args, name)
         check_tokens(dataset, self.vocabulary, name)

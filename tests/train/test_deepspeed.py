@@ -85,6 +85,8 @@ def test_unpaired_data(run, run_two, tmp_path, unpaired, stage):
 
 
 CACHED = [
+    pytest.param(0, {}, id="stage 0"),
+    pytest.param(1, {}, id="stage 1"),
     pytest.param(2, {}, id="stage 2"),
     pytest.param(3, {}, id="stage 3"),
     pytest.param(3, {"tokens_per_pack": 25}, id="unequal packs"),
@@ -108,6 +110,22 @@ def test_a_precomputed_reference(run, run_two, tmp_path, pairs, stage, options):
     assert_agree(tmp_path / "two", tmp_path / "one")
     parts = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
     assert sorted(len(part["keys"]) for part in parts) == [3, 4, 12, 12]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_process_that_misses_no_row_places_the_reference_as_well(
+    run, run_two, tmp_path, pairs, stage
+):
+    data = pairs(24).to_list()
+    common = {
+        "save_strategy": "no", "optim": "sgd", "learning_rate": 0.3, "log_exact_kl": False,
+        "precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    assert run(tmp_path / "before", pairs=data[:23], **common) == 0
+    assert run_two(tmp_path / "two", pairs=data, **deepspeed(stage), **common) == [0, 0]
+    # The first process has nothing to compute for the last row.
+    parts = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert sorted(len(part["keys"]) for part in parts) == [1, 23]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

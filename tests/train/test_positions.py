@@ -108,6 +108,8 @@ def test_positions_that_scale_with_the_longest_of_a_pass(rope, make_trainer, tmp
     assert "has 17 tokens; the rotary positions of LlamaForCausalLM change for a" in caplog.text
     with pytest.raises(ValueError, match=r"precompute_ref_log_probs: expected .* at most 16 .* 17"):
         make_trainer(model=_scaled(rope), data=data(N + 1), **cached)
+    # Nothing is cached for a loss without a reference.
+    make_trainer(model=_scaled(rope), data=data(N + 1), loss_type="simpo", **cached)
 
 
 def test_scales_of_kinds_of_layers():
