@@ -53,8 +53,7 @@ def plan_head(
     Args:
         vocab_size: ``V``, or the slice of it that a process has.
         device: where the tensors are.
-        hidden_grad: a gradient of the hidden states is wanted.
-        head_grad: a gradient of the weight or the bias is wanted.
+        hidden_grad, head_grad: gradients of the hidden states, of weight or bias are wanted.
         loss_inside: the caller hands over the loss as well (:func:`fastdaa.pair_loss`).
         coupled: that loss couples all pairs of the batch, so it is not known inside a chunk.
         impl: ``"auto"``, or the path to take; one that cannot serve raises.
@@ -78,8 +77,8 @@ def plan_head(
             :func:`fastdaa.pair_loss` does: their copy and its gradient count, too.
         divergence: the call is :func:`fastdaa.token_divergence`: it holds logits of two heads.
         sharded: the head is a slice of the vocabulary.
-        entropy: the call is :func:`fastdaa.token_entropy` (with ``stats``).
-        bonus: the call is :func:`fastdaa.token_logps_and_entropy` (with ``stats``).
+        entropy, bonus: the call is :func:`fastdaa.token_entropy`, or
+            :func:`fastdaa.token_logps_and_entropy` (both with ``stats``).
         gathered: selected rows are copied as they are needed, as :func:`fastdaa.pair_loss` does but
             where gradients of the logits are kept until backward.
         counts: scored tokens of every sequence, pair-major, as of a selection; a pair longer than a
@@ -98,20 +97,17 @@ def plan_head(
         sparse, selected, hidden_grad, head_grad, entropy or bonus, gathered, bonus,
     )  # fmt: skip
     _check_sizes(size, max_bytes)
-    # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
-    may_keep = loss_inside and tokens > 0 and not sharded
     return _plan(
         size, torch.device(device), impl, engine, max_bytes, loss_inside=loss_inside,
-        coupled=coupled, may_keep=may_keep, divergence=divergence, sharded=sharded, counts=counts,
+        coupled=coupled, divergence=divergence, sharded=sharded, counts=counts,
     )  # fmt: skip
 
 
 def _plan(
     size: CallSize, device: torch.device, impl: str, engine: str, max_bytes: int | None, *,
-    loss_inside: bool, coupled: bool, may_keep: bool, divergence: bool, sharded: bool,
-    counts: tuple[int, ...],
+    loss_inside: bool, coupled: bool, divergence: bool, sharded: bool, counts: tuple[int, ...],
 ) -> HeadPlan:  # fmt: skip
-    """The plan for checked sizes; ``may_keep``: gradients of logits can wait for backward."""
+    """The plan for checked sizes."""
     on_cpu = device.type == "cpu"
     name, engine_reason = engine, "asked for"
     if engine == "auto":
@@ -124,6 +120,8 @@ def _plan(
     if path == "frozen" and not divergence and not room.leaves_room(room.frozen_sums):
         path, reason = _instead_of_frozen(room, impl)
     if path == "single_pass":
+        # Slices of the vocabulary add up their parts of the hidden states' gradient in forward.
+        may_keep = loss_inside and size.tokens > 0 and not sharded
         ways = SinglePassRoom(room, may_keep=may_keep, in_chunks=not coupled, counts=counts)
         tiles, reason = ways.best() if impl == "auto" else _asked_for(ways)
         path = path if tiles else "recompute"

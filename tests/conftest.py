@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Hugging Face libraries read these when they are imported, so they are set before that.
 _SCRATCH = tempfile.TemporaryDirectory(prefix="fastdaa-tests-")
@@ -115,6 +116,18 @@ def half_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], set
     from half_products import take_half_factors
 
     return partial(take_half_factors, monkeypatch)
+
+
+@pytest.fixture
+def fused_variants(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """Has fused kernels be checked on a CPU, too; the variants that were."""
+    from fastdaa import fused_check
+
+    seen: set[Any] = set()
+    monkeypatch.setattr(fused_check, "_SEEN", seen)
+    monkeypatch.setattr(fused_check, "is_due", lambda *variant: variant not in seen)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return seen
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastdaa import LmHead, fused_check, reference, token_divergence, token_kl
+from fastdaa import LmHead, reference, token_divergence, token_kl
 from fastdaa.divergence import KINDS
 from fastdaa.kernels import divergence as divergence_kernel
 
@@ -205,17 +205,11 @@ def test_the_fused_kernel_gives_the_same_values_and_no_gradient():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.interpreter
-def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(monkeypatch):
-    seen = set()
-    monkeypatch.setattr(fused_check, "_SEEN", seen)
-    monkeypatch.setattr(
-        fused_check, "is_due", lambda device, variant: (device, variant) not in seen
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(fused_variants, monkeypatch):
     tensors = heads(n=5, v=37)
     token_divergence(*tensors, kind="kl", engine="fused")
     token_divergence(*tensors, kind="reverse_kl", engine="fused")
-    assert len(seen) == 1  # one kernel for both
+    assert len(fused_variants) == 1  # one kernel for both
     right = divergence_kernel.token_divergences
     monkeypatch.setattr(
         divergence_kernel, "token_divergences",

@@ -14,7 +14,6 @@ from fastdaa import (
     LmHead,
     Objective,
     TokenSelection,
-    fused_check,
     objective_kernel,
     pair_loss,
     token_logps,
@@ -148,20 +147,8 @@ def test_fused_takes_heads_in_another_dtype_and_strided_rows():
     assert torch.allclose(token_logps(hidden, weight, targets, engine="fused"), want, atol=1e-5)
 
 
-@pytest.fixture
-def checked(monkeypatch):
-    """Has fused kernels be checked on a CPU, too; the variants that were."""
-    seen = set()
-    monkeypatch.setattr(fused_check, "_SEEN", seen)
-    monkeypatch.setattr(
-        fused_check, "is_due", lambda device, variant: (device, variant) not in seen
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    return seen
-
-
 @pytest.mark.parametrize("stats", [False, True])
-def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(checked, monkeypatch, stats):
+def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(fused_variants, monkeypatch, stats):
     tensors, targets = [t.detach() for t in leaves()], torch.randint(0, V, (N,))
 
     def call(**options):
@@ -172,13 +159,13 @@ def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(checked, monkeypa
 
     call()
     call()
-    assert len(checked) == 1
+    assert len(fused_variants) == 1
     call(softcap=3.0)
-    assert len(checked) == 2
+    assert len(fused_variants) == 2
     monkeypatch.setattr(validation, "_readable", lambda _: False)  # as on a GPU
     targets[3] = -100  # NaN from the kernel, which is right
     call(temperature=0.5)
-    assert len(checked) == 3
+    assert len(fused_variants) == 3
     right = score_kernel.score_tokens
 
     def wrong(*args, **options):
@@ -196,7 +183,9 @@ def test_the_first_fused_call_of_a_kind_is_held_to_plain_torch(checked, monkeypa
         call(bias=torch.zeros(V))
 
 
-def test_a_target_far_below_the_largest_logit_is_compared_by_its_own_size(checked, monkeypatch):
+def test_a_target_far_below_the_largest_logit_is_compared_by_its_own_size(
+    fused_variants, monkeypatch
+):
     hidden, weight = (t.detach() for t in leaves())
     bias, targets = torch.zeros(V), torch.full((N,), 5)
     bias[5] = -1e6
@@ -208,7 +197,7 @@ def test_a_target_far_below_the_largest_logit_is_compared_by_its_own_size(checke
 
     monkeypatch.setattr(score_kernel, "score_tokens", in_another_order)
     token_logps(hidden, weight, targets, bias=bias, engine="fused")
-    assert len(checked) == 1
+    assert len(fused_variants) == 1
 
 
 def test_fused_says_what_it_cannot_do():
