@@ -31,6 +31,8 @@ class HeldBytes(TorchDispatchMode):
         self.flop = 0
         self.active = 1.0
         """Share of the entries that ``nonzero`` is to find."""
+        self.questions = 0
+        """How often ``nonzero`` was asked, for which the host waits."""
 
     def restart(self) -> None:
         """Forget what was held so far."""
@@ -62,6 +64,7 @@ class HeldBytes(TorchDispatchMode):
             segments, columns = kwargs["lengths"].shape, args[0].shape[1:]
             result = args[0].new_empty(segments + columns)
         elif name == "aten::nonzero":  # its size is that of the data
+            self.questions += 1
             result = torch.empty(int(self.active * args[0].shape[0]), 1, dtype=torch.int64,
                                  device=META)  # fmt: skip
         else:

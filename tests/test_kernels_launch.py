@@ -1,35 +1,46 @@
-"""The launchers up to the launch, as on an sm_90 device that is not there.
+"""Launches, as on an sm_90 device that is not there.
 
-Triton takes CPU tensors through its own binding of arguments and compiles for them; only the launch
-is left out. This finds what neither the interpreter nor ``aot_entries`` sees: an option that a
-launcher hands over and Triton does not know, a size of 1 that becomes a constant, and variants that
-a batch of another size would compile in the middle of training.
+Triton takes CPU tensors through its own binding of arguments, compiles for them and launches, with
+a driver that refuses what a driver refuses and runs nothing (``stub_driver.c``). This finds what
+neither the interpreter nor ``aot_entries`` sees: an option that a launcher hands over and Triton
+does not know, tiles that no descriptor can have, a size of 1 that becomes a constant, and variants
+that a batch of another size would compile in the middle of training.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
 
 DEVICE = """if True:
+    import ctypes
     import json
     from collections import defaultdict
 
     import torch
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    stub = ctypes.CDLL(f"{knobs.nvidia.libcuda_path}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+
     class Device:
+        utils, launcher_cls = CudaUtils(), CudaLauncher
+
         def get_current_device(self):
             return 0
 
@@ -42,14 +53,14 @@ DEVICE = """if True:
     driver.set_active(Device())
     run, variants, fused = JITFunction.run, defaultdict(set), set()
 
-    def compile_only(self, *args, grid, warmup, **options):
-        assert all(0 < size < 2**31 for size in grid)
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
+    def launch(self, *args, grid, **options):
+        compiled = run(self, *args, grid=grid, **options)
+        assert 0 not in grid
         variants[self.fn.__name__].add(compiled.hash)
         if compiled.metadata.enable_fp_fusion:
             fused.add(self.fn.__name__)
 
-    JITFunction.run = compile_only
+    JITFunction.run = launch
 
     from fastdaa.kernels import configs, score_configs
 
@@ -177,22 +188,58 @@ CALLS = """if True:
 """
 
 
-def test_the_code_that_calls_run_was_checked_before(tmp_path: Path, repository_root: Path) -> None:
+@pytest.fixture(scope="module")
+def on_a_device(
+    tmp_path_factory: pytest.TempPathFactory, repository_root: Path
+) -> Callable[[str], str]:
+    """``on_a_device(calls)``: what calls print."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Triton's launcher needs a C compiler and Python.h")
+    folder = tmp_path_factory.mktemp("driver")
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library = folder / "libcuda.so.1"
+    subprocess.run(
+        [
+            *(compiler, "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}"),
+            *("-o", library, Path(__file__).with_name("stub_driver.c")),
+        ],
+        check=True,
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_LIBCUDA_PATH": str(folder)}
+
+    def run(calls: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join((DEVICE, calls))], cwd=repository_root,
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_code_that_calls_run_was_checked_before(on_a_device: Callable[[str], str]) -> None:
     """Other alignments are other machine code: ``engine="auto"`` has to try that of models."""
-    used, not_checked = json.loads(on_a_device(CALLS, tmp_path, repository_root))
+    used, not_checked = json.loads(on_a_device(CALLS))
     assert used == 7 and not_checked == []
 
 
-def on_a_device(calls: str, cache: Path, root: Path) -> str:
-    """What calls print."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join((DEVICE, calls))], cwd=root,
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+COUNTED = """if True:
+    from fastdaa.kernels.score import score_tokens
+
+    # Rows of 160 bytes have descriptors, rows of 162 bytes cannot.
+    for width in (80, 81):
+        weight = torch.zeros(300, width, dtype=torch.bfloat16)
+        score_tokens(weight[:64], weight, torch.zeros(64, dtype=torch.int64))
+    counts = ("stub_launches", "stub_descriptors")
+    print(json.dumps([ctypes.c_int.in_dll(stub, name).value for name in counts]))
+"""
+
+
+def test_launches_reach_the_driver(on_a_device: Callable[[str], str]) -> None:
+    assert json.loads(on_a_device(COUNTED)) == [4, 2]  # each merges splits, and has two operands
 
 
 @pytest.mark.parametrize(
@@ -257,12 +304,12 @@ def on_a_device(calls: str, cache: Path, root: Path) -> str:
     ],
 )
 def test_a_launcher_compiles_one_variant_whatever_the_batch(
-    calls: str, expected: dict[str, int], tmp_path: Path, repository_root: Path
+    calls: str, expected: dict[str, int], on_a_device: Callable[[str], str]
 ) -> None:
     report = (
         "print(json.dumps([{name: len(found) for name, found in variants.items()}, list(fused)]))"
     )
-    found, fused = json.loads(on_a_device(f"{calls}\n{report}", tmp_path, repository_root))
+    found, fused = json.loads(on_a_device(f"{calls}\n{report}"))
     assert found == expected
     # What is fused depends on the variant, and a row has the same bits in all of them. Equal terms
     # of an objective cancel.

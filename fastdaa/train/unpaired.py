@@ -180,7 +180,7 @@ class UnpairedTrainer(PreferenceTrainer):
         packs: list[Any] = moved["packs"]
         counted, args = len(packs), self.args
         sums = torch.zeros(2, device=args.device)
-        sums[1] = inputs["mismatched"]
+        sums[1].fill_(inputs["mismatched"])
         options: dict[str, Any] = {"engine": args.head_engine, "max_bytes": args.head_max_bytes}
         with torch.no_grad(), self.accelerator.autocast(), _in_eval_mode(self.model):
             for index, pack in enumerate(map(self.with_backend, self._evened(packs))):
