@@ -30,18 +30,35 @@ class _Data(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Trains as ``argv`` says; 0, or 130 where a signal stopped the run after a checkpoint."""
+    from fastdaa.train.processes import run_together
+
+    return run_together(partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    from fastdaa.train.trainer_options import launched_processes
+
     arguments, config = parse(argv)
-    _check_alone()
+    several = launched_processes() > 1
+    if several:
+        _check_together(arguments)
     if arguments.pipeline:
         from fastdaa.cli.pipeline import run_pipeline
 
         return run_pipeline(arguments, config, argv)
-    with command_run():
-        return train_online(arguments, config, argv)
+    main = not several or _join(arguments)
+    with command_run(main_process=main):
+        return train_online(arguments, config, argv, main_process=main)
 
 
-def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
-    """One run of the loop, from its options to its saved policy.
+def train_online(
+    arguments: OnlineArguments,
+    config: OnlineConfig,
+    argv: Sequence[str],
+    *,
+    main_process: bool = True,
+) -> int:
+    """One run of the loop, from its options to its saved policy, which the main process saves.
 
     Raises:
         OSError: the memory or the disk is full.
@@ -49,44 +66,68 @@ def train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
     from fastdaa.train.full_disk import full_disk_named
 
     with full_disk_named(str(config.output_dir), "what the run writes"):
-        return _train_online(arguments, config, argv)
+        return _train_online(arguments, config, argv, main_process)
 
 
-def _train_online(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
+def _train_online(
+    arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str], main_process: bool
+) -> int:
     import torch
 
+    from fastdaa.online.ranks import part
+
     checkpoint = check_paths(arguments, config)
-    trainer = build(arguments, config, checkpoint)
+    trainer = build(arguments, config, checkpoint, main_process=main_process)
     try:
         result = trainer.train(resume=False if checkpoint is None else checkpoint)
-        interrupted = result.interrupted
     except KeyboardInterrupt:
-        interrupted = True
+        result = None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OSError(
             f"the memory of the device is full after iteration {trainer.place.iteration}: expected "
             f"a --generation_batch_size (now {arguments.generation_batch_size}) and --minibatch "
             f"(now {config.minibatch}) that fit, or --use_peft; {error}"
         ) from error
-    if interrupted:
-        where = f"iteration {trainer.place.iteration}, step {trainer.place.steps}"
-        print_continuation("online", argv, str(config.output_dir), where)
+    if result is None or result.interrupted:
+        if main_process:
+            where = f"iteration {trainer.place.iteration}, step {trainer.place.steps}"
+            print_continuation("online", argv, str(config.output_dir), where)
+        if result is not None:
+            part()
         return INTERRUPTED
-    trainer.save_model(str(config.output_dir))
-    _print_summary(result.metrics, str(config.output_dir))
+    if main_process:
+        trainer.save_model(str(config.output_dir))
+        _print_summary(result.metrics, str(config.output_dir))
+    part()
     return 0
 
 
-def _check_alone() -> None:
-    """Raise ``ValueError`` for processes that would all do the same, in one folder."""
-    from fastdaa.train.trainer_options import launched_processes
-
-    started = launched_processes()
-    if started > 1:
+def _check_together(arguments: OnlineArguments) -> None:
+    """Raise ``ValueError`` for what several processes of a launcher cannot do."""
+    if arguments.pipeline:
         raise ValueError(
-            f"expected one process, got {started} by a launcher; on-policy training has one "
-            "process and one device: start it as `fastdaa online`"
+            "pipeline: expected one process, got several by a launcher; start its stages one by "
+            "one with it (sft, reward, online), or --pipeline as `fastdaa online`"
         )
+    if arguments.rollouts == "vllm":
+        raise ValueError(
+            "rollouts: expected transformers with several processes, got vllm, which is run in "
+            "one process here"
+        )
+
+
+def _join(arguments: OnlineArguments) -> bool:
+    """Meet the other processes; whether this is the first."""
+    import torch
+    from accelerate import PartialState
+
+    from fastdaa.train.processes import be_quiet
+
+    # Processes on CPUs meet only where this says so.
+    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
+    if not state.is_main_process:
+        be_quiet()
+    return bool(state.is_main_process)
 
 
 def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
@@ -100,12 +141,17 @@ def check_paths(arguments: OnlineArguments, config: OnlineConfig) -> str | None:
 
 
 def build(
-    arguments: OnlineArguments, config: OnlineConfig, checkpoint: str | None = None
+    arguments: OnlineArguments,
+    config: OnlineConfig,
+    checkpoint: str | None = None,
+    *,
+    main_process: bool = True,
 ) -> OnlineTrainer:
     """Everything that a run needs, from the options that name it.
 
     Args:
         checkpoint: that the run continues from.
+        main_process: this process writes files.
     """
     import torch
     from transformers import set_seed
@@ -116,8 +162,7 @@ def build(
     from fastdaa.online.reward_sources import load_reward
     from fastdaa.train.device_options import check_ways
 
-    accelerated = torch.cuda.is_available() and not arguments.use_cpu
-    device = torch.device("cuda" if accelerated else "cpu")
+    device = _device(arguments)
     check_ways(config, device)
     set_seed(config.seed)
     tokenizer = building.load_tokenizer(arguments)
@@ -130,8 +175,9 @@ def build(
     assert arguments.reward is not None
     rewards = read_reward(arguments.reward)
     policy = building.load_policy(
-        arguments, tokenizer, str(config.output_dir), checkpoint, device=device
-    )
+        arguments, tokenizer, str(config.output_dir), checkpoint,
+        main_process=main_process, device=device,
+    )  # fmt: skip
     policy, reference = _on(device, policy), None
     if arguments.ref_model is not None:
         reference = _on(
@@ -154,6 +200,15 @@ def build(
         policy, rollouts, rewards, data.train.ids, config, reference=reference,
         tokenizer=tokenizer, evaluate=evaluate,
     )  # fmt: skip
+
+
+def _device(arguments: OnlineArguments) -> Any:
+    """Of this process."""
+    import torch
+
+    if arguments.use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _on(device: Any, model: Any) -> Any:

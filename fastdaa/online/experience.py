@@ -14,6 +14,7 @@ from fastdaa.online.advantages import gae
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.models import Models
 from fastdaa.online.packs import make_packs
+from fastdaa.online.ranks import add_up, of_the_first, processes, share
 from fastdaa.online.rewards import RunningStd, sequence_sums, shape_scores, token_rewards
 from fastdaa.online.scoring import TokenScores, score_tokens, score_values
 from fastdaa.online.types import Completions, Experience, RewardSource, Rollouts, RolloutSource
@@ -30,7 +31,7 @@ class Collected(NamedTuple):
 def sample(
     source: RolloutSource, policy: nn.Module, prompts: Sequence[Tensor], seed: int
 ) -> Completions:
-    """Completions of the source, checked.
+    """Completions of the source, checked; of several processes those of the first count.
 
     Raises:
         ValueError: not one completion of at least one token for every prompt.
@@ -42,6 +43,7 @@ def sample(
             f"rollouts: expected {counted(len(prompts), 'completion')}, one a prompt, got "
             f"{found} and {counted(len(completions.finished), 'mark')} of whether they are finished"
         )
+    completions = of_the_first(completions)
     empty = [index for index, ids in enumerate(completions.completion_ids) if len(ids) == 0]
     if empty:
         raise ValueError(f"rollouts: expected at least one token each, got none in {empty[:5]}")
@@ -49,27 +51,44 @@ def sample(
 
 
 def raw_scores(
-    source: RewardSource, prompts: Sequence[Tensor], completions: Completions, tokenizer: Any = None
+    source: RewardSource,
+    prompts: Sequence[Tensor],
+    completions: Completions,
+    tokenizer: Any = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """``[S]`` rewards of the source, which reads text where there is a tokenizer; on the CPU.
+    """``[S]`` fp64 rewards of the source, which reads text where there is a tokenizer; on the CPU.
+
+    Args:
+        device: over which several processes talk, each of which asks for its share.
 
     Raises:
         ValueError: the source did not give one finite number a completion.
     """
+    rewards = torch.zeros(len(prompts), dtype=torch.float64)
+    mine = share([len(ids) for ids in completions.completion_ids])
+    if mine:
+        asked = [prompts[i] for i in mine], [completions.completion_ids[i] for i in mine]
+        rewards[mine] = _rewards_of(source, *asked, tokenizer)
+    return add_up(rewards, device or rewards.device)
+
+
+def _rewards_of(
+    source: RewardSource, prompts: list[Tensor], answers: list[Tensor], tokenizer: Any
+) -> Tensor:
     texts = None
     if tokenizer is not None:
         sides = (
-            tokenizer.batch_decode(list(side), skip_special_tokens=True)
-            for side in (prompts, completions.completion_ids)
+            tokenizer.batch_decode(side, skip_special_tokens=True) for side in (prompts, answers)
         )
         texts = list(zip(*sides, strict=True))
-    raw = torch.as_tensor(source.score(prompts, completions.completion_ids, texts))
+    raw = torch.as_tensor(source.score(prompts, answers, texts))
     if raw.shape != (len(prompts),) or not bool(torch.isfinite(raw).all()):
         raise ValueError(
             f"reward: expected {counted(len(prompts), 'finite number')}, one a completion, got "
             f"shape {list(raw.shape)}, of which {int((~torch.isfinite(raw)).sum())} not finite"
         )
-    return raw.detach().cpu()
+    return raw.detach().cpu().double()
 
 
 def score_rollouts(
@@ -79,13 +98,14 @@ def score_rollouts(
     config: OnlineConfig,
     running: RunningStd | None,
     tokenizer: Any = None,
+    device: torch.device | None = None,
 ) -> Rollouts:
-    """Completions with their scores.
+    """Completions with their scores; the arguments as those of :func:`raw_scores`.
 
     Raises:
         ValueError: the source did not give one finite number a completion.
     """
-    raw = raw_scores(source, prompts, completions, tokenizer).float()
+    raw = raw_scores(source, prompts, completions, tokenizer, device).float()
     finished = completions.finished.bool().cpu()
     scores = shape_scores(
         raw, finished, running=running, clip=config.reward_clip,
@@ -105,7 +125,7 @@ def assess(
         rollouts.prompt_ids, rollouts.completion_ids,
         # Without gradient nothing is kept: what a minibatch needs at once is enough.
         tokens_per_pack=config.tokens_per_pack or _minibatch_tokens(rollouts, config),
-        attention=config.attention, device=device,
+        attention=config.attention, device=device, only=share(rollouts.sizes),
     )  # fmt: skip
     options: dict[str, Any] = {
         "temperature": config.temperature,
@@ -152,7 +172,8 @@ def collect(
     began = time.perf_counter()
     completions = sample(sources[0], models.policy, prompts, seed)
     sampled = time.perf_counter()
-    rollouts = score_rollouts(sources[1], prompts, completions, config, running, tokenizer)
+    device = causal_lm(models.policy).device
+    rollouts = score_rollouts(sources[1], prompts, completions, config, running, tokenizer, device)
     scored = time.perf_counter()
     experience, policy_scores, ref_scores = assess(models, rollouts, config, kl_coef)
     metrics = _metrics(experience, policy_scores, ref_scores, config, kl_coef)
@@ -198,5 +219,6 @@ def _metrics(
 
 
 def _minibatch_tokens(rollouts: Rollouts, config: OnlineConfig) -> int:
-    total = int(rollouts.lengths.sum()) + sum(len(ids) for ids in rollouts.prompt_ids)
-    return max(1, total * config.minibatch // max(len(rollouts.prompt_ids), 1))
+    """A process's share of a minibatch of average length."""
+    sequences = max(len(rollouts.prompt_ids), 1) * processes()
+    return max(1, sum(rollouts.sizes) * config.minibatch // sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel
 
+from fastdaa.online.ranks import collect_objects, number, processes
 from fastdaa.online.types import Completions
 from fastdaa.train.backbone import causal_lm
 from fastdaa.validation import check_positive
@@ -35,11 +37,11 @@ class TransformersRollouts:
     """A :class:`~fastdaa.online.types.RolloutSource` on the policy's own device.
 
     Prompts are sorted by length and padded on the left. The logits of a step are dropped with the
-    step.
+    step. Several processes take batches in turn.
 
     Args:
         sampling: how completions are drawn.
-        batch_size: prompts that are answered at a time.
+        batch_size: prompts that are answered at a time; fewer where processes would have none.
 
     Raises:
         ValueError: a number out of range.
@@ -56,16 +58,16 @@ class TransformersRollouts:
         Random numbers and the model's training mode are outside as if nothing had been drawn.
         """
         order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
-        drawn: list[tuple[Tensor, bool]] = [(torch.empty(0), False)] * len(prompts)
+        size = min(self.batch_size, max(1, math.ceil(len(order) / processes())))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        mine: dict[int, tuple[Tensor, bool]] = {}
         with undisturbed(model), torch.no_grad():
-            for number, start in enumerate(range(0, len(order), self.batch_size)):
-                places = order[start : start + self.batch_size]
-                answers = sample_batch(
-                    model, [prompts[place] for place in places], self.sampling,
-                    seed=seed, batch=number,
-                )  # fmt: skip
-                for place, answer in zip(places, answers, strict=True):
-                    drawn[place] = answer
+            for batch in range(number(), len(batches), processes()):
+                asked = [prompts[place] for place in batches[batch]]
+                answers = sample_batch(model, asked, self.sampling, seed=seed, batch=batch)
+                mine |= zip(batches[batch], answers, strict=True)
+        found = {place: one for part in collect_objects(mine) for place, one in part.items()}
+        drawn = [found[place] for place in range(len(prompts))]
         finished = torch.tensor([ended for _, ended in drawn], dtype=torch.bool)
         return Completions([ids for ids, _ in drawn], finished)
 
@@ -97,12 +99,20 @@ def sample_batch(
         synced: every rank generates until all are done (sharded models); None for transformers to
             decide.
     """
-    mixed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
+    seed_all(seed, batch)
+    rows = _generate(model, prompts, sampling, synced)
+    return [cut(row, sampling.end_ids) for row in rows]
+
+
+def seed_all(*parts: int) -> None:
+    """Random numbers of Python, NumPy and torch that depend on ``parts`` alone.
+
+    Call it within :func:`undisturbed`.
+    """
+    mixed = int(np.random.SeedSequence(parts).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-    rows = _generate(model, prompts, sampling, synced)
-    return [cut(row, sampling.end_ids) for row in rows]
 
 
 def cut(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, bool]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdaa.online.experience import raw_scores, sample
+from fastdaa.online.generation import seed_all, undisturbed
 from fastdaa.online.packs import make_packs
+from fastdaa.online.ranks import share
 from fastdaa.online.rewards import sequence_sums
 from fastdaa.online.scoring import score_tokens
 from fastdaa.online.types import Completions, RewardSource
@@ -35,7 +37,8 @@ class HeldOut:
     Args:
         prompts: ``[n]`` int64 each.
         every: iterations between two measurements; the last one is measured, too.
-        seed: of the completions, always the same, so that measurements differ by the policy alone.
+        seed: of the completions (and of rewards that are random), always the same, so that
+            measurements differ by the policy alone.
         gold: a reward that is not trained on, to see when the one that is gets exploited.
 
     Raises:
@@ -79,10 +82,12 @@ class HeldOut:
         self.begin(trainer)
         completions = self._sample(trainer, policy)
         lengths = torch.tensor([len(ids) for ids in completions.completion_ids])
+        sizes = [len(ids) + int(n) for ids, n in zip(self.prompts, lengths, strict=True)]
         packs = make_packs(
             self.prompts, completions.completion_ids,
             tokens_per_pack=trainer.config.tokens_per_pack or _TOKENS_PER_PACK,
             attention=trainer.config.attention, device=causal_lm(policy).device,
+            only=share(sizes),
         )  # fmt: skip
         logps = [
             score_tokens(model, packs, lengths, temperature=trainer.config.temperature).logps
@@ -108,14 +113,17 @@ class HeldOut:
         return sample(trainer.sources[0], model, self.prompts, self.seed)
 
     def _scores(self, trainer: OnlineTrainer, completions: Completions) -> dict[str, Tensor]:
-        """``[n]`` fp64 by each reward."""
+        """``[n]`` fp64 by each reward; one that draws random numbers gets the same ones."""
         sources = {"scores": trainer.sources[1]}
         if self.gold is not None:
             sources["gold"] = self.gold
-        return {
-            name: raw_scores(source, self.prompts, completions, trainer.tokenizer).double()
-            for name, source in sources.items()
-        }
+        device = causal_lm(trainer.models.policy).device
+        with undisturbed(trainer.models.policy):
+            seed_all(self.seed)
+            return {
+                name: raw_scores(source, self.prompts, completions, trainer.tokenizer, device)
+                for name, source in sources.items()
+            }
 
     def _stderr(self, values: Tensor) -> float | None:
         """Standard error of the mean of ``values [n]``; None for a single prompt.

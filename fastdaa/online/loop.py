@@ -20,6 +20,7 @@ from fastdaa.online.experience import collect
 from fastdaa.online.models import prepare_models
 from fastdaa.online.progress import Progress
 from fastdaa.online.prompts import prompts_fact
+from fastdaa.online.ranks import begin_alike, number
 from fastdaa.online.record import Record
 from fastdaa.online.rewards import RunningStd
 from fastdaa.online.seeds import Purpose, prompts_of, seed_of
@@ -29,7 +30,16 @@ from fastdaa.train import checkpoints
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.finite import all_finite
 from fastdaa.train.folder_lock import lock_folder
+from fastdaa.train.processes import meet
 from fastdaa.train.run_record import remove_record, weights_fact
+
+# What may not change while a run is interrupted, beside its settings, and what decides it.
+_FACTS = {
+    "reference": "the model (and ref_model)",
+    "prompts": "the data",
+    "reward": "the reward",
+    "gold_reward": "the gold_reward",
+}
 
 Evaluation = Callable[["OnlineTrainer"], Mapping[str, float] | None]
 """Called after every iteration, with the policy in evaluation mode; what it returns is logged."""
@@ -66,8 +76,10 @@ class _Underway:
 class OnlineTrainer:
     """APA, PPO or AWR on completions that the policy writes itself.
 
-    One process and one device. Policy, reference and critic run on packed sequences, without
-    padding, through the head's engine, without logits.
+    Policy, reference and critic run on packed sequences, without padding, through the head's
+    engine, without logits. Where a launcher has started several processes (and the process group
+    is there), each with a device and all models of its own, they share the work, and every one
+    of them has to make this object and call :meth:`train`; see :mod:`fastdaa.online.ranks`.
 
     Args:
         policy: a causal language model of transformers, on its device, or PEFT's wrapping of one.
@@ -104,8 +116,13 @@ class OnlineTrainer:
         self.tokenizer, self.evaluate = tokenizer, evaluate
         asked = [*prompts, *getattr(evaluate, "prompts", ())]
         self.models = prepare_models(policy, reference, critic, config, max(map(len, asked)))
-        self._reference_fact = weights_fact(self.models.reference)
-        self._prompts_fact = prompts_fact(prompts)
+        self._facts = {
+            "reference": weights_fact(self.models.reference),
+            "prompts": prompts_fact(prompts),
+            "reward": getattr(rewards, "fact", None),
+            "gold_reward": getattr(getattr(evaluate, "gold", None), "fact", None),
+        }
+        begin_alike(policy, self.models.critic)
         self.updater = Updater(policy, self.models.critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":
@@ -137,7 +154,8 @@ class OnlineTrainer:
             begin(self)
         device = causal_lm(self.models.policy).device
         record = Record(config, self.place.steps, device)
-        progress = Progress(config.iterations, self.place.iteration, shown=not config.disable_tqdm)
+        shown = not config.disable_tqdm and number() == 0
+        progress = Progress(config.iterations, self.place.iteration, shown=shown)
         try:
             while self.place.iteration < config.iterations and not record.interrupted:
                 self._iterate(record, progress)
@@ -174,6 +192,7 @@ class OnlineTrainer:
         self.models.train()
         for batch in plan[self.place.minibatches :]:
             if record.asked(self.place.steps):
+                self._check_weights()
                 self._save()
                 return
             began = time.perf_counter()
@@ -207,11 +226,7 @@ class OnlineTrainer:
                 f"iteration {place.iteration + 1}: expected finite losses, got {losses[0]} of the "
                 f"policy and {losses[1]} of the critic; a lower learning_rate may help"
             )
-        if not (all_finite(self.models.policy) and all_finite(self.models.critic)):
-            raise FloatingPointError(
-                f"iteration {place.iteration + 1}: expected finite weights after its updates, got "
-                "some that are infinite or not a number; a lower learning_rate may help"
-            )
+        self._check_weights()
         self.controller.update(metrics["objective/kl"], config.rollouts_per_iteration)
         sampled = place.rollouts + config.rollouts_per_iteration
         self.place = Place(place.iteration + 1, 0, place.steps, sampled)
@@ -230,6 +245,13 @@ class OnlineTrainer:
             metrics |= self.evaluate(self) or {}
         self._report(record, progress)
 
+    def _check_weights(self) -> None:
+        if not (all_finite(self.models.policy) and all_finite(self.models.critic)):
+            raise FloatingPointError(
+                f"iteration {self.place.iteration + 1}: expected finite weights after its updates, "
+                "got some that are infinite or not a number; a lower learning_rate may help"
+            )
+
     def _report(self, record: Record, progress: Progress) -> None:
         """A row and a checkpoint, where they are due."""
         config, iteration = self.config, self.place.iteration
@@ -246,6 +268,11 @@ class OnlineTrainer:
     def _save(self) -> None:
         if self.config.output_dir is None:
             return
+        if number() == 0:
+            self._write_checkpoint()
+        meet()  # or a launcher would end the process that writes with the first of the others
+
+    def _write_checkpoint(self) -> None:
         underway = self._underway
         state: dict[str, Any] = {
             "updater": self.updater.state_dict(),
@@ -253,9 +280,8 @@ class OnlineTrainer:
             "running": None if self.running is None else self.running.state_dict(),
             "monitor": self.monitor.state_dict(),
             "metrics": self._metrics if underway is None else underway.metrics,
-            "reference": self._reference_fact,
-            "prompts": self._prompts_fact,
             "underway": None,
+            **self._facts,
         }
         if underway is not None:
             sums = {name: float(value) for name, value in underway.sums.items()}
@@ -266,9 +292,10 @@ class OnlineTrainer:
     def _start(self, resume: str | Path | bool) -> None:
         """Loads what is to be resumed, if anything is."""
         output_dir = self.config.output_dir
-        if output_dir is not None:
+        if output_dir is not None and number() == 0:
             self._lock = lock_folder(output_dir)
             tidy(output_dir)
+        meet()
         found = [] if output_dir is None else checkpoints.complete(output_dir)
         last = found[-1][1] if found else None
         if resume is False:
@@ -277,7 +304,7 @@ class OnlineTrainer:
                     f"output_dir: expected a folder without checkpoints for a new run, got {last}; "
                     "resume it, or choose another folder"
                 )
-            if output_dir is not None:
+            if output_dir is not None and number() == 0:
                 remove_record(output_dir)
             return
         folder: str | Path | None = resume if resume is not True else None
@@ -286,17 +313,14 @@ class OnlineTrainer:
         if folder is None:
             return
         self.place, state, experience = load_checkpoint(folder, self.config, self.models)
-        if state.get("reference", self._reference_fact) != self._reference_fact:
-            raise ValueError(
-                f"resume: expected the reference of {folder}, {state['reference']}, got another, "
-                f"{self._reference_fact}; give the model (and ref_model) that the run began with"
-            )
-        if state.get("prompts", self._prompts_fact) != self._prompts_fact:
-            raise ValueError(
-                f"resume: expected the prompts of {folder}, {state['prompts']}, got others, "
-                f"{self._prompts_fact}; give the data that the run began with, or choose another "
-                "output_dir for a new run"
-            )
+        for name, now in self._facts.items():
+            then = state.get(name)
+            if None not in (then, now) and then != now:
+                raise ValueError(
+                    f"resume: expected the {name} of {folder}, {then}, got another, {now}; give "
+                    f"{_FACTS[name]} that the run began with, or choose another output_dir for a "
+                    "new run"
+                )
         self.updater.load_state_dict(state["updater"])
         self.controller.load_state_dict(state["controller"])
         if self.running is not None:

@@ -20,6 +20,7 @@ def make_packs(
     tokens_per_pack: int | None = None,
     attention: str = "auto",
     device: torch.device | str = "cpu",
+    only: Sequence[int] | None = None,
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     """Packs of whole sequences, each with the numbers of its sequences ``[s]`` int64 (ascending).
 
@@ -33,13 +34,17 @@ def make_packs(
         tokens_per_pack: prompts and completions of one pack; a longer sequence is one by itself.
             None for a single pack.
         attention: one of ``fastdaa.train.segment_backends.BACKENDS``, or ``"auto"``.
+        only: the numbers of the sequences that are wanted; None for all.
     """
     prompts, completions = (
         [np.asarray(ids, dtype=np.int64) for ids in side] for side in (prompt_ids, completion_ids)
     )
     sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    everything = [list(range(len(sizes)))]
-    groups = everything if tokens_per_pack is None else pack_by_length(sizes, tokens_per_pack)
+    wanted = list(range(len(sizes))) if only is None else list(only)
+    groups = [wanted] if wanted else []
+    if tokens_per_pack is not None:
+        found = pack_by_length([sizes[i] for i in wanted], tokens_per_pack)
+        groups = [[wanted[i] for i in group] for group in found]
     packs = []
     for group in groups:
         pack = packed([prompts[i] for i in group], [completions[i] for i in group])

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from fastdaa.online.config import OnlineConfig
+from fastdaa.online.ranks import number, processes
 from fastdaa.train.interrupt import Interrupt
 from fastdaa.train.metrics_writer import MetricsWriter
 
@@ -26,7 +27,9 @@ class Record:
 
     def __init__(self, config: OnlineConfig, steps: int, device: torch.device) -> None:
         self._args = _arguments(config, device)
-        self._state = TrainerState(global_step=steps, max_steps=config.total_steps)
+        self._state = TrainerState(
+            global_step=steps, max_steps=config.total_steps, is_world_process_zero=number() == 0
+        )
         self._control = TrainerControl()
         self._files = config.output_dir is not None
         self._writer, self._interrupt = MetricsWriter(), Interrupt()
@@ -59,4 +62,4 @@ class Record:
 
 def _arguments(config: OnlineConfig, device: torch.device) -> Any:
     """What the two callbacks read of training arguments."""
-    return SimpleNamespace(output_dir=config.output_dir, world_size=1, device=device)
+    return SimpleNamespace(output_dir=config.output_dir, world_size=processes(), device=device)

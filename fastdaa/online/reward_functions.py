@@ -41,6 +41,11 @@ class FunctionReward:
         self._function = load_function(function) if isinstance(function, str) else function
         self._original = original
 
+    @property
+    def fact(self) -> str:
+        """What it is, for a run that goes on with it."""
+        return self.label
+
     def score(
         self,
         prompt_ids: Sequence[Tensor],

@@ -17,6 +17,7 @@ from fastdaa.train.adapter_files import tokenizer_source
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import install_head_task, run_head_task
 from fastdaa.train.reward_models import check_reward_model, last_tokens, load_classifier
+from fastdaa.train.run_record import weights_fact
 from fastdaa.train.support import supports_segments
 from fastdaa.validation import check_positive
 
@@ -60,6 +61,7 @@ class ModelReward:
         self._model: Any = model.eval().requires_grad_(False)
         self._tokenizer, self._original = tokenizer, original
         self._tokens_per_pack, self._ending = tokens_per_pack, ending
+        self.fact = weights_fact(model)
 
     @torch.no_grad()
     def score(

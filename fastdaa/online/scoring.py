@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdaa.online.critic import Critic
 from fastdaa.online.packs import token_index
+from fastdaa.online.ranks import add_up
 from fastdaa.plan_call import plan_call
 from fastdaa.score import score
 from fastdaa.selection import select_rows
@@ -44,17 +45,17 @@ def score_tokens(
     engine: str = "auto",
     max_bytes: int | None = None,
 ) -> TokenScores:
-    """Scores of all tokens of ``packs``, in the order of the sequences (1U a token).
+    """Scores of all tokens, in the order of the sequences (1U a token).
 
     Args:
         model: with ``install_head_task``, in evaluation mode.
-        packs: see :func:`fastdaa.online.packs.make_packs`.
+        packs: see :func:`fastdaa.online.packs.make_packs`; with several processes each has some.
         lengths: ``[S]`` int64, completion tokens of every sequence, on the CPU.
         critic: a shared one, whose values are wanted.
     """
     core = causal_lm(model)
     columns = 3 if critic is None else 4
-    scores = torch.empty(columns, int(lengths.sum()))
+    scores = torch.zeros(columns, int(lengths.sum()))
     for sequences, pack in packs:
 
         def task(hidden_states: Tensor, pack: Mapping[str, Any] = pack) -> list[Tensor]:
@@ -70,13 +71,13 @@ def score_tokens(
 
         found = run_head_task(model, pack, task).result
         scores[:, token_index(lengths, sequences)] = torch.stack(found).float().cpu()
-    return TokenScores(*scores)
+    return TokenScores(*add_up(scores, core.device))
 
 
 @torch.no_grad()
 def score_values(critic: Critic, packs: Packs, lengths: Tensor) -> Tensor:
     """``[N]`` fp32 on the CPU: values by a critic with a backbone of its own."""
-    values = torch.empty(int(lengths.sum()))
+    values = torch.zeros(int(lengths.sum()))
     for sequences, pack in packs:
         values[token_index(lengths, sequences)] = critic(pack).float().cpu()
-    return values
+    return add_up(values, next(critic.parameters()).device)

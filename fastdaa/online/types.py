@@ -43,6 +43,11 @@ class Rollouts(NamedTuple):
         """``[S]`` int64, completion tokens."""
         return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.int64)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of prompts with their completions."""
+        return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
     def __repr__(self) -> str:
         sequences = counted(len(self.prompt_ids), "sequence")
         return f"Rollouts({sequences}, {counted(int(self.lengths.sum()), 'token')})"
@@ -65,7 +70,11 @@ class RolloutSource(Protocol):
 
 
 class RewardSource(Protocol):
-    """A reward for every completion: a model, a function, a table."""
+    """A reward for every completion: a model, a function, a table.
+
+    Where it has an attribute ``fact``, a text that says which it is, a run can be resumed with the
+    same one only.
+    """
 
     def score(
         self,

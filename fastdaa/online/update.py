@@ -15,6 +15,7 @@ from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic
 from fastdaa.online.objectives import TokenData, is_clipped, policy_losses, value_loss
 from fastdaa.online.packs import make_packs, token_index
+from fastdaa.online.ranks import add_gradients, add_up_by_name, share
 from fastdaa.online.seeds import Purpose, generator
 from fastdaa.online.token_loss import TokenLoss, token_loss
 from fastdaa.online.types import Experience
@@ -48,6 +49,8 @@ def minibatches(config: OnlineConfig, iteration: int, sequences: int) -> list[Mi
 
 class Updater:
     """Adam, its schedule and clipping for policy and critic; one minibatch a call.
+
+    Several processes compute the gradients of some of its sequences each, and take the same step.
 
     ``loss = policy + vf_coef * critic``, both means over the tokens of the minibatch. Gradients of
     policy and critic are clipped each for itself: the critic's errors must not shrink the
@@ -90,11 +93,12 @@ class Updater:
         old_values, returns = (
             values[tokens].to(self.device) for values in (experience.values, experience.returns)
         )
+        chosen, sizes = batch.sequences.tolist(), rollouts.sizes
         packs = make_packs(
-            [rollouts.prompt_ids[i] for i in batch.sequences.tolist()],
-            [rollouts.completion_ids[i] for i in batch.sequences.tolist()],
+            [rollouts.prompt_ids[i] for i in chosen],
+            [rollouts.completion_ids[i] for i in chosen],
             tokens_per_pack=config.tokens_per_pack, attention=config.attention,
-            device=self.device,
+            device=self.device, only=share([sizes[i] for i in chosen]),
         )  # fmt: skip
         sums: dict[str, Tensor] = {}
         for sequences, pack in packs:
@@ -111,6 +115,9 @@ class Updater:
                 loss = loss + aux_loss * (len(here) / len(tokens))
             loss.backward()
             _add(sums, _statistics(config, policy, part, value.detach(), len(tokens)))
+        for parameters in self.parts:
+            add_gradients(parameters, self.device)
+        sums = add_up_by_name(sums, statistics_of(config), self.device)
         sums |= self._clip()
         self.optimizer.step()
         self.scheduler.step()
@@ -175,6 +182,12 @@ class Updater:
         """Goes on from :meth:`state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def statistics_of(config: OnlineConfig) -> list[str]:
+    """Names of the means over a minibatch's tokens."""
+    names = ["loss/policy", "loss/value", "policy/approxkl", "val/ratio"]
+    return [*names, "policy/clipfrac"] if config.algorithm == "ppo" else names
 
 
 def _statistics(

@@ -58,13 +58,16 @@ class VllmRollouts:
         """One completion of every prompt. Every prompt has a seed of its own."""
         self._load(model)
         sampling = self.sampling
+        # Not neighbours of `seed`, which are those of other iterations.
+        generator = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
         settings = [
             self._vllm.SamplingParams(
                 n=1, temperature=sampling.temperature, top_p=1.0, top_k=-1,
-                max_tokens=sampling.max_new_tokens, seed=(seed + place) % 2**63,
+                max_tokens=sampling.max_new_tokens, seed=own,
                 stop_token_ids=list(sampling.end_ids), ignore_eos=False,
             )
-            for place in range(len(prompts))
+            for own in seeds
         ]  # fmt: skip
         asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
         outputs = self._engine.generate(asked, settings, use_tqdm=False)

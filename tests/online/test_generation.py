@@ -196,6 +196,7 @@ class Engine:
         self.loaded = {name: value.clone() for name, value in weights}
 
     def generate(self, asked, settings, use_tqdm):
+        self.seeds = [each.seed for each in settings]
         tokens = [[*prompt["prompt_token_ids"][:1], END] for prompt in asked]
         tokens[-1] = tokens[-1][:1]
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=row)]) for row in tokens]
@@ -214,6 +215,14 @@ def test_vllm_gets_the_weights_and_gives_completions(model, prompts, vllm_rollou
     assert vllm_rollouts._engine.loaded.keys() == model.state_dict().keys()
     assert completions.finished.tolist() == [True] * 5 + [False]
     assert completions.completion_ids[0].tolist() == [int(prompts[0][0]), END]
+
+
+def test_vllm_draws_with_other_numbers_in_every_iteration(model, prompts, vllm_rollouts):
+    found = []
+    for seed in (1, 5, 5):  # those of two iterations are a few apart
+        vllm_rollouts.sample(model, prompts, seed=seed)
+        found.append(vllm_rollouts._engine.seeds)
+    assert found[1] == found[2] and len({*found[0], *found[1]}) == 2 * len(prompts)
 
 
 def test_vllm_gets_weights_with_adapters_in_them(model, prompts, vllm_rollouts):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,6 +145,39 @@ class BrokenReward:
 
     def score(self, prompt_ids, completion_ids, texts=None):
         raise ValueError("reward broken.py:f failed")
+
+
+class NoisyReward(CountReward):
+    """Draws random numbers, as a reward with dropout or a sampled judge does."""
+
+    def score(self, prompt_ids, completion_ids, texts=None):
+        noise = [random.random() + np.random.rand() for _ in completion_ids]
+        noise = torch.tensor(noise) + torch.rand(len(completion_ids))
+        return super().score(prompt_ids, completion_ids) + noise
+
+
+def test_a_resumed_run_with_a_random_reward_is_the_same(make_trainer, sequences, tmp_path):
+    prompts, _ = sequences(5, seed=1)
+
+    def run(folder, iterations, resume):
+        held_out = HeldOut(prompts, every=1, gold=NoisyReward())
+        trainer = make_trainer(
+            held_out, output_dir=str(tmp_path / folder), iterations=iterations, save_steps=1
+        )
+        trainer.sources = (trainer.sources[0], NoisyReward())
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        return trainer, trainer.train(resume=resume).metrics
+
+    whole, expected = run("whole", 3, False)
+    run("cut", 2, False)
+    rest, found = run("cut", 3, True)
+    for name, value in whole.models.policy.state_dict().items():
+        assert torch.equal(value, rest.models.policy.state_dict()[name]), name
+    evals = [name for name in expected if name.startswith("eval/")]
+    assert len(evals) > 5
+    assert {name: found[name] for name in evals} == {name: expected[name] for name in evals}
 
 
 def test_a_gold_reward_that_fails_does_so_before_the_first_iteration(make_trainer, sequences):

@@ -20,6 +20,7 @@ from fastdaa.online.checkpoint import save_checkpoint
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.held_out import HeldOut
 from fastdaa.online.loop import OnlineTrainer
+from fastdaa.online.reward_functions import FunctionReward
 from fastdaa.online.seeds import prompts_of
 from fastdaa.online.types import Completions
 from fastdaa.train import checkpoints
@@ -206,6 +207,42 @@ def test_resumed_after_an_iteration_as_if_never_stopped(
         assert {k: v for k, v in ours.items() if not _timed(k)} == {
             k: v for k, v in theirs.items() if not _timed(k)
         }
+
+
+def _score(prompts: Any, completions: Any) -> Any:
+    return [1.0] * len(completions)
+
+
+def _other(prompts: Any, completions: Any) -> Any:
+    return [2.0] * len(completions)
+
+
+class _Words:
+    """What is used of a tokenizer."""
+
+    def batch_decode(self, rows: Sequence[Tensor], **_: Any) -> list[str]:
+        return [str(row.tolist()) for row in rows]
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("changed", ["reward", "gold_reward"])
+def test_resumed_with_another_reward(tiny_policy: Any, tmp_path: Path, changed: str) -> None:
+    def trainer(iterations: int, **given: Any) -> OnlineTrainer:
+        reward, gold = (
+            FunctionReward(given.get(name, _score)) for name in ("reward", "gold_reward")
+        )
+        config = _config(tmp_path, iterations=iterations)
+        held_out = HeldOut([torch.tensor([3, 4])], gold=gold)
+        return _trainer(tiny_policy(), config, rewards=reward, evaluate=held_out,
+                        tokenizer=_Words())  # fmt: skip
+
+    trainer(1).train()
+    said = f"resume: expected the {changed} of .*, _score, got another, _other"
+    with pytest.raises(ValueError, match=said):
+        trainer(2, **{changed: _other}).train(resume=True)
+    assert trainer(2).train(resume=True).iterations == 2
 
 
 def _timed(name: str) -> bool:
@@ -408,8 +445,9 @@ def test_nothing_is_saved_without_a_folder(tiny_policy: Any) -> None:
         save_checkpoint(trainer.config, trainer.place, trainer.models, {}, None)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_broken_weights_end_the_run_before_they_are_saved(
-    tiny_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
     """The losses of an iteration are those before its last update."""
     trainer = _trainer(tiny_policy(), _config(tmp_path, save_steps=1))
@@ -417,6 +455,8 @@ def test_broken_weights_end_the_run_before_they_are_saved(
 
     def breaking(*given: Any) -> Any:
         losses = step(*given)
+        if interrupted:
+            signal.raise_signal(signal.SIGTERM)
         with torch.no_grad():
             next(trainer.models.policy.parameters())[0, 0] = torch.inf
         return losses

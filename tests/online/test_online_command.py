@@ -257,15 +257,6 @@ def test_a_pipeline_without_pairs_fails_before_its_first_stage(files, tmp_path, 
     assert not folder.exists()
 
 
-def test_several_processes_are_refused(files, tmp_path, capsys, monkeypatch):
-    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    for chosen in ({"reward": "math:sqrt"}, {"pipeline": True}):
-        assert main(arguments(files, tmp_path / "out", **chosen)) == 2
-        assert "expected one process, got 2 by a launcher" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_stages_are_commands_of_their_own(files, tmp_path, capsys):
     options = [
         f"--dataset={files}/pairs.jsonl", "--use_cpu", "--test_size=3", "--max_steps=2",

@@ -1,0 +1,158 @@
+"""``fastdaa online`` in two processes over gloo, against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from command_process import start_command
+from meeting import meeting
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from word_files import word_tokenizer, write_pairs_and_reward
+
+from fastdaa.cli import main
+
+REWARD = """
+def count(prompts, completions):
+    with open({calls!r}, "a") as file:
+        print(len(completions), file=file)
+    return [text.split().count("w3") - 0.1 * len(text.split()) for text in completions]
+
+def fails(prompts, completions):
+    import os
+    if os.environ.get("RANK") == "1":
+        raise OSError("no such service")
+    return count(prompts, completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        initializer_range=0.3, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_pairs_and_reward(folder)
+    (folder / "reward.py").write_text(REWARD.format(calls=str(folder / "calls")))
+    return folder
+
+
+def command(files, folder, **options):
+    options = {
+        "model": files / "model", "dataset": files / "pairs.jsonl", "output_dir": folder,
+        "reward": f"{files / 'reward.py'}:count", "test_size": 3,
+        "eval_rollouts": 6, "eval_steps": 2, "iterations": 3, "rollouts_per_iteration": 8,
+        "minibatch": 3, "max_new_tokens": 5,
+        # As many batches of prompts with one process as with two.
+        "generation_batch_size": 2, "learning_rate": 0.01, "kl_lambda": 0.5, "seed": 1, **options,
+    }  # fmt: skip
+    return ["online", "--use_cpu", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def start_two(files, folder, **options):
+    """Two processes of one command, as a launcher starts them."""
+    together, words = meeting(2), command(files, folder, **options)
+    said = [folder.with_name(f"{folder.name}_{rank}.txt") for rank in range(2)]
+    own = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start_command(words, env, file) for env, file in zip(own, said, strict=True)]
+    return processes, said
+
+
+def end(started):
+    """Exit codes and what was said."""
+    processes, said = started
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes], [file.read_text() for file in said]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(two, one):
+    got, expected = (load_file(folder / "model.safetensors") for folder in (two, one))
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
+    assert len(rows_of(two)) == len(rows_of(one)) == 3
+    for row, wanted in zip(rows_of(two), rows_of(one), strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if "time" not in name and "per_second" not in name:
+                assert row[name] == pytest.approx(value, abs=2e-4), (row["iteration"], name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "apa"},
+        {"algorithm": "ppo", "critic": "shared", "reward_scaling": "running_std"},
+        {"algorithm": "awr", "tokens_per_pack": 30, "use_peft": True, "lora_r": 2},
+    ],
+    ids=["apa", "ppo", "awr-lora"],
+)
+def test_two_processes_train_as_one_does(files, tmp_path, options):
+    if "use_peft" in options:
+        pytest.importorskip("peft")
+    (files / "calls").unlink(missing_ok=True)
+    codes, said = end(start_two(files, tmp_path / "two", **options))
+    assert codes == [0, 0], said
+    assert "reward of rollouts" in said[0] and said[1].strip() == ""
+    scored = [*map(int, (files / "calls").read_text().split())]
+    assert scored[:4] == [3, 3, 4, 4]  # held-out prompts, then rollouts
+    assert main(command(files, tmp_path / "one", **options)) == 0
+    name = "adapter_model.safetensors" if "use_peft" in options else "model.safetensors"
+    for folder in (tmp_path / "two", tmp_path / "one"):
+        (folder / name).replace(folder / "model.safetensors")
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_stopped_together_and_continued_by_one(files, tmp_path):
+    two = tmp_path / "two"
+    started = start_two(files, two, iterations=200, save_steps=500, lr_scheduler_type="constant")
+    while not (two / "metrics.jsonl").is_file() or len(rows_of(two)) < 2:
+        assert all(process.is_alive() for process in started[0])
+        time.sleep(0.05)
+    os.kill(started[0][1].pid, signal.SIGINT)
+    codes, said = end(started)
+    assert codes == [130, 130], said
+    assert said[0].count("To continue with the same launcher:") == 1 and "continue" not in said[1]
+    (checkpoint,) = two.glob("checkpoint-*")
+    done = json.loads((checkpoint / "trainer_state.json").read_text())
+    iterations = done["iteration"] + 1
+    options = {"iterations": iterations, "lr_scheduler_type": "constant", "save_steps": 500}
+    again = command(files, two, resume_from_checkpoint=True, **options)
+    assert main(again) == 0
+    assert main(command(files, tmp_path / "one", **options)) == 0
+    got, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("two", "one"))
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_an_error_in_one_process_ends_all(files, tmp_path):
+    failing = f"{files / 'reward.py'}:fails"
+    codes, said = end(start_two(files, tmp_path / "out", reward=failing))
+    assert codes == [2, 2], said
+    assert "no such service" in said[1] and "error" not in said[0]
+
+
+def test_what_several_processes_cannot_do(files, tmp_path, capsys, monkeypatch):
+    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for chosen, option in (({"pipeline": True}, "pipeline"), ({"rollouts": "vllm"}, "rollouts")):
+        assert main(command(files, tmp_path / "out", **chosen)) == 2
+        assert f"error: {option}: expected" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
