@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdaa.counted import counted
 from fastdaa.online.config import CONFIG_FILE, OnlineConfig
 from fastdaa.online.models import Models
+from fastdaa.online.ranks import number
 from fastdaa.online.types import Experience, Rollouts
 from fastdaa.train import checkpoints
 from fastdaa.train.adapters import is_adapted
@@ -57,6 +58,7 @@ def save_checkpoint(
     models: Models,
     state: Mapping[str, Any],
     experience: Experience | None,
+    random_of: Sequence[Mapping[str, Any]],
 ) -> Path:
     """Writes a checkpoint beside its place and moves it there; older ones beyond the limit go.
 
@@ -64,6 +66,7 @@ def save_checkpoint(
         models: of which the policy and the critic are saved.
         state: what else goes on, of tensors and plain values.
         experience: of the iteration that is under way.
+        random_of: :func:`random_states` of every process.
     """
     if config.output_dir is None:
         raise ValueError("output_dir: expected a folder for the checkpoint, got None")
@@ -83,7 +86,7 @@ def save_checkpoint(
         **state,
         "place": tuple(place),
         "experience": None if experience is None else flatten(experience),
-        "random": random_states(),
+        "random": list(random_of),
     }
     torch.save(content, partial / STATE_FILE)
     text = json.dumps({"global_step": place.steps, **place._asdict()})
@@ -159,7 +162,8 @@ def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) ->
     load(models.policy, str(folder / "model.safetensors"), device=device)
     load(models.critic, str(folder / "critic.safetensors"), device=device)
     content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    restore_random_states(content.pop("random"))
+    random_of = content.pop("random")
+    restore_random_states(random_of[number() % len(random_of)])
     saved = content.pop("experience")
     place = Place(*content.pop("place"))
     return Loaded(place, content, None if saved is None else unflatten(saved))
@@ -209,9 +213,9 @@ def unflatten(saved: Mapping[str, Tensor]) -> Experience:
 
 
 def random_states() -> dict[str, Any]:
-    """States of all global generators, which sources of rewards or dropout may use."""
+    """States of this process's generators, which sources of rewards or dropout may use."""
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     numbers = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return {
         "torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
@@ -222,8 +226,8 @@ def random_states() -> dict[str, Any]:
 def restore_random_states(states: Mapping[str, Any]) -> None:
     """Puts the states of :func:`random_states` back."""
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastdaa.online.checkpoint import Place, load_checkpoint, save_checkpoint, tidy
+from fastdaa.online.checkpoint import (
+    Place,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    tidy,
+)
 from fastdaa.online.collapse import CollapseMonitor
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.controllers import AdaptiveKL, FixedKL, KLController
@@ -20,7 +26,7 @@ from fastdaa.online.experience import collect
 from fastdaa.online.models import prepare_models
 from fastdaa.online.progress import Progress
 from fastdaa.online.prompts import prompts_fact
-from fastdaa.online.ranks import begin_alike, number
+from fastdaa.online.ranks import begin_alike, collect_objects, number
 from fastdaa.online.record import Record
 from fastdaa.online.rewards import RunningStd
 from fastdaa.online.seeds import Purpose, prompts_of, seed_of
@@ -268,11 +274,12 @@ class OnlineTrainer:
     def _save(self) -> None:
         if self.config.output_dir is None:
             return
+        random_of = collect_objects(random_states())
         if number() == 0:
-            self._write_checkpoint()
+            self._write_checkpoint(random_of)
         meet()  # or a launcher would end the process that writes with the first of the others
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, random_of: list[dict[str, Any]]) -> None:
         underway = self._underway
         state: dict[str, Any] = {
             "updater": self.updater.state_dict(),
@@ -287,7 +294,7 @@ class OnlineTrainer:
             sums = {name: float(value) for name, value in underway.sums.items()}
             state["underway"] = (sums, underway.tokens, underway.seconds)
         experience = None if underway is None else underway.experience
-        save_checkpoint(self.config, self.place, self.models, state, experience)
+        save_checkpoint(self.config, self.place, self.models, state, experience, random_of)
 
     def _start(self, resume: str | Path | bool) -> None:
         """Loads what is to be resumed, if anything is."""

@@ -442,7 +442,7 @@ def test_nothing_is_saved_without_a_folder(tiny_policy: Any) -> None:
     trainer = _trainer(tiny_policy(), dataclasses.replace(_config(None), iterations=1))
     assert trainer.train().iterations == 1
     with pytest.raises(ValueError, match="output_dir: expected a folder"):
-        save_checkpoint(trainer.config, trainer.place, trainer.models, {}, None)
+        save_checkpoint(trainer.config, trainer.place, trainer.models, {}, None, [])
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
