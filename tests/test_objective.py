@@ -29,6 +29,12 @@ POLICY = PairLogps(torch.tensor([-3.0, -9.0]), torch.tensor([-6.0, -7.0]), *LENG
 REF = PairLogps(torch.tensor([-4.0, -8.5]), torch.tensor([-5.0, -7.5]), *LENGTHS)
 
 
+def test_names_are_for_parse():
+    for given in ("dpo", ["dpo"], ("dpo",)):
+        with pytest.raises(TypeError, match="terms: expected a tuple of Terms.*Objective.parse"):
+            Objective(given)
+
+
 def test_table_is_consistent():
     for name, loss in LOSSES.items():
         assert loss.name == name

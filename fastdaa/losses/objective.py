@@ -86,6 +86,7 @@ class Objective:
     the whole batch, sum what comes back, and divide by the pairs of the whole batch.
 
     Raises:
+        TypeError: what is no tuple of terms, such as the name of a loss, which :meth:`parse` takes.
         ValueError: no loss with a weight above 0, or a weighting that does not go with the losses.
     """
 
@@ -101,6 +102,11 @@ class Objective:
     """Name under which :meth:`by_key` finds it: compiled graphs hold strings, not objects."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.terms, tuple) or not all(isinstance(t, Term) for t in self.terms):
+            raise TypeError(
+                f"terms: expected a tuple of Terms, got {self.terms!r}; "
+                "Objective.parse reads names of losses"
+            )
         if not self.terms or all(term.weight == 0 for term in self.terms):
             raise ValueError("expected at least one loss with a weight above 0, got none")
         check_weighting([term.loss for term in self.terms], self.ld_alpha, self.use_weighting)
