@@ -118,7 +118,7 @@ def assess(
     models: Models, rollouts: Rollouts, config: OnlineConfig, kl_coef: float
 ) -> tuple[Experience, TokenScores, TokenScores]:
     """Experience, and the token scores of policy and reference behind it."""
-    policy, reference, critic = models
+    policy, critic = models.policy, models.critic
     device = causal_lm(policy).device
     lengths = rollouts.lengths
     packs = make_packs(
@@ -135,7 +135,8 @@ def assess(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
         shared = critic if critic.shared else None
         policy_scores = score_tokens(policy, packs, lengths, critic=shared, **options)
-        ref_scores = score_tokens(reference, packs, lengths, **options)
+        with models.as_reference() as reference:
+            ref_scores = score_tokens(reference, packs, lengths, **options)
         values = policy_scores.values if critic.shared else score_values(critic, packs, lengths)
     assert values is not None
     logratios = policy_scores.logps - ref_scores.logps if config.algorithm == "ppo" else None

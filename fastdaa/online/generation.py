@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from fastdaa.online.ranks import collect_objects, number, processes
 from fastdaa.online.types import Completions
 from fastdaa.train.backbone import causal_lm
+from fastdaa.train.eval_mode import in_eval_mode
 from fastdaa.validation import check_positive
 
 
@@ -145,22 +146,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Covered are Python, NumPy and torch on the CPU and on the model's device. Eval mode also
     switches activation checkpointing off, which would switch the generation cache off.
     """
-    training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     devices = [] if device.type == "cpu" else [device]
     # fork_rng wants a device type even where there is none to fork.
     kind = "cuda" if device.type == "cpu" else device.type
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        for module in training:
-            module.training = False
-        with torch.random.fork_rng(devices, device_type=kind):
+        with in_eval_mode(model), torch.random.fork_rng(devices, device_type=kind):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for module in training:
-            module.training = True
 
 
 def _generate(

@@ -70,7 +70,9 @@ class HeldOut:
     def begin(self, trainer: OnlineTrainer) -> None:
         """The reference's scores, once: a reward that fails does so before the first iteration."""
         if not self._reference:
-            scores = self._scores(trainer, self._sample(trainer, trainer.models.reference))
+            with trainer.models.as_reference() as reference:
+                completions = self._sample(trainer, reference)
+            scores = self._scores(trainer, completions)
             self._reference = {
                 f"eval/ref_{name}": float(values.mean()) for name, values in scores.items()
             }
@@ -78,7 +80,7 @@ class HeldOut:
     def measure(self, trainer: OnlineTrainer) -> dict[str, float]:
         """Completions of the policy as it is now."""
         began = time.perf_counter()
-        policy, reference, _ = trainer.models
+        policy = trainer.models.policy
         self.begin(trainer)
         completions = self._sample(trainer, policy)
         lengths = torch.tensor([len(ids) for ids in completions.completion_ids])
@@ -89,10 +91,10 @@ class HeldOut:
             attention=trainer.config.attention, device=causal_lm(policy).device,
             only=share(sizes),
         )  # fmt: skip
-        logps = [
-            score_tokens(model, packs, lengths, temperature=trainer.config.temperature).logps
-            for model in (policy, reference)
-        ]
+        temperature = trainer.config.temperature
+        logps = [score_tokens(policy, packs, lengths, temperature=temperature).logps]
+        with trainer.models.as_reference() as reference:
+            logps.append(score_tokens(reference, packs, lengths, temperature=temperature).logps)
         scores = self._scores(trainer, completions)
         scores["kl"] = sequence_sums(logps[0] - logps[1], lengths).cpu()
         found: dict[str, float] = {}

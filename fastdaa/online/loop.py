@@ -37,7 +37,7 @@ from fastdaa.train.backbone import causal_lm
 from fastdaa.train.finite import all_finite
 from fastdaa.train.folder_lock import lock_folder
 from fastdaa.train.processes import meet
-from fastdaa.train.run_record import remove_record, weights_fact
+from fastdaa.train.run_record import remove_record
 
 # What may not change while a run is interrupted, beside its settings, and what decides it.
 _FACTS = {
@@ -93,7 +93,8 @@ class OnlineTrainer:
         rewards: scores.
         prompts: all prompts, ``[n]`` int64 each.
         config: settings.
-        reference: a frozen model; None for a copy of the policy as it is now.
+        reference: a frozen model; None for the policy as it is now: with a new LoRA adapter the
+            policy without it, else a copy.
         critic: None for a new one, see :class:`~fastdaa.online.critic.Critic`.
         tokenizer: gives the reward source texts; None to give it token ids alone.
         evaluate: called after every iteration; where it has a method ``begin(trainer)``, that is
@@ -123,7 +124,7 @@ class OnlineTrainer:
         asked = [*prompts, *getattr(evaluate, "prompts", ())]
         self.models = prepare_models(policy, reference, critic, config, max(map(len, asked)))
         self._facts = {
-            "reference": weights_fact(self.models.reference),
+            "reference": self.models.reference_fact(),
             "prompts": prompts_fact(prompts),
             "reward": getattr(rewards, "fact", None),
             "gold_reward": getattr(getattr(evaluate, "gold", None), "fact", None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -9,13 +11,20 @@ from torch import nn
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic
 from fastdaa.online.seeds import Purpose, seed_of
-from fastdaa.train.adapters import check_adapters, is_adapted
+from fastdaa.train.adapters import (
+    check_adapters,
+    is_adapted,
+    is_fresh,
+    peft_model,
+    starting_point,
+)
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.offload import check_offload
 from fastdaa.train.positions import check_length, positions_of
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
 from fastdaa.train.quantization import check_adapted, compute_as_in_training
 from fastdaa.train.references import check_reference, frozen_copy
+from fastdaa.train.run_record import weights_fact
 from fastdaa.train.savable import check_can_be_saved
 from fastdaa.train.support import supports_segments
 
@@ -24,8 +33,24 @@ class Models(NamedTuple):
     """The three networks."""
 
     policy: nn.Module
-    reference: nn.Module
+    reference: nn.Module | None
+    """None for the policy without its adapter."""
     critic: Critic
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference, in evaluation mode; meanwhile the policy may be it."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with starting_point(self.policy):
+            yield self.policy
+
+    def reference_fact(self) -> str:
+        """Which weights the reference has."""
+        if self.reference is not None:
+            return weights_fact(self.reference)
+        return weights_fact(self.policy, trainable=False)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of policy and critic; the reference stays in evaluation."""
@@ -58,14 +83,18 @@ def prepare_models(
             compute_as_in_training(model)
     if is_adapted(policy):
         check_adapters(policy)
-    reference = frozen_copy(policy) if reference is None else reference
-    check_reference(reference, policy, same_vocabulary=True)
+    if reference is None and not (is_adapted(policy) and is_fresh(peft_model(policy))):
+        reference = frozen_copy(policy)
+    if reference is not None:
+        check_reference(reference, policy, same_vocabulary=True)
+        reference.eval().requires_grad_(False)
+    models = [policy] if reference is None else [policy, reference]
     check_length(
-        map(positions_of, (policy, reference)), longest_prompt + config.max_new_tokens,
+        map(positions_of, models), longest_prompt + config.max_new_tokens,
         "prompts with their completions",
         "max_prompt_length, max_new_tokens: expected at most {limit} together",
     )  # fmt: skip
-    for model in (policy, reference):
+    for model in models:
         _prepare(model, config)
     if critic is None:
         shared = config.critic == "shared"
@@ -73,7 +102,7 @@ def prepare_models(
         critic = Critic(policy, config.critic_head, shared=shared, seed=seed)
     if config.disable_dropout:
         disable_dropout(critic)
-    return Models(policy, reference.eval().requires_grad_(False), critic)
+    return Models(policy, reference, critic)
 
 
 def _prepare(model: nn.Module, config: OnlineConfig) -> None:

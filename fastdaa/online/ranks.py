@@ -100,7 +100,7 @@ def add_gradients(parameters: Iterable[nn.Parameter], device: torch.device) -> N
 
 
 def part() -> None:
-    """Before a process ends: the others may still ask it for something."""
+    """All are here, and none ends while another one still asks for that."""
     if processes() > 1:
         meet()  # has no timeout
         dist.barrier()

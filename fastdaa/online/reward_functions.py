@@ -52,7 +52,7 @@ class FunctionReward:
         completion_ids: Sequence[Tensor],
         texts: Sequence[tuple[str, str]] | None = None,
     ) -> Tensor:
-        """``[S]`` fp32 rewards.
+        """``[S]`` fp64 rewards.
 
         Raises:
             ValueError: no texts, or the function failed or answered nonsense.
@@ -63,24 +63,32 @@ class FunctionReward:
         if self._original is not None:
             found = [self._original(ids) for ids in prompt_ids]
             prompts = [t if f is None else f for t, f in zip(prompts, found, strict=True)]
+        return self.call(prompts, [completion for _, completion in texts])
+
+    def call(self, prompts: list[Any], completions: list[str]) -> Tensor:
+        """``[S]`` fp64 rewards of completions as the function gets them.
+
+        Raises:
+            ValueError: the function failed or answered nonsense.
+        """
         try:
-            given = self._function(prompts, [completion for _, completion in texts])
+            given = self._function(prompts, completions)
         except Exception as error:
             # Anything may go wrong in somebody else's function.
             raise ValueError(
                 f"reward {self.label} failed: {type(error).__name__}: {error}"
             ) from error
-        return as_rewards(given, len(texts), f"reward {self.label}")
+        return as_rewards(given, len(completions), f"reward {self.label}")
 
 
 def as_rewards(given: Any, count: int, where: str) -> Tensor:
-    """``given`` as ``[count]`` fp32.
+    """``given`` as ``[count]`` fp64 on the CPU.
 
     Raises:
-        ValueError: it is something else than so many finite numbers.
+        ValueError: it is something else than so many numbers that are finite in fp32.
     """
     try:
-        values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{where}: expected a list of {counted(count, 'number')}, got {shown(given)}"
@@ -89,8 +97,9 @@ def as_rewards(given: Any, count: int, where: str) -> Tensor:
         raise ValueError(
             f"{where}: expected {counted(count, 'number')}, got the shape {list(values.shape)}"
         )
-    if not bool(torch.isfinite(values).all()):
-        place = int((~torch.isfinite(values)).nonzero()[0])
+    finite = torch.isfinite(values.float())
+    if not bool(finite.all()):
+        place = int((~finite).nonzero()[0])
         raise ValueError(
             f"{where}: expected finite numbers, got {float(values[place])} at place {place}"
         )

@@ -94,7 +94,7 @@ class ModelReward:
                 return self._model.score(hidden_states[0].index_select(0, last))[:, 0]
 
             rewards[sequences] = run_head_task(self._model, pack, read).result.float().cpu()
-        return as_rewards(rewards, len(prompt_ids), "reward model")
+        return as_rewards(rewards, len(prompt_ids), "reward model").float()
 
     def _encode(
         self, prompt_ids: Sequence[Tensor], texts: Sequence[tuple[str, str]] | None

@@ -148,6 +148,27 @@ def test_other_ways_to_run(tiny_policy: Any, changes: dict[str, Any]) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_new_adapter_needs_no_copy_as_its_reference(tiny_policy: Any, dropout: float) -> None:
+    peft = pytest.importorskip("peft")
+    found = []
+    for reference in (None, tiny_policy()):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
+        policy = peft.get_peft_model(tiny_policy(), lora)
+        evaluate = HeldOut(PROMPTS[:2], every=1)
+        config = _config(None, disable_dropout=False)
+        trainer = _trainer(policy, config, reference=reference, evaluate=evaluate)
+        assert trainer.models.reference is reference
+        trainer.train()
+        found.append((policy, trainer))
+    assert all(map(torch.equal, *(policy.parameters() for policy, _ in found)))
+    first, second = (trainer._metrics for _, trainer in found)
+    assert first["objective/kl"] and first["eval/kl"]
+    for name in first.keys() - {n for n in first if "time" in n or "per_second" in n}:
+        assert first[name] == second[name], name
+
+
 def test_models_train_in_updates_alone(tiny_policy: Any) -> None:
     seen: list[tuple[str, bool, bool]] = []
 

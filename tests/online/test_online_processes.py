@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -58,7 +59,11 @@ def command(files, folder, **options):
         # As many batches of prompts with one process as with two.
         "generation_batch_size": 2, "learning_rate": 0.01, "kl_lambda": 0.5, "seed": 1, **options,
     }  # fmt: skip
-    return ["online", "--use_cpu", *(f"--{name}={value}" for name, value in options.items())]
+    return [
+        "online",
+        "--use_cpu",
+        *(f"--{name}={value}" for name, value in options.items() if value is not None),
+    ]
 
 
 def start_two(files, folder, **options):
@@ -149,10 +154,39 @@ def test_an_error_in_one_process_ends_all(files, tmp_path):
     assert "no such service" in said[1] and "error" not in said[0]
 
 
+def test_all_stages_in_two_processes(files, tmp_path):
+    stage = json.dumps({"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01})
+    options = {"pipeline": True, "sft_options": stage, "reward_options": stage}
+    command = functools.partial(start_two, files, reward=None, **options)
+    codes, said = end(command(tmp_path / "out"))
+    assert codes == [0, 0], said
+    for name in ("sft", "reward", "online"):
+        assert (tmp_path / "out" / name / "stage.json").is_file()
+        assert said[0].count(f"stage {name}") == 1
+    assert len(rows_of(tmp_path / "out" / "online")) == 3
+    assert "stage" not in said[1] and "[fastdaa]" not in said[1]
+    codes, said = end(command(tmp_path / "out"))
+    assert codes == [0, 0] and said[0].count("is done") == 3 and said[1] == ""
+
+
 def test_what_several_processes_cannot_do(files, tmp_path, capsys, monkeypatch):
     for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    for chosen, option in (({"pipeline": True}, "pipeline"), ({"rollouts": "vllm"}, "rollouts")):
-        assert main(command(files, tmp_path / "out", **chosen)) == 2
-        assert f"error: {option}: expected" in capsys.readouterr().err
+    assert main(command(files, tmp_path / "out", rollouts="vllm")) == 2
+    assert "error: rollouts: expected transformers" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_accelerate_launch_is_asked_for(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(command(files, tmp_path / "out", iterations=1)) == 0
+    (saved,) = (tmp_path / "out").glob("checkpoint-*/online_config.json")
+    assert json.loads(saved.read_text())["bf16"]
+    for name, value, message in (
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "expected no or bf16"),
+        ("ACCELERATE_USE_FSDP", "true", "got FSDP by `accelerate launch`"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert main(command(files, tmp_path / "other")) == 2
+        assert message in capsys.readouterr().err
+        monkeypatch.delenv(name)

@@ -139,7 +139,9 @@ def test_failures_of_functions(tmp_path):
         load_function("math:none")
     with pytest.raises(ValueError, match="cannot be imported"):
         load_function("no_such_module_here:f")
-    assert as_rewards(torch.ones(2, dtype=torch.float64), 2, "x").dtype == torch.float32
+    assert as_rewards([0.1, 2], 2, "x").tolist() == [0.1, 2.0]
+    with pytest.raises(ValueError, match="expected finite numbers, got 1e\\+300 at place 1"):
+        as_rewards([0.1, 1e300], 2, "x")  # infinite in fp32
 
 
 def test_two_outputs_are_no_reward(tmp_path):
