@@ -39,12 +39,18 @@ class ValueHead(nn.Module):
         return self.layers(rows.to(dtype)).squeeze(-1).float()
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy with trained weights of its own; those that are frozen are in memory once."""
+    frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return copy.deepcopy(model, frozen)
+
+
 class Critic(nn.Module):
     """A value head, on a backbone of its own or on the hidden states of the policy.
 
     Args:
         model: the policy, before it is trained; any wrapping of a model of transformers. Where the
-            policy trains adapters, the copy trains its own.
+            policy trains adapters, the copy trains its own, on the same base.
         kind: of the head, see :class:`ValueHead`.
         shared: no copy; gradients of the values then reach the policy's backbone.
         seed: of the head's first layer.
@@ -61,7 +67,7 @@ class Critic(nn.Module):
         self.head = head.to(core.device)
         self.backbone: nn.Module | None = None
         if not shared:
-            self.backbone = copy.deepcopy(backbone_of(core))
+            self.backbone = copy_of(backbone_of(core))
             enable_segments(self.backbone)  # type: ignore[arg-type]
 
     @property

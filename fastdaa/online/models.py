@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastdaa.online.config import OnlineConfig
-from fastdaa.online.critic import Critic
+from fastdaa.online.critic import Critic, copy_of
 from fastdaa.online.seeds import Purpose, seed_of
 from fastdaa.train.adapters import (
     check_adapters,
@@ -23,7 +23,7 @@ from fastdaa.train.offload import check_offload
 from fastdaa.train.positions import check_length, positions_of
 from fastdaa.train.prepare import check_head, disable_dropout, prepare_model
 from fastdaa.train.quantization import check_adapted, compute_as_in_training
-from fastdaa.train.references import check_reference, frozen_copy
+from fastdaa.train.references import check_reference
 from fastdaa.train.run_record import weights_fact
 from fastdaa.train.savable import check_can_be_saved
 from fastdaa.train.support import supports_segments
@@ -83,10 +83,11 @@ def prepare_models(
             compute_as_in_training(model)
     if is_adapted(policy):
         check_adapters(policy)
-    if reference is None and not (is_adapted(policy) and is_fresh(peft_model(policy))):
-        reference = frozen_copy(policy)
     if reference is not None:
         check_reference(reference, policy, same_vocabulary=True)
+    elif not (is_adapted(policy) and is_fresh(peft_model(policy))):
+        reference = copy_of(policy)
+    if reference is not None:
         reference.eval().requires_grad_(False)
     models = [policy] if reference is None else [policy, reference]
     check_length(

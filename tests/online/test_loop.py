@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -160,6 +161,9 @@ def test_a_new_adapter_needs_no_copy_as_its_reference(tiny_policy: Any, dropout:
         config = _config(None, disable_dropout=False)
         trainer = _trainer(policy, config, reference=reference, evaluate=evaluate)
         assert trainer.models.reference is reference
+        base = {w.data_ptr() for w in policy.parameters() if not w.requires_grad}
+        for weight in trainer.models.critic.backbone.parameters():
+            assert (weight.data_ptr() in base) != weight.requires_grad
         trainer.train()
         found.append((policy, trainer))
     assert all(map(torch.equal, *(policy.parameters() for policy, _ in found)))
@@ -167,6 +171,22 @@ def test_a_new_adapter_needs_no_copy_as_its_reference(tiny_policy: Any, dropout:
     assert first["objective/kl"] and first["eval/kl"]
     for name in first.keys() - {n for n in first if "time" in n or "per_second" in n}:
         assert first[name] == second[name], name
+
+
+def test_an_adapter_that_is_trained_further_has_its_start_as_reference(tiny_policy: Any) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    base = tiny_policy()
+    torch.manual_seed(1)  # with others no rollout may have the token that pays
+    policy = peft.get_peft_model(base, lora)
+    start = copy.deepcopy(policy)
+    trainer = _trainer(policy, _config(None))
+    trainer.train()
+    reference, weights = trainer.models.reference, dict(policy.named_parameters())
+    for (name, kept), first in zip(reference.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(kept, first) and not kept.requires_grad
+        assert (kept is weights[name]) != weights[name].requires_grad, name
+    assert not all(map(torch.equal, weights.values(), start.parameters()))
 
 
 def test_models_train_in_updates_alone(tiny_policy: Any) -> None:
