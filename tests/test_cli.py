@@ -260,10 +260,10 @@ def test_yaml_is_below_the_command_line(tmp_path: Path) -> None:
     [
         pytest.param("learning_rte: 1", "'learning_rte' (did you mean 'learning_rate'?)", id="key"),
         pytest.param(
-            "model_name_or_path: m\nrank: 1\ntorch_dtype: auto",
-            "unknown keys 'model_name_or_path' (did you mean 'model'?), 'rank', "
-            "'torch_dtype' (did you mean 'dtype'?)",
-            id="keys of TRL",
+            "base_model: m\nrank: 1\nrpo_alpha: 1",
+            "unknown keys 'base_model' (did you mean 'model'?), 'rank', "
+            "'rpo_alpha' (instead: loss dpo sft loss_weights 1 ALPHA)",
+            id="keys of others",
         ),
         pytest.param("optim: adamw", "names such as adamw_torch, ", id="long choice"),
         pytest.param("max_steps: many", "max_steps: got 'many'", id="value"),

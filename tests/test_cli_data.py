@@ -132,8 +132,8 @@ def test_paths(dataset: str, message: str, a: str, b: str, tmp_path: Path) -> No
 
 
 def test_a_configuration_of_local_files(a: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"dataset_name: .* got 'small' for {re.escape(a)}$"):
-        read("--dataset", a, "--dataset_name", "small")
+    with pytest.raises(ValueError, match=f"dataset_config: .* got 'small' for {re.escape(a)}$"):
+        read("--dataset", a, "--dataset_config", "small")
 
 
 def test_stages_of_a_pipeline_get_the_same_data(a: str, b: str) -> None:

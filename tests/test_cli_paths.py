@@ -142,7 +142,7 @@ class Hub:
     def __init__(self, **outcomes: type[Exception] | None) -> None:
         self.outcomes, self.asked = outcomes, list[str]()
 
-    def __call__(self, source: str, file: str) -> str:
+    def __call__(self, source: str, file: str, revision: str | None = None) -> str:
         self.asked.append(file)
         outcome = self.outcomes[file.removesuffix(".json")]
         if outcome is None:

@@ -380,6 +380,50 @@ def test_answers_in_json_stay_text(tmp_path: Path) -> None:
     assert (pair["chosen"], pair["rejected"]) == ([bot('{"a": 1}')], [bot("{")])
 
 
+def test_messages_in_json_are_read_out_of_it(tmp_path: Path) -> None:
+    pair = {"prompt": ASK, "chosen": ANSWER, "rejected": [bot("Green.")]}
+    record = {field: json.dumps(turns) for field, turns in pair.items()}
+    for given in (record, {**record, "chosen": json.dumps(ANSWER, indent=1)}):
+        (read,) = load_pairs(write(tmp_path / "pairs.jsonl", given))
+        assert fields(read) == pair
+    whole = {side: json.dumps(ASK + pair[side]) for side in ("chosen", "rejected")}
+    (read,) = load_pairs(write(tmp_path / "pairs.jsonl", whole))
+    assert fields(read) == pair
+    (example,) = EXAMPLES.load(write(tmp_path / "e.jsonl", record))
+    assert example == {"prompt": ASK, "completion": ANSWER}
+
+
+def test_lists_of_other_objects_stay_text(tmp_path: Path) -> None:
+    record = {"prompt": "JSON?", "chosen": '[{"a": 1}]', "rejected": '[{"role": 1'}
+    (pair,) = load_pairs(write(tmp_path / "pairs.jsonl", record))
+    assert fields(pair) == record
+
+
+def test_messages_as_python_shows_them_are_an_error(tmp_path: Path) -> None:
+    record = {"chosen": repr(ASK + ANSWER), "rejected": repr([*ASK, bot("Green.")])}
+    with pytest.raises(DataError, match=r"field .chosen.: .* as Python shows it; write it with"):
+        load_pairs(write(tmp_path / "pairs.jsonl", record))
+
+
+def test_conversations_with_several_answers(tmp_path: Path, caplog: Any) -> None:
+    long = [*ASK, *ANSWER, user("Sea?"), bot("Blue, too.")]
+    path = write(tmp_path / "e.jsonl", {"messages": ASK + ANSWER}, *[{"messages": long}] * 2)
+    assert EXAMPLES.load(path)[1] == {"prompt": long[:-1], "completion": long[-1:]}
+    assert (
+        caplog.text.count("hold several answers") == 1 and f"(the first: {path}:2)" in caplog.text
+    )
+    caplog.clear()
+    PROMPTS.load(path)
+    EXAMPLES.load(write(tmp_path / "p.jsonl", {"prompt": long[:-1], "completion": long[-1:]}))
+    assert "several answers" not in caplog.text
+
+
+def test_plain_text_of_a_named_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.jsonl", {"story": "Once.", "text": "no"})
+    (example,) = EXAMPLES.load(path, columns=NamedColumns({"text": "story"}))
+    assert example == {"prompt": "", "completion": "Once."}
+
+
 def test_the_first_record_with_answers_decides(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", [], {"id": 1}, ARGILLA, ARGILLA)
     loaded, report = read_pairs(path, on_bad_row="skip")

@@ -109,6 +109,24 @@ def test_chats_get_the_template_and_nothing_else() -> None:
     ]
 
 
+def test_answers_that_hold_the_prompt_are_a_warning(caplog) -> None:
+    rows = [text(), text(chosen="pqab", rejected="pqcd"), text(chosen="pqab")]
+    tokenized(make_tokenizer(), rows)
+    assert "In 1 of 3 pairs both answers begin with the prompt once more" in caplog.text
+    assert "(the first: dataset: row 2)" in caplog.text
+    caplog.clear()
+    asked = {"role": "user", "content": "pq"}
+    pair = chat()
+    twice = {side: [asked, *pair[side]] for side in ("chosen", "rejected")}
+    tokenized(make_tokenizer(), [{**pair, **twice}])
+    assert "In 1 of 1 pair both answers" in caplog.text
+    caplog.clear()
+    tokenized(make_tokenizer(), [{**twice, "prompt": "pq"}])
+    tokenized(make_tokenizer(), [twice])
+    tokenized(make_tokenizer(), [text(prompt="")])
+    assert "once more" not in caplog.text
+
+
 def test_tokens_that_merge_across_the_boundary_move_it_for_both_sides() -> None:
     tokenizer = make_tokenizer(merges=["qa"])
     rows = [text("pq", "ab", "cd"), text("pq", "cd", "ab"), text("pq", "cc", "cd")]
@@ -366,3 +384,32 @@ def test_that_much_is_left_out_is_a_warning(dropped, warned, caplog):
     levels = [record.levelname for record in caplog.records]
     assert levels == ["INFO", "WARNING"][: 1 + warned]
     assert ("10% of the pairs are left out (10 prompts of max_length" in caplog.text) == warned
+
+
+def test_every_answer_is_an_example() -> None:
+    from fastdaa.data.tokenise import tokenize_examples
+
+    def turn(role: str, content: str) -> dict:
+        return {"role": role, "content": content}
+
+    turns = [turn("system", "s"), turn("user", "q"), turn("assistant", "a")]
+    turns += [turn("user", "r"), turn("assistant", "b")]
+    tokenizer = make_tokenizer()
+    rows = datasets.Dataset.from_list([{"messages": turns}, {"messages": turns[1:3]}])
+
+    def shown(**options) -> list[tuple[str, str]]:
+        found, report = tokenize_examples(rows, tokenizer, **options)
+        assert report.pairs == report.kept == len(found)
+        fields = ("prompt_ids", "completion_ids")
+        return [
+            tuple("".join(tokenizer.convert_ids_to_tokens(r[f])) for f in fields) for r in found
+        ]
+
+    last = ("<s>s<e><u>q<e><a>a<e><u>r<e><a>", "b<e>")
+    assert shown() == [last, ("<u>q<e><a>", "a<e>")]
+    assert shown(every_answer=True) == [
+        ("<s>s<e><u>q<e><a>", "a<e>"), last, ("<u>q<e><a>", "a<e>")
+    ]  # fmt: skip
+    # Answers of other data are left as they are.
+    rows = datasets.Dataset.from_list([{"prompt": "pq", "completion": "ab"}])
+    assert shown(every_answer=True) == [("pq", "ab<e>")]

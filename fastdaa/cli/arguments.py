@@ -42,7 +42,7 @@ class ModelArguments:
             "2: twice). Default: 1 each."
         },
     )
-    dataset_name: str | None = field(
+    dataset_config: str | None = field(
         default=None,
         metadata={"help": "Configuration (subset) of hub datasets, where DATASET names none."},
     )
@@ -67,6 +67,10 @@ class ModelArguments:
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Column with the conversation. Default: detected."}
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of plain text, which is learnt whole. Default: text."},
     )
     label_column: str | None = field(
         default=None,
@@ -143,6 +147,11 @@ class AdapterArguments(QuantizationOptions, ModelArguments):
     continues_adapters: ClassVar[bool] = True
     """Whether an adapter as the model is trained further where no new one is asked for."""
 
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of MODEL on the hub. Default: its main one."},
+    )
+
     use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters, not the weights."}
     )
@@ -157,6 +166,16 @@ class AdapterArguments(QuantizationOptions, ModelArguments):
             "help": "Names of modules that get adapters. Default: all linear ones but the head."
         },
     )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules that are trained whole beside adapters."},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters by alpha / sqrt(r) (rsLoRA)."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train lengths of weights beside adapters (DoRA)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,11 +186,18 @@ class AdapterArguments(QuantizationOptions, ModelArguments):
                 f"lora_dropout: expected a probability from 0 to below 1, got {self.lora_dropout}"
             )
         self._check_lora()
+        for target in self.lora_target_modules or ():
+            if "," in target or target == "all":
+                raise ValueError(
+                    "lora_target_modules: expected names of modules with spaces between them, or "
+                    f"all-linear, got {shown(target)}"
+                )
         self.check_quantization()
 
     def _check_lora(self) -> None:
         """Raise ``ValueError`` for options of an adapter where no new one is asked for."""
-        own = [entry for entry in fields(AdapterArguments) if entry.name.startswith("lora_")]
+        named = ("lora_", "use_rslora", "use_dora")
+        own = [entry for entry in fields(AdapterArguments) if entry.name.startswith(named)]
         given = [entry for entry in own if getattr(self, entry.name) != entry.default]
         if given and not self.use_peft:
             value = getattr(self, given[0].name)
@@ -233,7 +259,7 @@ def holds_unpaired(arguments: ModelArguments) -> bool:
     from fastdaa.data.sources import open_source
     from fastdaa.data.unpaired import is_unpaired
 
-    options = (arguments.dataset_split, arguments.dataset_name)
+    options = (arguments.dataset_split, arguments.dataset_config)
     try:
         records = islice(open_source(arguments.dataset[0], *options), _MOST_ASKED)
         record = next((read for _, read in records if isinstance(read, Mapping)), {})

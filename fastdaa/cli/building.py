@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from fastdaa.train.packed_config import PackedConfig
 
 logger = logging.getLogger(__name__)
+# Of a module; other words are a pattern, as for PEFT and TRL.
+_NAME = re.compile(r"[\w.]+")
 
 
 class Start(NamedTuple):
@@ -52,8 +56,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     from fastdaa.train import tokenizers
 
     tokenizer = tokenizers.load_tokenizer(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
+        arguments.model, "model", trust_remote_code=arguments.trust_remote_code,
+        **model_revision(arguments),
+    )  # fmt: skip
     if arguments.chat_template is not None:
         tokenizer.chat_template = _read_template(arguments.chat_template)
     return tokenizer
@@ -71,13 +76,19 @@ def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
 
 
 def load_model(
-    source: str, arguments: ModelArguments, name: str = "model", *, device: Any = None
+    source: str,
+    arguments: ModelArguments,
+    name: str = "model",
+    *,
+    device: Any = None,
+    revision: Mapping[str, str] | None = None,
 ) -> Any:
     """A causal language model in ``--dtype``, perhaps quantised; of an adapter its base with it.
 
     Args:
         name: of the option that names it.
         device: of this process, where quantised weights go at once.
+        revision: further options of ``from_pretrained``.
 
     Raises:
         OSError, ValueError: there is none, or it cannot be read.
@@ -86,7 +97,8 @@ def load_model(
 
     try:
         quantized = quantized_options(source, arguments, device) or {}
-        return load_causal_lm(source, **model_options(arguments), **quantized)
+        options = {**model_options(arguments), **(revision or {}), **quantized}
+        return load_causal_lm(source, **options)
     except (OSError, ValueError) as error:
         expected = f"{name}: expected a causal language model, got {source!r}"
         raise type(error)(f"{expected}: {error}") from error
@@ -121,7 +133,8 @@ def load_policy(
 
     adapter = adapter_of("model", arguments.model)
     if adapter is None or not arguments.use_peft:
-        model = load_model(arguments.model, arguments, device=device)
+        revision = model_revision(arguments)
+        model = load_model(arguments.model, arguments, device=device, revision=revision)
         if adapter is not None:
             logger.info("model: trains the %s further", adapter)
     else:
@@ -148,6 +161,13 @@ def model_options(arguments: ModelArguments) -> dict[str, Any]:
     return options
 
 
+def model_revision(arguments: ModelArguments) -> dict[str, str]:
+    """What ``from_pretrained`` of ``--model`` needs beside :func:`model_options`."""
+    revision = getattr(arguments, "model_revision", None)
+    local = Path(arguments.model).expanduser().is_dir()
+    return {} if revision is None or local else {"revision": revision}
+
+
 def quantized_options(
     source: str, arguments: ModelArguments, device: Any = None
 ) -> dict[str, Any] | None:
@@ -169,13 +189,16 @@ def quantized_options(
 
         adapter = find_adapter(source)
         base = source if adapter is None else adapter.base
-        config = AutoConfig.from_pretrained(base, trust_remote_code=arguments.trust_remote_code)
+        revision = model_revision(arguments) if source == arguments.model else {}
+        found = {} if adapter is None else adapter.base_options
+        options = {"trust_remote_code": arguments.trust_remote_code, **revision, **found}
+        config = AutoConfig.from_pretrained(base, **options)
         dtype = config.get_text_config().dtype or torch.float32
-    options: dict[str, Any] = {"quantization_config": arguments.quantization_config(dtype)}
+    wanted: dict[str, Any] = {"quantization_config": arguments.quantization_config(dtype)}
     if device is not None:
         # Each process of several quantises onto its own device.
-        options["device_map"] = {"": device}
-    return options
+        wanted["device_map"] = {"": device}
+    return wanted
 
 
 def _say_quantization(model: PreTrainedModel, adapter: Adapter | None, *, merged: bool) -> None:
@@ -225,14 +248,19 @@ def lora_config(arguments: AdapterArguments, task: str = "CAUSAL_LM") -> Any | N
     except ImportError as error:
         raise ImportError("use_peft: expected peft; pip install 'fastdaa[peft]'") from error
     targets: Any = arguments.lora_target_modules or "all-linear"
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    if targets == ["all-linear"] or (len(targets) == 1 and not _NAME.fullmatch(targets[0])):
+        targets = targets[0]
     return LoraConfig(
         task_type=task,
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=targets,
+        modules_to_save=arguments.lora_modules_to_save,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        # Or those who load the adapter would put it onto another base.
+        revision=model_revision(arguments).get("revision"),
     )
 
 

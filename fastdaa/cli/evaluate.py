@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
 from fastdaa.cli import building, paths
 from fastdaa.cli.arguments import ModelArguments, config_kind
 from fastdaa.cli.options import option_parser, read_options
-from fastdaa.cli.runs import command_run
+from fastdaa.cli.runs import check_whole_models, command_run
 from fastdaa.counted import counted
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.evaluation_file import check_output, write_facts
@@ -139,7 +139,8 @@ def _evaluate(arguments: Any, config: PreferenceConfig) -> int:
     from fastdaa.train.unpaired_config import UnpairedConfig
 
     unpaired = isinstance(config, UnpairedConfig)
-    _check_processes(config)
+    if config.world_size > 1:
+        check_whole_models()
     if unpaired:
         _check_loss(config)
     main_process = config.process_index == 0
@@ -197,13 +198,19 @@ def _load_models(arguments: Any, reference: str | None, config: PreferenceConfig
     from fastdaa.train.evaluation_models import check_finite, warn_of_quantization
 
     loaded: list[Any] = []
+    adapter: Any = paths.adapter_of("model", arguments.model)
     for name, source in (("model", arguments.model), ("ref_model", reference)):
         if source is None:
             loaded.append(None)
             continue
-        loaded.append(building.load_model(source, arguments, name, device=config.device))
+        # The reference of an adapter is its base, as the adapter knows it.
+        own = name == "ref_model" and arguments.ref_model is None and adapter is not None
+        revision = adapter.base_options if own else None
+        model = building.load_model(
+            source, arguments, name, device=config.device, revision=revision
+        )
+        loaded.append(model)
         check_finite(name, loaded[-1])
-    adapter = paths.adapter_of("model", arguments.model)
     if adapter is not None:
         warn_of_quantization(loaded[0], adapter.source)
     return loaded

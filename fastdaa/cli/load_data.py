@@ -41,14 +41,14 @@ def _load_train(
     from fastdaa.data.named_columns import NamedColumns
     from fastdaa.data.sources import has_configurations
 
-    name = arguments.dataset_name
+    name = arguments.dataset_config
     if name is not None and not any(map(has_configurations, arguments.dataset)):
         raise ValueError(
-            f"dataset_name: expected a dataset of the hub, which has configurations, got {name!r} "
-            f"for {', '.join(arguments.dataset)}"
+            "dataset_config: expected a dataset of the hub, which has configurations, got "
+            f"{name!r} for {', '.join(arguments.dataset)}"
         )
     options: dict[str, Any] = {
-        "split": arguments.dataset_split, "name": arguments.dataset_name,
+        "split": arguments.dataset_split, "name": name,
         "limit": arguments.max_train_samples, "on_bad_row": on_bad_row,
     }  # fmt: skip
     if len(arguments.dataset) == 1 and arguments.dataset_weights is None:
@@ -74,7 +74,7 @@ def _load_evaluation(arguments: ModelArguments, kind: RecordKind, on_bad_row: An
     options["columns"] = NamedColumns(arguments.columns, "nowhere")
     if sources is None:
         sources = [without_split(source) for source in arguments.dataset]
-        options["name"] = arguments.dataset_name
+        options["name"] = arguments.dataset_config
     if len(sources) == 1:
         return kind.load(sources[0], **options)
     mixture = load_mixture(sources, kind=kind, **options)

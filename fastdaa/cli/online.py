@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastdaa.cli import building, paths
 from fastdaa.cli.online_arguments import OnlineArguments, parse
 from fastdaa.cli.option_names import named_as
-from fastdaa.cli.runs import INTERRUPTED, command_run, print_continuation
+from fastdaa.cli.runs import (
+    INTERRUPTED,
+    check_whole_models,
+    command_run,
+    print_continuation,
+    staying_together,
+)
 
 if TYPE_CHECKING:
     from fastdaa.online.config import OnlineConfig
@@ -39,14 +47,16 @@ def _run(argv: Sequence[str]) -> int:
     from fastdaa.train.trainer_options import launched_processes
 
     arguments, config = parse(argv)
+    config = _as_launched(config)
     several = launched_processes() > 1
     if several:
         _check_together(arguments)
+    main = not several or _join(arguments)
     if arguments.pipeline:
         from fastdaa.cli.pipeline import run_pipeline
 
-        return run_pipeline(arguments, config, argv)
-    main = not several or _join(arguments)
+        with staying_together():
+            return run_pipeline(arguments, config, argv, main_process=main)
     with command_run(main_process=main):
         return train_online(arguments, config, argv, main_process=main)
 
@@ -102,13 +112,23 @@ def _train_online(
     return 0
 
 
+def _as_launched(config: OnlineConfig) -> OnlineConfig:
+    """The configuration with what `accelerate launch` was asked for.
+
+    Raises:
+        ValueError: that is something that on-policy training does not have.
+    """
+    check_whole_models()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision: expected no or bf16 by `accelerate launch`, got {asked}"
+        )
+    return replace(config, bf16=True) if asked == "bf16" else config
+
+
 def _check_together(arguments: OnlineArguments) -> None:
     """Raise ``ValueError`` for what several processes of a launcher cannot do."""
-    if arguments.pipeline:
-        raise ValueError(
-            "pipeline: expected one process, got several by a launcher; start its stages one by "
-            "one with it (sft, reward, online), or --pipeline as `fastdaa online`"
-        )
     if arguments.rollouts == "vllm":
         raise ValueError(
             "rollouts: expected transformers with several processes, got vllm, which is run in "
@@ -187,7 +207,7 @@ def build(
     if peft_config is not None:
         from peft import get_peft_model
 
-        # A copy of the whole model is the reference; the adapter starts as nothing.
+        # The adapter starts as nothing, so without it the policy is the reference.
         policy = get_peft_model(policy, peft_config)
     rollouts = _rollouts(arguments, config, policy, tokenizer, ending)
     evaluate = None

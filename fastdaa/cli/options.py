@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastdaa.cli.common_options import COMMON, EXAMPLES, plain_words
 from fastdaa.cli.help_format import CommonFormatter, OptionFormatter, fill_usage
+from fastdaa.cli.other_names import own_names
 from fastdaa.cli.yaml_defaults import apply_yaml, nearest_option, one_of
 from fastdaa.validation import shown
 
@@ -44,17 +45,20 @@ def read_options(
         ValueError: an unknown option or key, with the nearest valid one, or a bad value.
         OSError: the YAML file cannot be read.
     """
+    options = parser._option_string_actions
+    argv = own_names(argv, options)
     early = OptionParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(list(argv))[0].config
     if path is not None:
         apply_yaml(parser, Path(path))
     # A misspelt option is named before argparse misses the one that was meant.
-    for given in (text.split("=")[0] for text in argv if text.startswith("--")):
-        if given not in parser._option_string_actions:
-            near = nearest_option(parser, given[2:], "--")
-            every = f"; `{parser.prog} --help-all` lists all options"
-            raise ValueError(f"unknown option {given!r}{near or every}")
+    given = (text.split("=")[0] for text in argv if text.startswith("--"))
+    near = {text: nearest_option(parser, text[2:], "--") for text in given if text not in options}
+    if near:
+        listed = ", ".join(f"{text!r}{hint}" for text, hint in near.items())
+        every = "" if all(near.values()) else f"; `{parser.prog} --help-all` lists all options"
+        raise ValueError(f"unknown option{'s' * (len(near) > 1)} {listed}{every}")
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         raise ValueError(f"expected options such as --model, got {shown(rest[0])}")

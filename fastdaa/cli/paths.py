@@ -51,7 +51,8 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
     for name in ("model", "ref_model"):
         value = getattr(arguments, name, None)
         if value is not None:
-            check_model(name, value)
+            revision = getattr(arguments, "model_revision", None) if name == "model" else None
+            check_model(name, value, revision)
     _check_adapters(arguments, folder)
     _check_no_model(folder, checkpoint)
     check_quantized(arguments)
@@ -60,12 +61,13 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
     return checkpoint
 
 
-def check_model(name: str, value: str) -> None:
+def check_model(name: str, value: str, revision: str | None = None) -> None:
     """Looks for a model in a folder or on the hub, without reading its weights.
 
     Args:
         name: of the option, for the message.
         value: what it says.
+        revision: of a model on the hub.
 
     Raises:
         OSError: there is neither such a folder nor such a model on the hub.
@@ -77,14 +79,20 @@ def check_model(name: str, value: str) -> None:
         function = "; a function is given as file.py:function" if name.endswith("reward") else ""
         raise ValueError(f"{name}: expected a folder or a hub id, {value} is a file{function}")
     if not folder.is_dir():
-        _check_hub(name, value)
+        _check_hub(name, value, revision)
         return
+    if revision not in (None, "main"):
+        raise ValueError(
+            f"{name}_revision: expected a model of the hub, which has revisions, got {revision!r} "
+            f"for the folder {value}"
+        )
     if not any((folder / file).is_file() for file in _MODEL_FILES):
         raise ValueError(f"{name}: expected a folder with config.json, {value} has none")
     _check_readable(name, folder)
     adapter = adapter_of(name, value)
     if adapter is not None:
-        check_model(f"{name}: base model of the adapter {value}", adapter.base)
+        base = f"{name}: base model of the adapter {value}"
+        check_model(base, adapter.base, adapter.base_options.get("revision"))
 
 
 def _check_readable(name: str, folder: Path) -> None:
@@ -116,17 +124,23 @@ def _holds_adapter(folder: Path) -> bool:
     return (folder / _MODEL_FILES[1]).is_file()
 
 
-def _check_hub(name: str, value: str) -> None:
+def _check_hub(name: str, value: str, revision: str | None) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file, find_adapter_config_file
 
-    if any(isinstance(try_to_load_from_cache(value, file), str) for file in _MODEL_FILES):
+    if revision is not None and find_adapter_config_file(value, revision=revision) is not None:
+        raise ValueError(
+            f"{name}_revision: expected a whole model, got the adapter {value}; download that "
+            "revision, and give the folder"
+        )
+    found = (try_to_load_from_cache(value, file, revision=revision) for file in _MODEL_FILES)
+    if any(isinstance(path, str) for path in found):
         return
     logger.info("%s: there is no folder %s; asking the hub", name, value)
     for file in _MODEL_FILES:
         try:
-            cached_file(value, file)
+            cached_file(value, file, revision=revision)
             return
         except OSError as error:
             last = error

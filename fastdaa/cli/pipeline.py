@@ -29,23 +29,32 @@ logger = logging.getLogger(__name__)
 DONE_FILE = "stage.json"
 # Options that name data and how models are loaded, which all stages share.
 _SHARED = (
-    "dataset_name", "dataset_split", "eval_dataset", "eval_split", "test_size",
+    "dataset_config", "dataset_split", "eval_dataset", "eval_split", "test_size",
     "max_train_samples", "dtype", "attn_implementation", "chat_template", "dataset_weights",
     "prompt_column", "chosen_column", "rejected_column", "completion_column", "messages_column",
-    "label_column",
+    "text_column", "label_column",
 )  # fmt: skip
 _SHARED_SWITCHES = ("trust_remote_code", "use_cpu", "on_bad_row", "seed")
 _OF_PIPELINE = ("model", "dataset", "output_dir", "resume_from_checkpoint")
 
 
-def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequence[str]) -> int:
-    """Runs the stages that are not done yet; 130 where a signal stopped one of them."""
+def run_pipeline(
+    arguments: OnlineArguments,
+    config: OnlineConfig,
+    argv: Sequence[str],
+    *,
+    main_process: bool = True,
+) -> int:
+    """Runs the stages that are not done yet; 130 where a signal stopped one of them.
+
+    Several processes run each stage together; the main one speaks and writes.
+    """
     from fastdaa.cli import online
 
     root = Path(str(config.output_dir))
     online.check_paths(replace(arguments, resume_from_checkpoint=None), config)
     stages: list[tuple[str, str, dict[str, Any]]] = [
-        ("sft", arguments.model, _options(arguments.sft_options))
+        ("sft", arguments.model, {**_revision(arguments), **_options(arguments.sft_options)})
     ]
     _check_last_stages(arguments)
     policy = str(root / "sft")
@@ -61,22 +70,23 @@ def run_pipeline(arguments: OnlineArguments, config: OnlineConfig, argv: Sequenc
             _stage(command).parse(words)
     for command, words, own in commands:
         folder = root / command
-        if not _is_done(folder, words):
+        if not _is_done(folder, words, main_process):
             with _stage_named(command, own):
-                code = _run_stage(command, words, folder)
+                code = _run_stage(command, words, folder, main_process)
             if code:
-                if code == INTERRUPTED:
+                if code == INTERRUPTED and main_process:
                     print(f"To continue the pipeline:\n  {continuation('online', argv, None)}")
                 return code
-            _mark_done(folder, words)
+            _mark_done(folder, words, main_process)
     last = replace(
         arguments,
         model=policy,
+        model_revision=None,
         reward=arguments.reward or str(root / "reward"),
         pipeline=False,
         resume_from_checkpoint="true" if _was_begun(root / "online") else None,
     )
-    return _run_online(last, config, root / "online", argv)
+    return _run_online(last, config, root / "online", argv, main_process)
 
 
 def _check_last_stages(arguments: OnlineArguments) -> None:
@@ -100,7 +110,11 @@ def _check_last_stages(arguments: OnlineArguments) -> None:
 
 
 def _run_online(
-    arguments: OnlineArguments, config: OnlineConfig, folder: Path, argv: Sequence[str]
+    arguments: OnlineArguments,
+    config: OnlineConfig,
+    folder: Path,
+    argv: Sequence[str],
+    main_process: bool,
 ) -> int:
     from fastdaa.cli import online
 
@@ -115,15 +129,20 @@ def _run_online(
     for name in ("gold_reward", "ref_model"):
         if getattr(arguments, name) is not None:
             words.append(f"{name} {getattr(arguments, name)}")
-    if _is_done(folder, words):
+    if _is_done(folder, words, main_process):
         return 0
     # Its continuation is the pipeline's own command.
-    with log_lines():
+    with log_lines(main_process=main_process):
         logger.info("stage online: %s", settings.algorithm)
-        code = online.train_online(arguments, settings, argv)
+        code = online.train_online(arguments, settings, argv, main_process=main_process)
     if code == 0:
-        _mark_done(folder, words)
+        _mark_done(folder, words, main_process)
     return code
+
+
+def _revision(arguments: OnlineArguments) -> dict[str, Any]:
+    revision = arguments.model_revision
+    return {} if revision is None else {"model_revision": revision}
 
 
 def _options(given: Any) -> dict[str, Any]:
@@ -163,9 +182,9 @@ def _stage(command: str) -> Any:
     return importlib.import_module(f"fastdaa.cli.{command}")
 
 
-def _run_stage(command: str, words: list[str], folder: Path) -> int:
+def _run_stage(command: str, words: list[str], folder: Path, main_process: bool) -> int:
     resume = ["--resume_from_checkpoint"] if _was_begun(folder) else []
-    with log_lines():
+    with log_lines(main_process=main_process):
         logger.info("stage %s", command)
     return int(_stage(command).run([*words, *resume]))
 
@@ -199,7 +218,7 @@ def _was_begun(folder: Path) -> bool:
     return bool(complete(folder))
 
 
-def _is_done(folder: Path, words: list[str]) -> bool:
+def _is_done(folder: Path, words: list[str], main_process: bool) -> bool:
     """Whether the stage has ended before, with the same options.
 
     Raises:
@@ -215,7 +234,7 @@ def _is_done(folder: Path, words: list[str]) -> bool:
             f"({'; '.join(_changes(done, words)[:3])}); delete it or choose another "
             "output_dir"
         )
-    with log_lines():
+    with log_lines(main_process=main_process):
         logger.info("stage %s is done: %s", folder.name, folder)
     return True
 
@@ -244,7 +263,13 @@ def _named(words: list[str]) -> dict[str, str]:
     return found
 
 
-def _mark_done(folder: Path, words: list[str]) -> None:
+def _mark_done(folder: Path, words: list[str], main_process: bool) -> None:
+    from fastdaa.online.ranks import part
+
+    if not main_process:
+        part()
+        return
     temporary = folder / f"{DONE_FILE}.tmp"
     temporary.write_text(json.dumps({"options": words}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / DONE_FILE)
+    part()

@@ -31,13 +31,17 @@ def check_quantized(arguments: ModelArguments) -> None:
 
 
 def _check_model(name: str, source: str, arguments: ModelArguments, asked: str | None) -> None:
+    from fastdaa.cli.building import model_revision
     from fastdaa.cli.paths import adapter_of
 
     adapter = adapter_of(name, source)
     folder = Path(source).expanduser()
     whole = str(folder) if folder.is_dir() else source
     base = whole if adapter is None else adapter.base
-    stored = stored_quantization(base)
+    revision = {} if adapter is None else adapter.base_options
+    if name == "model" and adapter is None:
+        revision = model_revision(arguments)
+    stored = stored_quantization(base, **revision)
     if asked is not None and stored is not None:
         raise ValueError(
             f"{asked}: expected a model that is not quantised yet, {base} is ({stored}); leave the "

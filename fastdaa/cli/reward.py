@@ -65,6 +65,7 @@ def _load_model(arguments: RewardArguments, config: Any, start: building.Start) 
     from fastdaa.train.reward_models import load_reward_model
 
     source, options = arguments.model, building.model_options(arguments)
+    revision = building.model_revision(arguments)
     adapter = adapter_of("model", source)
     if arguments.use_peft and adapter is not None:
         if adapter.config.get("task_type") == "SEQ_CLS":
@@ -79,12 +80,12 @@ def _load_model(arguments: RewardArguments, config: Any, start: building.Start) 
             adapter, folder, start.checkpoint, tokenizer=start.tokenizer,
             write=config.process_index == 0, **options,
         )  # fmt: skip
-        source = base.name_or_path
+        source, revision = base.name_or_path, {}
         del base
         PartialState().wait_for_everyone()
         # The new `score` is drawn as it was before an interruption, whatever else was drawn here.
         set_seed(config.seed)
     quantized = building.quantized_options(source, arguments, config.device) or {}
     return load_reward_model(
-        source, start.tokenizer, resize=not arguments.use_peft, **options, **quantized
+        source, start.tokenizer, resize=not arguments.use_peft, **options, **revision, **quantized
     )

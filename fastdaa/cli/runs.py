@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from fastdaa.cli.option_names import named_as
@@ -16,6 +17,7 @@ from fastdaa.cli.option_names import named_as
 INTERRUPTED = 130
 # Locks of folders, until the command ends.
 _held: list[Any] = []
+_staying: ContextVar[bool] = ContextVar("staying", default=False)
 
 
 @contextmanager
@@ -27,6 +29,30 @@ def command_run(*, main_process: bool = True) -> Iterator[None]:
             yield
     finally:
         _held.clear()
+    if not _staying.get():
+        _leave_process_group()
+
+
+def check_whole_models() -> None:
+    """Raise ``ValueError`` for a launcher that wants models cut into pieces."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"expected processes that each hold the whole model, got {name} by `accelerate "
+                "launch`; start with `accelerate launch --multi_gpu` or `torchrun`"
+            )
+
+
+@contextmanager
+def staying_together() -> Iterator[None]:
+    """Commands that run in here leave the process group to the one behind them."""
+    token = _staying.set(True)
+    try:
+        yield
+    finally:
+        _staying.reset(token)
     _leave_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from fastdaa.cli.runs import command_run, train_and_save
 if TYPE_CHECKING:
     from fastdaa.cli.arguments import TrainArguments
     from fastdaa.train.config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -39,6 +42,7 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     from fastdaa.data.unpaired import UNPAIRED
     from fastdaa.train.unpaired_config import UnpairedConfig
 
+    _say_what_trl_does(config)
     unpaired = isinstance(config, UnpairedConfig)
     folder = str(config.output_dir)
     checkpoint = paths.check_paths(arguments, folder, config.resume_from_checkpoint)
@@ -79,6 +83,15 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
         print_run(trainer, shown, heading=str(config.objective()))
         tracking.print_summary()
     return code
+
+
+def _say_what_trl_does(config: PreferenceConfig) -> None:
+    """Losses that another objective has the name of there."""
+    for name in config.loss_names():
+        if name == "ipo":
+            logger.info("loss: ipo is on sums over tokens, as in its paper; TRL's is ipo_norm here")
+        if name in ("sigmoid", "sigmoid_norm") and config.label_smoothing:
+            logger.info("loss: %s is smoothed by label_smoothing, which TRL's does not read", name)
 
 
 def _trainer_class() -> Any:

@@ -11,33 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fastdaa.cli.other_names import SIMILAR, is_idle, own_name, what_instead
 from fastdaa.counted import counted
 from fastdaa.validation import shown
 
 if TYPE_CHECKING:
     from fastdaa.cli.options import OptionParser
 
-_OTHER_NAMES = {
-    "lr": "learning_rate",
-    "micro_batch_size": "per_device_train_batch_size",
-    **dict.fromkeys(("model_name_or_path", "base_model"), "model"),
-    **dict.fromkeys(("ref_model_name_or_path", "model_ref"), "ref_model"),
-    **dict.fromkeys(("torch_dtype", "model_dtype"), "dtype"),
-    **dict.fromkeys(("dataset_train_split", "split"), "dataset_split"),
-    "dataset_test_split": "eval_split",
-    **dict.fromkeys(("dataset_mixer", "datasets"), "dataset"),
-    **dict.fromkeys(("preprocessing_num_workers", "dataset_processes"), "dataset_num_proc"),
-    "dataset_config": "dataset_name",
-    **dict.fromkeys(("val_size", "val_set_size"), "test_size"),
-    **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "max_length"),
-    **dict.fromkeys(("pref_beta", "rl_beta"), "beta"),
-    "pref_loss": "loss_type",
-    "rpo_alpha": "loss_weights",
-    "lora_rank": "lora_r",
-    "lora_target": "lora_target_modules",
-    "warmup_ratio": "warmup_steps",
-}
-"""What TRL, its alignment handbook, LLaMA-Factory and Axolotl call an option of ours."""
 _FEW = 12
 """So many choices fit into the line of an error."""
 
@@ -62,9 +42,18 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
     if not isinstance(content, dict):
         got = "an empty file" if content is None else type(content).__name__
         raise ValueError(f"{path}: expected 'option: value' lines, got {got}")
-    known = {key: parser._option_string_actions.get(f"--{key}") for key in content}
+    options = parser._option_string_actions
+    content = {
+        key: value
+        for key, value in content.items()
+        if f"--{key}" in options or not is_idle(str(key), value)
+    }
+    known = {
+        key: options.get(f"--{own_name(str(key), value, options)}")
+        for key, value in content.items()
+    }
     unknown = [
-        f"{key!r}{nearest_option(parser, str(key))}"
+        f"{key!r}{nearest_option(parser, str(key), value=content[key])}"
         for key, action in known.items()
         if action is None or action.dest in ("config", "help", "help_all")
     ]
@@ -87,17 +76,34 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
         action.required = False
 
 
-def nearest_option(parser: OptionParser, given: str, prefix: str = "") -> str:
-    """`` (did you mean ...?)`` with the option most like ``given``, or nothing."""
+def nearest_option(parser: OptionParser, given: str, prefix: str = "", value: Any = None) -> str:
+    """`` (did you mean ...?)`` with the option most like ``given``, or nothing.
+
+    Args:
+        parser: of the command.
+        given: a name that is none of its options, without dashes before it.
+        prefix: what stands before names of options where ``given`` is from.
+        value: what a file has under that name.
+    """
     wanted = given.replace("-", "_")
     for action in parser._actions:
-        # What was a switch once and is a choice now, such as group_by_length.
+        # What was a switch once and is a choice now.
         if wanted in (action.choices or ()):
             return f" (did you mean {f'{prefix}{action.dest} {wanted}'!r}?)"
-    # What other programs call an option: --torch_dtype, or --epochs for a common one.
+    instead = what_instead(wanted, value)
+    named = re.findall(r"--\w+", instead or "")
+    if instead is not None and all(name in parser._option_string_actions for name in named):
+        ours = instead.startswith(("--", "dataset: "))
+        instead = f"instead: {instead}" if ours else instead
+        return f" ({instead.replace('--', prefix)})"
+    switch = wanted.removeprefix("no_")
+    if switch != wanted and f"--{switch}" in parser._option_string_actions:
+        off = f"{prefix}{switch} false" if prefix else f"{switch}: false"
+        return f" (did you mean {off!r}?)"
+    # What other programs call an option: --base_model, or --epochs for a common one.
     common = [name for names in parser.common.values() for name in names]
     ends = [name for name in common if name.endswith(f"_{wanted}")]
-    for name in (_OTHER_NAMES.get(wanted), *ends):
+    for name in (SIMILAR.get(wanted), *ends):
         if f"--{name}" in parser._option_string_actions:
             return f" (did you mean {f'{prefix}{name}'!r}?)"
     names = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
@@ -141,6 +147,9 @@ def _from_yaml(action: argparse.Action, value: Any) -> Any:
     """A value of the file as its option would have read it."""
     if isinstance(value, dict):
         return value
+    if value == "" and action.nargs == "+":
+        # As settings of transformers are written where there is nothing: `debug: ''`.
+        return action.default
     if value is None:
         return _convert(action, "none") if action.default is not None else None
     if isinstance(value, list):

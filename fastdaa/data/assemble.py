@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastdaa.data.errors import BadRow, bad_field, describe
-from fastdaa.data.turns import ANSWERING, read_turns
+from fastdaa.data.turns import ANSWERING, is_message, read_turns
 from fastdaa.data.validate import common_prefix
 
 Record = Mapping[str, Any]
@@ -191,8 +191,4 @@ def messages_in(value: Any) -> Any:
         read = json.loads(value)
     except json.JSONDecodeError:
         return value
-    return value if isinstance(read, dict) and not _is_message(read) else read
-
-
-def _is_message(value: Mapping[str, Any]) -> bool:
-    return value.keys() >= {"from", "value"} or value.keys() >= {"role", "content"}
+    return value if isinstance(read, dict) and not is_message(read) else read

@@ -8,6 +8,7 @@ completion; where prompts alone are wanted, ``prompt``; or has one of the format
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -20,9 +21,10 @@ from fastdaa.data.kinds import CheckedRow, RecordKind
 from fastdaa.data.known_formats import example_format
 from fastdaa.data.readers import Records
 from fastdaa.data.reports import SkipReport
-from fastdaa.data.turns import check_content, check_last_role, read_turns
+from fastdaa.data.turns import ANSWERING, check_content, check_last_role, read_turns
 from fastdaa.data.validate import normalise_pair, template_fields
 
+logger = logging.getLogger(__name__)
 EXAMPLE_FIELDS = ("prompt", "completion")
 _KINDS = "'prompt' and 'completion', 'chosen' and 'rejected', 'messages' or 'text'"
 
@@ -92,7 +94,15 @@ def checked_examples(
         return example
 
     read = found.reader(normalise, columns)
-    for place, (_, example) in good_rows(records, read, on_bad_row, report):
+    said = prompts_only
+    for place, (record, example) in good_rows(records, read, on_bad_row, report):
+        if not said and _holds_more_answers(record, example):
+            said = True
+            logger.warning(
+                "%s: conversations hold several answers (the first: %s); the last one of each is "
+                "learnt, or with every_answer all of them",
+                source, place,
+            )  # fmt: skip
         yield place, example, {}
 
 
@@ -116,6 +126,13 @@ def _with_completion(record: Mapping[str, Any]) -> dict[str, Any]:
     elif not completion:
         raise bad_field("empty completion", "completion", "text", "an empty one")
     return {"prompt": prompt, "completion": completion}
+
+
+def _holds_more_answers(record: Mapping[str, Any], example: Mapping[str, Any]) -> bool:
+    """Whether a conversation without a prompt of its own has answers before the last."""
+    split = any(record.get(field) is not None for field in ("completion", "chosen"))
+    turns = () if split or isinstance(example["prompt"], str) else example["prompt"]
+    return any(turn["role"] in ANSWERING for turn in turns)
 
 
 def _conversation(value: Any) -> dict[str, Any]:

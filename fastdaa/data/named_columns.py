@@ -13,7 +13,7 @@ from fastdaa.data.formats import meaning_of, renamed
 from fastdaa.data.readers import Place, Records
 
 logger = logging.getLogger(__name__)
-COLUMN_FIELDS = ("prompt", "chosen", "rejected", "completion", "messages", "label")
+COLUMN_FIELDS = ("prompt", "chosen", "rejected", "completion", "messages", "text", "label")
 """Fields that a column of another name can be read for."""
 _MOST_ASKED = 100
 

@@ -31,6 +31,7 @@ from fastdaa.data.readers import Place, Records
 from fastdaa.data.reports import SkipReport, TokenizeReport, percentiles
 from fastdaa.data.sources import rows_of
 from fastdaa.data.truncation import TruncationMode, cut
+from fastdaa.data.turns import ANSWERING
 from fastdaa.data.unpaired import checked_unpaired
 from fastdaa.validation import check_choice, check_positive
 
@@ -82,7 +83,9 @@ def tokenize_pairs(
     run = _Run("pair", TOKEN_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
     if not len(dataset):
         raise DataError("dataset: expected at least one pair, got none")
+    repeats: list[Place] = []
     checked = checked_pairs(run.noting_sources(dataset), on_bad_row, run.skips)
+    checked = _noting_repeats(checked, repeats)
     skip_fields = SKIP_FIELDS if truncation_mode == "keep_end" else ()
     tokens = run.tokenize(dataset, checked, tokenizer, skip_fields)
     if run.report.shortened_prompts:
@@ -93,7 +96,35 @@ def tokenize_pairs(
             run.report.shortened_prompts,
             counted(run.report.kept, "pair"),
         )
+    if repeats:
+        logger.warning(
+            "In %d of %s both answers begin with the prompt once more (the first: %s), and it is "
+            "learnt with them. Where the answers hold the prompt, the data need no column of it.",
+            len(repeats), counted(len(dataset), "pair"), repeats[0],
+        )  # fmt: skip
     return tokens, run.report
+
+
+def _noting_repeats(rows: Iterable[CheckedRow], repeats: list[Place]) -> Iterator[CheckedRow]:
+    """The same pairs; the places of those whose answers hold the prompt, too, are noted."""
+    for place, pair, extra in rows:
+        prompt = pair["prompt"]
+        sides = (pair["chosen"], pair["rejected"])
+        if prompt and all(side[: len(prompt)] == prompt for side in sides):
+            repeats.append(place)
+        yield place, pair, extra
+
+
+def _each_answer(rows: Iterable[CheckedRow], report: TokenizeReport) -> Iterator[CheckedRow]:
+    """An example for every answer of a conversation, in their order; further ones are counted."""
+    for place, example, extra in rows:
+        turns = example["prompt"]
+        for end in range(1, len(turns)) if isinstance(turns, list) else ():
+            if turns[end]["role"] in ANSWERING:
+                report.pairs += 1
+                answer = {"prompt": turns[:end], "completion": [turns[end]]}
+                yield place, {**example, **answer}, extra
+        yield place, example, extra
 
 
 def tokenize_examples(
@@ -104,12 +135,15 @@ def tokenize_examples(
     truncation_mode: TruncationMode = "keep_start",
     num_proc: int | None = None,
     on_bad_row: OnBadRow = "error",
+    every_answer: bool = False,
 ) -> tuple[Dataset, TokenizeReport]:
     """Tokenises prompts with their completions, as :func:`tokenize_pairs` does.
 
     Args:
         dataset: records of the forms of :mod:`fastdaa.data.examples`; every row is checked.
         tokenizer, max_length, truncation_mode, num_proc, on_bad_row: as there.
+        every_answer: answers within a prompt become examples of their own, each with the turns
+            before it.
 
     Returns:
         A dataset with ``prompt_ids`` and ``completion_ids`` (lists of int32), and the report.
@@ -121,6 +155,8 @@ def tokenize_examples(
     """
     run = _Run("example", SEQUENCE_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
     rows = checked_examples(run.noting_sources(dataset), on_bad_row, run.skips)
+    if every_answer:
+        rows = _each_answer(rows, run.report)
     return run.tokenize(dataset, rows, tokenizer), run.report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ ROLES = (
     "control",
 )
 ANSWERING = ("assistant", "model")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+_SHOWN_BY_PYTHON = re.compile(r"\s*\[\s*\{'(role|content|from|value)':")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -37,17 +40,40 @@ _SHAREGPT_ROLES = {
 
 
 def read_turns(field: str, value: Any) -> str | list[dict[str, Any]]:
-    """Text as it is, or messages checked one by one.
+    """Text as it is, or messages checked one by one; those in JSON text are read out of it.
 
     Raises:
         BadRow: it is neither.
     """
+    if isinstance(value, str):
+        value = _out_of_json(field, value)
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
         expected = "text or a list of messages"
         raise bad_field("neither text nor messages", field, expected, describe(value))
     return [_read_message(f"{field}[{index}]", message) for index, message in enumerate(value)]
+
+
+def _out_of_json(field: str, text: str) -> Any:
+    """Messages that were written as text, which would be learnt with brackets and quotes."""
+    if not _LIST_OF_OBJECTS.match(text):
+        return text
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError:
+        if _SHOWN_BY_PYTHON.match(text):
+            got = "a list of messages as Python shows it; write it with json.dumps"
+            raise bad_field("wrong messages", field, "text or a list of messages", got) from None
+        return text
+    return read if all(map(is_message, read)) else text
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value has the two fields of a message, or of one of ShareGPT's."""
+    return isinstance(value, Mapping) and (
+        value.keys() >= {"from", "value"} or value.keys() >= {"role", "content"}
+    )
 
 
 def check_last_role(field: str, turns: list[dict[str, Any]]) -> None:

@@ -95,7 +95,8 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dict[str, Any]:
-    if prompt is None or (conversational and isinstance(prompt, str)):
+    read = None if prompt is None else read_turns("prompt", prompt)
+    if read is None or (conversational and isinstance(read, str)):
         # Some sets repeat the first question as text beside two whole conversations.
         parts = split_prompt(pair["chosen"], pair["rejected"])
         if conversational and not parts[0] and prompt is not None:
@@ -108,7 +109,6 @@ def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dic
             )
         pair = dict(zip(PAIR_FIELDS, parts, strict=True))
     else:
-        read = read_turns("prompt", prompt)
         if isinstance(read, list) != conversational:
             expected = "a list of messages" if conversational else "text"
             raise bad_field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastdaa.counted import counted
 from fastdaa.study.curves import (
@@ -12,6 +12,7 @@ from fastdaa.study.curves import (
     Row,
     curve,
     distance,
+    falls_by_seed,
     finals,
     hump,
     series_name,
@@ -20,7 +21,7 @@ from fastdaa.study.curves import (
 from fastdaa.study.figures.beta_kl import mean_kl
 from fastdaa.study.fit_words import SIMILAR
 from fastdaa.study.presets import PRESETS
-from fastdaa.study.seed_noise import margin
+from fastdaa.study.seed_noise import margin, standard_error
 from fastdaa.study.verdicts import Seen, each_preset
 from fastdaa.study.wording import join, number
 
@@ -89,24 +90,12 @@ def judge_ipo_fall(rows: Sequence[Row]) -> Iterator[Seen]:
 
 def _falls_less(first: Hump, second: Hump) -> bool:
     """Whether the first falls by less than the second in the same seeds, beyond noise."""
-    falls = [_fall_by_seed(shape) for shape in (first, second)]
-    seeds = falls[0].keys() & falls[1].keys()
-    if not seeds:
+    ours, theirs = (falls_by_seed(shape.best, shape.farthest) for shape in (first, second))
+    differences = [theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()]
+    if not differences:
         return first.fall < second.fall
-    differences = [falls[1][seed] - falls[0][seed] for seed in seeds]
-    stderr = None
-    if len(seeds) > 1:
-        stderr = statistics.stdev(differences) / len(seeds) ** 0.5
-    return statistics.fmean(differences) > margin(stderr, len(seeds))
-
-
-def _fall_by_seed(shape: Hump) -> dict[Any, float]:
-    ends = {row.get("seed"): float(row["score"]) for row in shape.farthest.rows}
-    return {
-        row.get("seed"): float(row["score"]) - ends[row.get("seed")]
-        for row in shape.best.rows
-        if row.get("seed") in ends
-    }
+    noise = margin(standard_error(differences), len(differences))
+    return statistics.fmean(differences) > noise
 
 
 @each_preset("three or more betas of two losses")

@@ -24,7 +24,7 @@ from fastdaa.study.figures.fitted import Fit, fits
 from fastdaa.study.figures.frontier import regularised_groups, size_groups
 from fastdaa.study.figures.length import KINDS, mean_r2, r2_points
 from fastdaa.study.results import Results
-from fastdaa.study.seed_noise import margin
+from fastdaa.study.seed_noise import margin, standard_error
 from fastdaa.study.verdicts import Finding, Seen, Verdict, conclude, each_preset, no_data
 from fastdaa.study.wording import join, number, span
 
@@ -97,7 +97,7 @@ def judge_length_regularised(kinds: Mapping[str, Sequence[Row]]) -> Iterator[See
     if shape is None or not gains:
         return
     gain = statistics.fmean(gains)
-    stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+    stderr = standard_error(gains)
     moved = abs(gain) > margin(stderr, len(gains))
     spread = ""
     if stderr is not None:

@@ -31,7 +31,7 @@ OPTIONAL: dict[str, str] = {
     "fraction": "part of the training that was done, 0 to 1",
     "final": "whether this is the run's last checkpoint",
     "gold": "mean gold reward, the reference at 0, its standard deviation 1",
-    "win_rate": "P(policy's answer beats the reference's), ties 1/2",
+    "win_rate": "P(policy's answer beats the reference's, or the data's under a judge), ties 1/2",
     "kl_forward": "KL(reference || policy), nats a sequence",
     "entropy": "entropy of the policy, nats a sequence",
     "length": "mean length of an answer, tokens",

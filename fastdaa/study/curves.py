@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastdaa.study.seed_noise import margin
+from fastdaa.study.seed_noise import margin, standard_error
 
 Row = Mapping[str, Any]
 LOSS_ORDER = ("dpo", "ipo", "slic")
@@ -175,12 +175,11 @@ def curve(rows: Iterable[Row], column: str = "score") -> list[Point]:
 def mean_point(rows: Sequence[Row], column: str = "score") -> Point:
     """Mean distance and score of rows that differ by their seed alone."""
     scores = [float(row[column]) for row in rows]
-    stderr = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
     return Point(
         beta=rows[0].get("beta"),
         distance=statistics.fmean(distance(row) for row in rows),
         score=statistics.fmean(scores),
-        stderr=stderr,
+        stderr=standard_error(scores),
         rows=tuple(rows),
     )
 
@@ -207,21 +206,21 @@ def hump(points: Sequence[Point]) -> Hump | None:
         return None
     best = max(points, key=lambda point: point.score)
     farthest = points[-1]
-    falls = _paired(best, farthest)
+    falls = list(falls_by_seed(best, farthest).values())
     fall = statistics.fmean(falls) if falls else best.score - farthest.score
-    stderr = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else None
+    stderr = standard_error(falls)
     inside = best is not points[0] and best is not points[-1]
     return Hump(best, farthest, fall, stderr, inside and fall > margin(stderr, len(falls)))
 
 
-def _paired(left: Point, right: Point) -> list[float]:
-    """Differences of scores of the same seed."""
-    others = {row.get("seed"): row["score"] for row in right.rows}
-    return [
-        float(row["score"]) - float(others[row.get("seed")])
-        for row in left.rows
-        if row.get("seed") in others
-    ]
+def falls_by_seed(best: Point, farthest: Point) -> dict[Any, float]:
+    """By how much the score falls from one point to another, of the seeds that both have."""
+    ends = {row.get("seed"): float(row["score"]) for row in farthest.rows}
+    return {
+        row.get("seed"): float(row["score"]) - ends[row.get("seed")]
+        for row in best.rows
+        if row.get("seed") in ends
+    }
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from fastdaa.study.language import Language
 from fastdaa.study.world import World
+from fastdaa.train.eval_mode import in_eval_mode
 
 
 @torch.no_grad()
@@ -31,13 +32,8 @@ def response_logps(model: Module, world: World) -> Tensor:
         that are no part of a response (nothing, for models from ``new_model``). The last level is
         over by itself, so its responses have no factor for EOS.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with in_eval_mode(model):
         return _walk(model, world.language)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _walk(model: Any, language: Language) -> Tensor:

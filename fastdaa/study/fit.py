@@ -60,10 +60,6 @@ _MIN_POINTS = 6
 _FEW_UNITS = 5
 SETTINGS_OF_A_CURVE = ("preset", "size", "algorithm", "whitened", "loss", "length_alpha", "seed")
 """Rows that differ in one of these are not on the same curve; beta and progress move along it."""
-_OFFSETS: dict[str, tuple[float, list[str]]] = {
-    "gold": (0.0, []),
-    "win_rate": (0.5, ["0.5, the reference's win rate against itself, is taken off"]),
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,8 @@ class FitSettings:
     score: str = "score"
     """Column of the quality."""
     offset: float | None = None
-    """The reference's score; None for 0 (``gold``), 0.5 (``win_rate``), and else the mean score of
-    the group's rows at the reference itself, or 0 where it has none."""
+    """The reference's score; None for 0 (``gold``), else the mean score of the group's rows at the
+    reference itself, or where it has none 0.5 (``win_rate``) or 0."""
     group: tuple[str, ...] | None = None
     """Columns whose values make the groups; empty for one pooled fit, None for those of
     :data:`SETTINGS_OF_A_CURVE` that vary in the table."""
@@ -184,19 +180,26 @@ def _offset(table: Table, settings: FitSettings) -> tuple[float, list[str]]:
     """The reference's score, and what has to be said about it."""
     if settings.offset is not None:
         return settings.offset, []
-    column = settings.score
-    for known, (value, notes) in _OFFSETS.items():
-        same = column == "score" and all(row.get(known) == row["score"] for row in table)
-        if column == known or (same and len(table)):
-            return value, list(notes)
-    at_reference = table.where(lambda row: distance(row) < MIN_DISTANCE)
+    if _is_score(table, settings.score, "gold"):
+        return 0.0, []
+    # Not below: an estimate of a KL can be negative anywhere near the reference.
+    at_reference = table.where(lambda row: abs(row["kl"]) < MIN_DISTANCE**2)
     if len(at_reference):
-        offset = float(at_reference.numbers(column).mean())
+        offset = float(at_reference.numbers(settings.score).mean())
         return offset, [f"the reference's score is {offset:.4g}, of rows with KL below 1e-6"]
-    return 0.0, [
-        "no row at KL = 0 says what the reference scores, and 0 is taken: give an offset, or trust "
-        "only the fits with intercept"
-    ]
+    start = "no row at KL = 0 says what the reference scores"
+    if _is_score(table, settings.score, "win_rate"):
+        return 0.5, [
+            f"{start}, and 0.5, its win rate against itself, is taken off: give an offset if the "
+            "answers were compared with others"
+        ]
+    return 0.0, [f"{start}, and 0 is taken: give an offset, or trust only the fits with intercept"]
+
+
+def _is_score(table: Table, score: str, column: str) -> bool:
+    """Whether what is fitted is a known column, or ``score`` holds the same numbers."""
+    same = score == "score" and len(table) and all(r.get(column) == r["score"] for r in table)
+    return score == column or bool(same)
 
 
 def _resample_unit(table: Table, seeds: list[Any], settings: FitSettings) -> str:

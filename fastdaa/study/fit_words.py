@@ -25,8 +25,9 @@ _SHOWN = 4
 
 
 def group_name(group: Mapping[str, Any]) -> str:
-    """``loss dpo, seed 0``, or ``all rows``."""
-    return ", ".join(f"{name} {value}" for name, value in group.items()) or "all rows"
+    """``loss dpo, seed 0``, or ``all rows``; columns that the group does not have are left out."""
+    known = [f"{name} {value}" for name, value in group.items() if value is not None]
+    return ", ".join(known) or "all rows"
 
 
 def describe_fits(content: Mapping[str, Any]) -> list[str]:

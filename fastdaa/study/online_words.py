@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fastdaa.counted import counted
 from fastdaa.study.curves import Row, distance, split
-from fastdaa.study.seed_noise import margin
+from fastdaa.study.seed_noise import margin, standard_error
 from fastdaa.study.wording import join, number
 
 NAMES = {"apa": "APA", "ppo": "PPO", "awr": "AWR", "apa-whitened": "whitened APA"}
@@ -204,7 +204,7 @@ class Place(NamedTuple):
     distance: float
     difference: float
     """Of the best gold within that distance, first less second, mean of the seeds."""
-    stderr: float
+    stderr: float | None
     seeds: int
 
 
@@ -225,8 +225,7 @@ def compare(first: Sequence[Setting], second: Sequence[Setting]) -> list[Place]:
         for seed in seeds:
             ours, theirs = (best_within(found[seed], step * _GRID) for found in frontiers)
             differences.append(ours - theirs)
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        mean = statistics.fmean(differences)
+        mean, error = statistics.fmean(differences), standard_error(differences)
         places.append(Place(step * _GRID, mean, error, len(differences)))
     return places
 

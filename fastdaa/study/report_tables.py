@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdaa.study.curves import LOSS_NAMES, Row, curve, series_name, split, sweeps
+from fastdaa.study.fit_words import group_name
 from fastdaa.study.page import PageTable
 from fastdaa.study.results import Results
 from fastdaa.study.wording import NO_VALUE, capitalised, join, number, preset_suffix
@@ -62,12 +63,12 @@ def _ends(preset: Any, rows: Sequence[Row]) -> PageTable:
 def _fits(results: Results) -> PageTable | None:
     lines = []
     for entry in results.fits.get("groups", ()):
-        group = ", ".join(f"{name} {value}" for name, value in entry["group"].items())
+        group = group_name(entry["group"])
         for fit in entry["fits"]:
             found, intervals = fit["coefficients"], fit["intervals"]
             lines.append(
                 [
-                    group or "all rows",
+                    group,
                     fit["formula"],
                     number(fit["rmse"], 3),
                     number(fit["loo_rmse"], 3),

@@ -7,9 +7,15 @@ itself an estimate: the same interval takes 4.3 of them, and 12.7 with two seeds
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, stdev
 
 CONFIDENCE = 0.95
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def margin(stderr: float | None, seeds: int) -> float:

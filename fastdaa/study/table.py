@@ -98,11 +98,12 @@ class Table(Sequence[Row]):
         return {key: Table(groups[key]) for key in sorted(groups, key=_sortable)}
 
     def final(self) -> Table:
-        """The last checkpoint of every run: rows marked ``final``, else the highest checkpoint."""
+        """The last checkpoint of every run: the highest of those marked ``final``, else of all."""
         chosen = []
         for run in self.by("run").values():
+            # A run that was continued beyond its end has several marked rows.
             marked = [row for row in run if row.get("final")]
-            chosen.extend(marked or [max(run, key=lambda row: row["checkpoint"])])
+            chosen.append(max(marked or run, key=lambda row: row["checkpoint"]))
         return Table(chosen)
 
     def numbers(self, column: str) -> np.ndarray:

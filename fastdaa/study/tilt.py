@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from fastdaa.study.preferences import HELD_OUT_SEED, TRAIN_SEED, draw_pairs, lab
 from fastdaa.study.presets import PRESETS, ModelSize, Preset, size_of
 from fastdaa.study.reward_model import response_rewards, train_reward_model
 from fastdaa.study.sft import Reference, make_reference
+from fastdaa.study.table_files import json_rows
 from fastdaa.study.world import World, make_world
 from fastdaa.whole_file import whole_file
 from fastdaa.writable import check_writable
@@ -231,21 +232,11 @@ def _fingerprint(preset: Preset, seed: int, size: ModelSize, language: Language)
 
 def _rows_by_settings(file: Path) -> dict[str, list[dict[str, Any]]]:
     kept: dict[str, list[dict[str, Any]]] = {}
-    for row in _read_rows(file) if file.is_file() else ():
+    for where, row in json_rows(file) if file.is_file() else ():
+        if "settings" not in row:
+            raise ValueError(f"{where}: expected a row that `fastdaa study` wrote")
         kept.setdefault(row["settings"], []).append(row)
     return kept
-
-
-def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: expected a JSON object ({error})") from error
-            if not isinstance(row, dict) or "settings" not in row:
-                raise ValueError(f"{file}:{number}: expected a row that `fastdaa study` wrote")
-            yield row
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -41,6 +41,12 @@ class Adapter(NamedTuple):
     config: dict[str, Any]
     """The content of ``adapter_config.json``."""
 
+    @property
+    def base_options(self) -> dict[str, str]:
+        """What ``from_pretrained`` of the base needs: its revision, where one is named."""
+        revision = self.config.get("revision")
+        return {"revision": revision} if revision and not Path(self.base).is_dir() else {}
+
     def __str__(self) -> str:
         kind = str(self.config.get("peft_type", "adapter"))
         rank = f" r={self.config['r']}" if "r" in self.config else ""
@@ -134,7 +140,7 @@ def load_adapter(adapter: Adapter, kind: Any, *, trainable: bool = False, **opti
     config = peft.PeftConfig.from_pretrained(folder)
     check_prompt_learning(config)
     try:
-        model = kind.from_pretrained(adapter.base, **options)
+        model = kind.from_pretrained(adapter.base, **{**options, **adapter.base_options})
     except (OSError, ValueError) as error:
         raise type(error)(
             f"expected the base model {adapter.base} of the adapter {adapter.source}: {error}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from fastdaa.train.adapters import adapter_dropout, check_adapters, is_adapted
 from fastdaa.train.backbone import causal_lm
@@ -51,6 +54,39 @@ _UNUSED = {
 """What the Trainer takes and nothing here would ask, and why."""
 
 
+_ELSEWHERE = {
+    "tokenizer": "give it as processing_class",
+    **dict.fromkeys(
+        ("model_init_kwargs", "ref_model_init_kwargs", "quantization_config"),
+        "load the model with it, and give the model itself",
+    ),
+}
+"""What other trainers take, or took, and where it belongs."""
+
+
+def check_options(options: Mapping[str, Any], args: Any) -> None:
+    """Raise ``TypeError`` for an option that would not be read, or that there is none of.
+
+    Args:
+        options: for ``transformers.Trainer``.
+        args: the settings.
+    """
+    known = inspect.signature(Trainer.__init__).parameters
+    for name, value in options.items():
+        if name in _UNUSED and value is not None:
+            raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
+        if name in known:
+            continue
+        if name in _ELSEWHERE:
+            hint = f"; {_ELSEWHERE[name]}"
+        elif name in {entry.name for entry in fields(args)}:
+            hint = f"; give it to {type(args).__name__}, as args"
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"expected options of transformers.Trainer, got {name!r}{hint}")
+
+
 class PackLoop(PairTrainer):
     """One forward and backward a pack, metrics of packs in the logged rows.
 
@@ -69,9 +105,6 @@ class PackLoop(PairTrainer):
     def __init__(
         self, model: nn.Module, callbacks: list[TrainerCallback] | None = None, **options: Any
     ):
-        for name in _UNUSED:
-            if options.get(name) is not None:
-                raise TypeError(f"{name}: expected None, {_UNUSED[name]}")
         check_offload(model, "model", trained=True)
         self._stores: dict[str, MetricStore] = {"train": MetricStore(), "eval": self.store_type()}
         if "args" in options:

@@ -103,15 +103,19 @@ def describe(config: Any) -> str:
     return f"bitsandbytes 4-bit {read.get('bnb_4bit_quant_type')}{nested}, computed in {computed}"
 
 
-def stored_quantization(source: str) -> str | None:
+def stored_quantization(source: str, **options: Any) -> str | None:
     """How the weights in a folder or on the hub are quantised; only the configuration is read.
+
+    Args:
+        source: a folder or hub id.
+        options: of ``from_pretrained``, such as ``revision``.
 
     Raises:
         OSError: there is no configuration.
     """
     from transformers import PretrainedConfig
 
-    config, _ = PretrainedConfig.get_config_dict(source)
+    config, _ = PretrainedConfig.get_config_dict(source, **options)
     # A multimodal model may say so of its text part.
     for part in (config, config.get("text_config") or {}):
         if part.get("quantization_config"):

@@ -15,6 +15,7 @@ from fastdaa.train.backbone import causal_lm, run_head_task
 from fastdaa.train.balance import balance_of
 from fastdaa.train.best_metric import REWARD_METRICS
 from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.pack_loop import check_options
 from fastdaa.train.prepare import (
     check_config,
     check_dataset,
@@ -73,6 +74,7 @@ class RewardTrainer(StageTrainer):
     ):
         args = RewardConfig(output_dir="reward_output") if args is None else args
         check_config(args, RewardConfig)
+        check_options(options, args)
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
         processing_class = tokenizer_for(processing_class, model, train_dataset, eval_dataset)

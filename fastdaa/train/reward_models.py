@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fastdaa.train.adapter_files import find_adapter, load_merged
 from fastdaa.train.backbone import backbone_of, causal_lm
+from fastdaa.train.eval_mode import in_eval_mode
 from fastdaa.train.quantization import compute_as_in_training
 
 PAD_TOKEN = "<|pad|>"
@@ -60,7 +61,8 @@ def load_reward_model(
     with _quiet_about_missing_weights():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             whole if adapter is None else adapter.base,
-            num_labels=1, dtype=dtype, output_loading_info=True, **options,
+            num_labels=1, dtype=dtype, output_loading_info=True,
+            **{**options, **({} if adapter is None else adapter.base_options)},
         )  # fmt: skip
     missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
     if missing or report.get("mismatched_keys"):
@@ -155,15 +157,10 @@ def check_reward_model(model: nn.Module) -> None:
     rows = core.get_input_embeddings().weight.shape[0]
     ids = [token for token in range(min(rows, _PROBE_TOKENS + 1)) if token != pad]
     tokens = torch.tensor([ids[:_PROBE_TOKENS]], device=core.device)
-    training = [module for module in core.modules() if module.training]
-    core.eval()
-    try:
+    with in_eval_mode(core):
         expected = core(input_ids=tokens, use_cache=False).logits[0, 0].float()
         backbone = backbone_of(core)
         got = core.score(backbone(input_ids=tokens, use_cache=False).last_hidden_state[0, -1])
-    finally:
-        for module in training:
-            module.training = True
     tolerance = 1e-4 if core.dtype == torch.float32 else 5e-2
     if not bool((got[0].float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)):
         raise ValueError(

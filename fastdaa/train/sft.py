@@ -18,6 +18,7 @@ from fastdaa.train.balance import balance_of
 from fastdaa.train.best_metric import TOKEN_METRICS
 from fastdaa.train.completion_loss import CompletionLoss, completion_loss
 from fastdaa.train.metrics import MetricStore, Sums
+from fastdaa.train.pack_loop import check_options
 from fastdaa.train.prepare import (
     check_config,
     check_dataset,
@@ -67,6 +68,7 @@ class SftTrainer(StageTrainer):
     ):
         args = SftConfig(output_dir="sft_output") if args is None else args
         check_config(args, SftConfig)
+        check_options(options, args)
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)
         processing_class = tokenizer_for(processing_class, model, train_dataset, eval_dataset)
@@ -107,7 +109,7 @@ class SftTrainer(StageTrainer):
         tokenized, report = tokenize_examples(
             dataset, self.processing_class, max_length=args.max_length,
             truncation_mode=args.truncation_mode, num_proc=args.dataset_num_proc,
-            on_bad_row=args.on_bad_row,
+            on_bad_row=args.on_bad_row, every_answer=args.every_answer,
         )  # fmt: skip
         if args.should_log:
             report.log(logger, name)

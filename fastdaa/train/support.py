@@ -16,6 +16,7 @@ from fastdaa.data.collate import PairCollator
 from fastdaa.data.fields import TOKEN_FIELDS
 from fastdaa.train.attention import ATTENTION_NAME, enable_segments, placeholder_mask
 from fastdaa.train.backbone import backbone_of
+from fastdaa.train.eval_mode import in_eval_mode
 
 _LAYER_KINDS = {"full_attention", "sliding_attention"}
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -99,21 +100,18 @@ def check_layout(model: PreTrainedModel) -> LayoutCheck:
     short that they count: some put their window into the mask alone, which a packed row does not
     have. The model's attention, its windows and its mode are as before afterwards.
     """
-    training = [module for module in model.modules() if module.training]
     before = model.config._attn_implementation
-    model.eval()
     try:
-        error = _probe_error(model)
-        if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
-            with _short_windows(model):
-                error = max(error, _probe_error(model))
+        with in_eval_mode(model):
+            error = _probe_error(model)
+            if getattr(model.config.get_text_config(), "sliding_window", None) is not None:
+                with _short_windows(model):
+                    error = max(error, _probe_error(model))
     except ValueError as refusal:
         return LayoutCheck(False, float("inf"), str(refusal))
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
-        for module in training:
-            module.training = True
     tolerance = _TOLERANCES.get(model.dtype, _TOLERANCES[torch.bfloat16])
     if getattr(model, "is_loaded_in_8bit", False):
         # LLM.int8() rounds activations, by what is in the same batch.

@@ -40,7 +40,7 @@ from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.metrics import pack_metrics
 from fastdaa.train.model_card import write_model_card
 from fastdaa.train.offload import check_offload
-from fastdaa.train.pack_loop import PackLoop
+from fastdaa.train.pack_loop import PackLoop, check_options
 from fastdaa.train.policy import PackResult, run_policy
 from fastdaa.train.precompute import Precompute
 from fastdaa.train.prepare import (
@@ -119,6 +119,7 @@ class PreferenceTrainer(PackLoop):
     ):
         args = self.config_type(output_dir="trainer_output") if args is None else args
         check_config(args, self.config_type)
+        check_options(options, args)
         self.objective: Objective = args.objective()
         check_one_device(args)
         check_datasets(train_dataset, eval_dataset)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +30,7 @@ from fastdaa.train.best_metric import (
     TOKEN_METRICS,
     UNPAIRED_METRICS,
 )
+from fastdaa.train.eval_mode import in_eval_mode
 from fastdaa.train.lone_examples import check_found_size, check_lone
 from fastdaa.train.metrics import kl_metrics
 from fastdaa.train.pack_loop import PackLoop
@@ -182,7 +182,7 @@ class UnpairedTrainer(PreferenceTrainer):
         sums = torch.zeros(2, device=args.device)
         sums[1].fill_(inputs["mismatched"])
         options: dict[str, Any] = {"engine": args.head_engine, "max_bytes": args.head_max_bytes}
-        with torch.no_grad(), self.accelerator.autocast(), _in_eval_mode(self.model):
+        with torch.no_grad(), self.accelerator.autocast(), in_eval_mode(self.model):
             for index, pack in enumerate(map(self.with_backend, self._evened(packs))):
                 ref = self.reference.score(pack).sequence_logps
                 policy = score_pack(self.model, pack, keep_rows=False, **options).sequence_logps
@@ -289,16 +289,3 @@ class UnpairedTrainer(PreferenceTrainer):
         if self.shift is not None:
             self.shift.settle(self.accelerator)
         super()._write_checkpoint(model, trial)
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and activation checkpointing, whatever mode the model is in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -393,6 +393,23 @@ def test_two_runs_of_one_setting_are_told_apart(layout: Layout) -> None:
         assert {"mine", "other"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_names_of_runs_stay_on_the_figure(layout: Layout) -> None:
+    folders = [f"/home/somebody/experiments/with/a/long/path/lambda-{n}" for n in range(4)]
+    rows = Table(
+        {"run": run, "checkpoint": n, "kl": 0.2 * n, "score": float(n)}
+        for run in folders for n in range(3)
+    )  # fmt: skip
+    (picture,) = hump.pictures(Results(rows=rows, fits=fit_table(rows)))
+    figure = render(picture, layout)
+    figure.draw_without_rendering()
+    legend = figure.legends[0]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert all(any(name.endswith(f"lambda-{n}") for name in shown) for n in range(4))
+
+
 def test_one_seed_has_no_mean_and_the_law_says_what_it_is_fitted_to() -> None:
     rows = Table(synthetic["study_rows"](presets=("H",), seeds=1, regularised=False))
     results = Results(rows=rows, fits=fit_table(rows, FitSettings(repeats=100)))

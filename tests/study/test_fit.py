@@ -128,7 +128,7 @@ def test_too_few_points_are_told(rows, message):
 
 OFFSETS = {
     "gold is 0 at the reference": ("gold", {}, 0.0, ""),
-    "a coin toss wins half": ("win_rate", {}, 0.5, ""),
+    "against other answers than its own": ("win_rate", {}, 0.2, "the reference's score is 0.2"),
     "given": ("win_rate", {"offset": 0.1}, 0.1, ""),
     "measured": ("reward", {}, 7.0, "the reference's score is 7"),
 }
@@ -155,6 +155,30 @@ def test_a_score_that_is_the_gold_reward_needs_no_offset():
     rows = [row | {"gold": row["score"]} for row in law_points()]
     (group,) = fit_table(Table(rows), FitSettings(group=()))["groups"]
     assert group["offset"] == 0.0 and group["notes"] == []
+
+
+@pytest.mark.parametrize("column", ["score", "win_rate"])
+def test_a_judged_run_starts_where_it_was_measured(column):
+    # A judge compares with the answers of the data, against which the reference wins anything.
+    rows = law_points(offset=0.2)
+    rows.append({"run": "start", "checkpoint": 0, "kl": 0.0, "score": 0.2})
+    rows = [row | {"win_rate": row["score"]} for row in rows]
+    (group,) = fit_table(Table(rows), FitSettings(score=column, group=()))["groups"]
+    assert group["offset"] == pytest.approx(0.2) and find(group, "log")["rmse"] < 1e-9
+
+
+def test_a_win_rate_without_the_reference_is_taken_for_one_against_it():
+    rows = [row | {"win_rate": row["score"]} for row in law_points(offset=0.5)]
+    (group,) = fit_table(Table(rows), FitSettings(group=()))["groups"]
+    assert group["offset"] == 0.5 and "0.5, its win rate against itself" in group["notes"][0]
+
+
+def test_an_estimate_below_zero_is_not_the_reference():
+    rows = law_points(offset=7.0)
+    rows.append({"run": "noisy", "checkpoint": 1, "kl": -0.005, "score": 99.0})
+    rows.append({"run": "start", "checkpoint": 0, "kl": 0.0, "score": 7.0})
+    (group,) = fit_table(Table(rows), FitSettings(group=()))["groups"]
+    assert group["offset"] == 7.0 and group["dropped"] == 2
 
 
 def test_an_unknown_offset_is_said():

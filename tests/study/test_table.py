@@ -239,6 +239,8 @@ def test_final_is_what_is_marked_else_the_highest_checkpoint(table):
     assert [entry["checkpoint"] for entry in table.final()] == [10] * 4
     marked = Table([row(checkpoint=5, final=True), row(checkpoint=10, final=False)])
     assert [entry["checkpoint"] for entry in marked.final()] == [5]
+    continued = Table([row(checkpoint=5, final=True), row(checkpoint=10, final=True)])
+    assert [entry["checkpoint"] for entry in continued.final()] == [10]
 
 
 def test_numbers_and_columns():

@@ -153,6 +153,22 @@ def test_what_nothing_here_would_ask(tiny_model, pairs, tmp_path, name):
         PreferenceTrainer(tiny_model(), args=args, train_dataset=pairs(2), **{name: lambda *_: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("tokenizer", "got 'tokenizer'; give it as processing_class"),
+        ("beta", "got 'beta'; give it to PreferenceConfig, as args"),
+        ("model_init_kwargs", "load the model with it"),
+        ("calbacks", "did you mean 'callbacks'?"),
+        ("nothing_like_it", "got 'nothing_like_it'$"),
+    ],
+)
+def test_what_other_trainers_take(pairs, tmp_path, name, hint):
+    args = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match=f"expected options of transformers.Trainer, .*{hint}"):
+        PreferenceTrainer("nowhere/no-model", args=args, train_dataset=pairs(2), **{name: 0})
+
+
 def test_the_head_task_outlives_liger(tiny_model):
     kernels = pytest.importorskip("liger_kernel.transformers")
     model = tiny_model()

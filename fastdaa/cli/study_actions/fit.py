@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--offset", type=float, metavar="SCORE",
-        help="the reference's score (default: 0 for gold, 0.5 for win_rate, else that of the rows "
-        "at KL = 0)",
+        help="the reference's score (default: 0 for gold, else that of the rows at KL = 0; without "
+        "such rows 0.5 for win_rate, else 0)",
     )  # fmt: skip
     parser.add_argument(
         "--laws", nargs="+", default=["log", "d", "kl"], help="laws to fit (default: log d kl)"

@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastdaa.study.wording import preset_suffix
@@ -64,6 +67,10 @@ SERIES_COLOURS = {"DPO": BLUE, "IPO": ORANGE, "SLiC": GREEN}
 SERIES_MARKERS = {"DPO": "o", "IPO": "s", "SLiC": "^"}
 _FREE_COLOURS = (PINK, YELLOW, SKY, MUTED)
 _FREE_MARKERS = ("D", "v", "P", "X")
+_POINTS_PER_INCH = 72
+_LEGEND_SIZE = 9.0
+_HANDLE = 4 * _LEGEND_SIZE
+"""What an entry of a legend takes beside its text, in points: its line or marker, and gaps."""
 DISTANCE_LABEL = "√KL to the reference (√nats)"
 
 _SETTINGS: Any = {
@@ -180,9 +187,10 @@ def panels(
 def legend_below(
     figure: Figure, axes: Sequence[Axes], *, columns: int, title: str = "", neutral: bool = False
 ) -> None:
-    """One legend for all panels, below them, each entry once.
+    """One legend for all panels, below them, each entry once, as wide as the figure at most.
 
     Args:
+        columns: fewer where long entries (names of runs) would not fit.
         neutral: in grey, where the same entry has another colour in each panel.
     """
     entries: dict[str, Any] = {}
@@ -191,14 +199,16 @@ def legend_below(
             entries.setdefault(str(label), handle)
     if not entries:
         return
+    width = _POINTS_PER_INCH * figure.get_figwidth()
+    labels = [_shortened(label, width - _HANDLE) for label in entries]
     legend = figure.legend(
         list(entries.values()),
-        list(entries),
+        labels,
         loc="outside lower center",
-        ncols=columns,
+        ncols=_columns_that_fit(labels, columns, width),
         title=title or None,
-        fontsize=9,
-        title_fontsize=9,
+        fontsize=_LEGEND_SIZE,
+        title_fontsize=_LEGEND_SIZE,
         handlelength=1.8,
         columnspacing=1.4,
     )
@@ -207,6 +217,27 @@ def legend_below(
             if entry is not None:
                 # What is pale among many points would be invisible alone.
                 entry.set(color=MUTED, alpha=max(entry.get_alpha() or 1.0, 0.6))
+
+
+def _width(label: str) -> float:
+    """Of a legend's entry, in points."""
+    font = FontProperties(family=_SETTINGS["font.family"], size=_LEGEND_SIZE)
+    return float(text_to_path.get_text_width_height_descent(label, font, ismath=False)[0])
+
+
+def _shortened(label: str, width: float) -> str:
+    """The end of a label that is wider than so many points: of paths it says most."""
+    full = _width(label)
+    return label if full <= width else "…" + label[-int(len(label) * width / full) + 2 :]
+
+
+def _columns_that_fit(labels: Sequence[str], most: int, width: float) -> int:
+    """At most ``most`` columns, filled one after the other, each as wide as its longest entry."""
+    widths = [_width(label) + _HANDLE for label in labels]
+    for columns in range(min(most, len(labels)), 1, -1):
+        if sum(map(max, np.array_split(widths, columns))) <= width:
+            return columns
+    return 1
 
 
 def legend_columns(layout: Layout, wide: int) -> int:

@@ -85,6 +85,12 @@ def default_reference(checkpoint: Checkpoint) -> str:
         )
     adapter = find_adapter(str(checkpoint.folder))
     assert adapter is not None
+    if adapter.base_options:
+        raise ValueError(
+            f"ref_model: expected the model that the training started from, got none; it is "
+            f"{adapter.base} at the revision {adapter.config['revision']}: download that, and give "
+            "its folder"
+        )
     return adapter.base
 
 

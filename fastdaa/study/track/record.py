@@ -70,8 +70,8 @@ class RunRecord:
         Raises:
             ValueError: they were measured with other settings or another scorer.
         """
-        self.journal.forget_after(self._run, step)
         self.journal.check_settings(self._run, self._identity)
+        self.journal.forget_after(self._run, step)
         self.history = self.journal.history(self._run)
         rows = self.journal.rows(self._run)
         self._declined = 0

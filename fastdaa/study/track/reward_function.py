@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastdaa.online.reward_functions import FunctionReward
 from fastdaa.online.reward_functions import RewardFunction as Function
-from fastdaa.online.reward_functions import function_name, load_function
-from fastdaa.study.track.scoring import Sample, Scorer, ScorerError, Scores, finite_numbers
+from fastdaa.study.track.scoring import Sample, Scorer, ScorerError, Scores
 
 
 class RewardFunction:
@@ -26,22 +26,19 @@ class RewardFunction:
     column = "reward"
 
     def __init__(self, function: str | Function):
-        self.label = function if isinstance(function, str) else function_name(function)
         try:
-            self._function = load_function(function) if isinstance(function, str) else function
+            self._reward = FunctionReward(function)
         except (ValueError, OSError) as error:
             raise ScorerError(str(error)) from error
+        self.label = self._reward.label
 
     def __call__(self, samples: Sequence[Sample]) -> Scores:
         prompts = [sample.prompt.text for sample in samples]
         try:
-            given = self._function(prompts, [sample.answer for sample in samples])
-        except Exception as error:
-            # Anything may go wrong in somebody else's function.
-            raise ScorerError(
-                f"reward function {self.label} failed: {type(error).__name__}: {error}"
-            ) from error
-        return Scores(finite_numbers(given, len(samples), f"reward function {self.label}"), {})
+            rewards = self._reward.call(prompts, [sample.answer for sample in samples])
+        except ValueError as error:
+            raise ScorerError(str(error)) from error
+        return Scores(rewards.tolist(), {})
 
 
 def reward_scorer(given: str, *, device: Any, batch_size: int) -> Scorer:

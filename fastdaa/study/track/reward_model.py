@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fastdaa.study.track.scoring import Sample, ScorerError, Scores, finite_numbers
+from fastdaa.study.track.scoring import Sample, ScorerError, Scores
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,9 @@ class RewardModel:
     """Scores prompt and answer together, with the model's own tokenizer and chat template.
 
     A conversation is rendered by the model's chat template with the answer as the assistant's last
-    message; text is prompt and answer joined. The value is the model's single output. Inputs
-    beyond the model's length are cut at their end, which is logged once.
+    message; text is prompt and answer joined, with EOS behind an answer that was not cut off, as
+    reward models are trained. The value is the model's single output. Inputs beyond the model's
+    length are cut at their end, which is logged once.
 
     Args:
         path: folder or hub id of a ``AutoModelForSequenceClassification`` with one label.
@@ -54,31 +56,53 @@ class RewardModel:
         self._batch_size = batch_size
         self._warned = False
         self._longest = _longest(self._tokenizer, model.config)
-        self._prepare_padding()
 
     def __call__(self, samples: Sequence[Sample]) -> Scores:
-        texts = [self._render(sample) for sample in samples]
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        values = [0.0] * len(texts)
+        rows = [self._encode(sample) for sample in samples]
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        values = [0.0] * len(rows)
         for start in range(0, len(order), self._batch_size):
             places = order[start : start + self._batch_size]
-            for place, value in zip(places, self._score([texts[p] for p in places]), strict=True):
+            for place, value in zip(places, self._score([rows[p] for p in places]), strict=True):
                 values[place] = value
-        return Scores(finite_numbers(values, len(samples), f"reward model {self.label}"), {})
+        if not all(map(math.isfinite, values)):
+            raise ScorerError(f"reward model {self.label}: expected finite numbers, got others")
+        return Scores(values, {})
 
-    @torch.no_grad()
-    def _score(self, texts: list[str]) -> list[float]:
+    def _encode(self, sample: Sample) -> list[int]:
+        """Token ids of prompt and answer."""
         # A chat template has written its special tokens already.
-        plain = self._tokenizer.chat_template is None
-        encoded = self._tokenizer(texts, add_special_tokens=plain, verbose=False)["input_ids"]
-        if self._longest is not None and any(len(ids) > self._longest for ids in encoded):
+        plain, end = self._tokenizer.chat_template is None, self._tokenizer.eos_token_id
+        ids: list[int] = self._tokenizer(
+            self._render(sample), add_special_tokens=plain, verbose=False
+        )["input_ids"]
+        if plain and sample.finished and end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        if self._longest is not None and len(ids) > self._longest:
             if not self._warned:
                 logger.warning("reward model: cutting inputs to %d tokens", self._longest)
             self._warned = True
-            encoded = [ids[: self._longest] for ids in encoded]
-        batch = self._tokenizer.pad({"input_ids": encoded}, return_tensors="pt")
-        inputs = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        values: list[float] = self._model(**inputs).logits[:, 0].float().tolist()
+        return ids[: self._longest]
+
+    @torch.no_grad()
+    def _score(self, rows: list[list[int]]) -> list[float]:
+        config = self._model.config.get_text_config()
+        pad = config.pad_token_id
+        if pad is None:
+            # Causal models read the last token that is not padding, so no row may end with it.
+            pad = min(set(range(len(rows) + 1)) - {row[-1] for row in rows})
+        ids = torch.full((len(rows), max(map(len, rows))), pad)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+            mask[place, : len(row)] = 1
+        device, before = self._model.device, config.pad_token_id
+        config.pad_token_id = pad
+        try:
+            output = self._model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        finally:
+            config.pad_token_id = before
+        values: list[float] = output.logits[:, 0].float().tolist()
         return values
 
     def _render(self, sample: Sample) -> str:
@@ -100,21 +124,6 @@ class RewardModel:
             raise ScorerError(
                 f"reward model {self.label}: its chat template failed: {_first_line(error)}"
             ) from error
-
-    def _prepare_padding(self) -> None:
-        """Padding that the model recognises: it reads the value at the last token before it."""
-        tokenizer, config = self._tokenizer, self._model.config
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token is None:
-                raise ScorerError(
-                    f"reward model {self.label}: expected a tokenizer with a pad or EOS token"
-                )
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
-        if config.pad_token_id != tokenizer.pad_token_id:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 def _longest(tokenizer: Any, config: Any) -> int | None:

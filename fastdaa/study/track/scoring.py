@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from fastdaa.counted import counted
 from fastdaa.study.track.prompts import Prompt
 
 
@@ -54,29 +52,3 @@ class Scorer(Protocol):
         Raises:
             ScorerError: there are none.
         """
-
-
-def finite_numbers(given: Any, count: int, where: str) -> list[float]:
-    """``given`` as ``count`` finite floats.
-
-    Raises:
-        ScorerError: it is something else.
-    """
-    if hasattr(given, "tolist"):
-        given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ScorerError(
-            f"{where}: expected a list of {counted(count, 'number')}, got {type(given).__name__}"
-        )
-    if len(given) != count:
-        raise ScorerError(f"{where}: expected {counted(count, 'number')}, got {len(given)}")
-    values = []
-    for place, value in enumerate(given):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ScorerError(f"{where}: expected finite numbers, got {value!r} at place {place}")
-        values.append(number)
-    return values

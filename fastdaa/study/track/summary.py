@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import correlation, fmean, stdev
 from typing import Any, NamedTuple
 
+from fastdaa.study.seed_noise import standard_error
 from fastdaa.study.track.scoring import Sample, Scorer, ScorerError, Scores
 
 LOGGED = (
@@ -88,8 +89,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
     """Mean and standard error ``std / sqrt(n)``; None where they are not finite or not defined."""
     if not values or not all(map(math.isfinite, values)):
         return None, None
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return fmean(values), error
+    return fmean(values), standard_error(values)
 
 
 def _r2_of_length(samples: Sequence[Sample]) -> float | None:

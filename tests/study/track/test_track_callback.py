@@ -196,6 +196,7 @@ def test_resuming_with_other_settings_is_refused(tracked, tmp_path):
     )
     with pytest.raises(ValueError, match=r"expected max_new_tokens = 5.* got 7"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert steps(tmp_path / "out") == [0, 2, 4]  # what was measured is still there
 
 
 def test_a_new_run_puts_the_old_files_aside(tracked, tmp_path):

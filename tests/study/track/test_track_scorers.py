@@ -77,13 +77,13 @@ def test_a_function_that_raises(file, samples):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([1.0], "expected 2 numbers, got 1"),
+        ([1.0], r"expected 2 numbers, got the shape \[1\]"),
         ([1.0, float("nan")], "expected finite numbers, got nan at place 1"),
-        ([1.0, None], "expected finite numbers, got None"),
-        (None, "expected a list of 2 numbers, got NoneType"),
-        ("12", "expected a list of 2 numbers, got str"),
+        ([1.0, None], r"expected a list of 2 numbers, got \[1.0, None\]"),
+        (None, "expected a list of 2 numbers, got None"),
+        ("12", "expected a list of 2 numbers, got '12'"),
         (np.array([1.0, np.inf]), "expected finite numbers, got inf"),
-        (torch.zeros(2, 1).tolist(), "expected finite numbers, got"),
+        (torch.zeros(2, 1).tolist(), r"expected 2 numbers, got the shape \[2, 1\]"),
     ],
 )
 def test_answers_that_are_no_scores(samples, answer, message):
@@ -113,10 +113,11 @@ def classifier(tiny, tokenizer, tmp_path):
     return save
 
 
-def alone(folder, tokenizer, text):
+def alone(folder, tokenizer, text, *, ended=True):
     model = LlamaForSequenceClassification.from_pretrained(folder)
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * ended
     with torch.no_grad():
-        return float(model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0])
+        return float(model(torch.tensor([ids])).logits[0, 0])
 
 
 def test_a_reward_model_scores_prompt_and_answer(classifier, tokenizer, make_sample):
@@ -129,12 +130,28 @@ def test_a_reward_model_scores_prompt_and_answer(classifier, tokenizer, make_sam
     assert len(set(values)) == 3
 
 
+def test_a_text_is_read_at_its_end_as_in_the_training_of_reward_models(
+    classifier, tokenizer, make_sample
+):
+    folder, sample = classifier(), make_sample(" w3", prompt="w1")
+    ended, cut_off, with_its_own = (
+        RewardModel(folder)([one]).values[0]
+        for one in (sample, sample._replace(finished=False), sample._replace(answer=" w3 </s>"))
+    )
+    assert ended == pytest.approx(alone(folder, tokenizer, "w1 w3"), abs=1e-5)
+    assert with_its_own == ended
+    assert cut_off == pytest.approx(alone(folder, tokenizer, "w1 w3", ended=False), abs=1e-5)
+    assert abs(ended - cut_off) > 1e-3
+
+
 def test_a_reward_model_renders_conversations_itself(classifier, tokenizer, make_sample):
     folder = classifier(template="{% for m in messages %}{{ m['content'] }} w19 {% endfor %}")
     prompt = [{"role": "user", "content": "w1"}]
     for given in (prompt, "w1"):
         (value,) = RewardModel(folder)([make_sample("w2", prompt=given)]).values
-        assert value == pytest.approx(alone(folder, tokenizer, "w1 w19 w2 w19"), abs=1e-5)
+        assert value == pytest.approx(
+            alone(folder, tokenizer, "w1 w19 w2 w19", ended=False), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +187,8 @@ def test_longer_inputs_are_cut(classifier, tokenizer, make_sample, caplog):
     folder = classifier()
     text = " ".join(["w1"] * 80)
     (value,) = RewardModel(folder)([make_sample(text, prompt="")]).values
-    assert value == pytest.approx(alone(folder, tokenizer, " ".join(["w1"] * 64)), abs=1e-5)
+    cut = " ".join(["w1"] * 64)
+    assert value == pytest.approx(alone(folder, tokenizer, cut, ended=False), abs=1e-5)
     assert "cutting inputs to 64 tokens" in caplog.text
 
 
