@@ -244,6 +244,14 @@ def _rows(
     return rows
 
 
+def lost_row(case: Case, contender: Contender, settings: Settings, reason: str) -> Row:
+    """The row of a contender that takes the device with it without an error of its own."""
+    return _row(
+        case, contender.name, "failed", contender.version(), None, settings, reason=reason,
+        family=contender.family, floor=f"{contender.gemms(case)}U", device_lost=True,
+    )  # fmt: skip
+
+
 def _floor_row(
     case: Case,
     gemms: int,

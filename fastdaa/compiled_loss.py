@@ -153,7 +153,7 @@ def _pair_loss(
     )  # fmt: skip
     logits = selected_logits(hidden_states, head, operand, plan, positions)
     # A call without gradients leaves autograd alone, which inference mode would not let record.
-    with _autograd_inside() if plan.path != "score" else nullcontext():
+    with _autograd_inside() if any(wanted) else nullcontext():
         results, kept = _evaluate(logits, batch, plan, (wanted[0], wanted[1], wanted[2]), stats)
     saved = Saved.nothing(hidden_states, weight, operand)
     if any(wanted):

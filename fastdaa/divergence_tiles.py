@@ -24,19 +24,20 @@ from fastdaa.head_plan import HeadPlan
 from fastdaa.plan_call import plan_call
 from fastdaa.row_passes import logit_slope, scale_tile
 from fastdaa.tiles import GradientFactor, Logits, blocks, product, without_autocast
-from fastdaa.validation import check_product
+from fastdaa.validation import check_device, check_product
 from fastdaa.waiting_rows import WaitingRows
 
 
 def check_pair(
     hidden_states: Tensor, head: LmHead, ref_hidden_states: Tensor, ref_head: LmHead
 ) -> None:
-    """Raise unless both are ``[N, D]`` under whole heads of one vocabulary."""
+    """Raise unless both are ``[N, D]`` under whole heads of one vocabulary, on one device."""
     for name, h in (("head", head), ("ref_head", ref_head)):
         if h.shard is not None:
             raise ValueError(f"{name}: expected the whole vocabulary, got a slice of it")
     check_product(hidden_states, head.weight)
     check_product(ref_hidden_states, ref_head.weight, "ref_")
+    check_device("ref_hidden_states", ref_hidden_states, hidden_states.device)
     if hidden_states.shape[0] != ref_hidden_states.shape[0]:
         raise ValueError(
             f"ref_hidden_states: expected {hidden_states.shape[0]} positions as in hidden_states, "

@@ -42,7 +42,7 @@ class HeadPlan:
             GPU's host waits to learn their number.
         divergence: Logits of two heads are compared.
         vocab_size: ``V``, or the slice of it that a process has.
-        head_grad: A gradient of the weight or the bias is wanted.
+        hidden_grad, head_grad: A gradient of the hidden states, of weight or bias is wanted.
     """
 
     path: str
@@ -62,18 +62,21 @@ class HeadPlan:
     sparse: bool = False
     divergence: bool = False
     vocab_size: int = 0
+    hidden_grad: bool = True
     head_grad: bool = True
 
     @property
     def gemms(self) -> float:
         """Cost in ``U`` of forward and backward together, a whole number unless a part of the
-        logits is computed again; with a gradient of the hidden states."""
+        logits is computed again."""
+        if self.path != "reference" and not (self.hidden_grad or self.head_grad):
+            return 1 + self.divergence  # no backward pass
         # The reference's logits, wherever the policy's are computed.
         more = (2 if self.path == "recompute" else 1) if self.divergence else 0
         again = 1 - self.kept_columns / self.vocab_size if self.keeps_part else 0
-        if self.path in ("single_pass", "recompute") and not self.head_grad:
-            more -= 1
-        elif self.hidden_rows:  # logits once for each of the two gradients
+        if self.path in ("single_pass", "recompute"):
+            more -= not (self.hidden_grad and self.head_grad)
+        if self.hidden_rows and self.head_grad:  # logits once for each of the two gradients
             more += 1
         return GEMMS[self.path] + more + again
 

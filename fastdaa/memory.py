@@ -300,6 +300,11 @@ class Room:
             return 0
         return held_by_target_rows(size.tokens, size.hidden_size, size.wide, self.engine)
 
+    @property
+    def moved(self) -> int:
+        """Bytes of a gradient of other rows of hidden states than are returned."""
+        return self.size.own_rows if self.size.sparse or self.size.selected else 0
+
     def slices(self, sums: int, tile: int, packed: bool = False) -> Slices:
         """Tiles of the backward pass beside ``sums``, of so many bytes by default."""
         budget = self.beside(sums + self.product, tile)
@@ -309,14 +314,14 @@ class Room:
     def two_sweeps(self, first: Tiles, copies: int) -> Tiles:
         """The weight's gradient, then that of the hidden states: no wide sum of all rows."""
         rows, slices = self.by_rows(first, copies), self.slices(copies, self.tile)
-        held = max(copies + max(slices.held + self.product, self.joining), rows.extra_bytes)
+        joining = self.moved + self.joining
+        held = max(copies + max(slices.held + self.product, joining), rows.extra_bytes)
         return rows._replace(tile_rows=slices.rows, tile_columns=slices.columns, extra_bytes=held)
 
     def by_rows(self, first: Tiles, copies: int) -> Tiles:
         """The gradient of the hidden states alone, a block of rows at a time."""
         size = self.size
-        if size.sparse or size.selected:  # of other rows than are returned
-            copies += size.own_hidden.itemsize * size.tokens * size.hidden_size
+        copies += self.moved
         budget = self.beside(copies + self.product, self.tile)
         # A block's wide sum takes a quarter at most; more rows than fill a product gain nothing.
         row = size.wide * size.hidden_size + size.row_copy + size.gathered_row
@@ -339,7 +344,9 @@ class Room:
         # Rounding makes a gradient beside its sum; of other rows than are returned, another one.
         last, finish = size.own_rows * size.hidden_grad, 0
         if self.apart:
-            finish = held_by_finished_rows(size.hidden_size, size.wide, size.narrow, self.engine)
+            finish = held_by_finished_rows(
+                size.tokens, size.hidden_size, size.wide, size.narrow, self.engine
+            )
         total = size.hidden_sum * (narrowed or moved)
         wide = HiddenSums(False, total, last * (narrowed and moved) + finish, 0)
         if not packs(size.own_hidden) or not size.hidden_grad:

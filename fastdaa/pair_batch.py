@@ -52,7 +52,9 @@ class PairBatch:
         if sequences % 2 or not sequences:
             raise ValueError(f"selection: expected 2B > 0 sequences, got {sequences}")
         check_counts("selection.lengths", selection.lengths, selection.counts)
-        device = selection.lengths.device
+        device = selection.targets.device
+        for name, tensor in (("rows", selection.rows), ("lengths", selection.lengths)):
+            check_device(f"selection.{name}", tensor, device)
         if ref_token_logps is not None:
             check_vector("ref_token_logps", ref_token_logps, tokens, device)
             ref_token_logps = ref_token_logps.detach().contiguous()

@@ -128,8 +128,9 @@ def _plan(
     tiles = tiles or room.tiles("divergence" if divergence else path)
     sparse = size.sparse or on_cpu
     return HeadPlan(
-        path, reason, *tiles, name, engine_reason, sparse, divergence, size.width, size.head_grad
-    )
+        path, reason, *tiles, name, engine_reason, sparse, divergence, size.width,
+        size.hidden_grad, size.head_grad,
+    )  # fmt: skip
 
 
 def _instead_of_frozen(room: Room, impl: str) -> tuple[str, str]:

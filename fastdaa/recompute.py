@@ -214,7 +214,7 @@ class _Backward:
                 self._add_hidden(by_hidden, r, dz, operand, first=columns.start == 0)
             if total is not None:
                 self._put(total, dz.T, hidden, first=r.start == 0)
-            del tile, dz  # before the next ones are made
+            del tile, dz, hidden  # before the next ones are made
         if by_weight is not None and total is not None and total is not by_weight:
             by_weight.copy_(total)
         if bias is not None and by_bias is not None:
@@ -240,6 +240,7 @@ class _Backward:
                 self._finish(total, ones, rows, grad[rows])
             else:
                 grad[rows] = total
+            del hidden, total
         return grad
 
     def finished(self, sums: WaitingRows) -> Tensor:

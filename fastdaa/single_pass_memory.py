@@ -253,7 +253,7 @@ def _after(room: Room, tokens: int, last: int) -> int:
     factor = room.held(tokens, size.narrow * size.hidden_size)
     picked = room.result // 2 if size.sparse else 0  # no place of their own to be rounded in
     joining = factor + held_by_target_rows(tokens, size.hidden_size, size.wide, room.engine)
-    finish = held_by_finished_rows(size.hidden_size, size.wide, size.narrow, room.engine)
+    finish = held_by_finished_rows(tokens, size.hidden_size, size.wide, size.narrow, room.engine)
     return max(room.result + max(factor, last) + picked + finish, joining)
 
 

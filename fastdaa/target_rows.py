@@ -131,9 +131,10 @@ def _few_rows(hidden_size: int, wide: int) -> int:
     return max(_PART_BYTES // (wide * max(hidden_size, 1)), 1)
 
 
-def held_by_finished_rows(hidden_size: int, wide: int, narrow: int, engine: str) -> int:
+def held_by_finished_rows(rows: int, hidden_size: int, wide: int, narrow: int, engine: str) -> int:
     """Bytes that :func:`finish_hidden` takes for rows of a weight of ``narrow`` bytes an entry."""
-    return 0 if engine == "triton" else narrow * hidden_size * _few_rows(hidden_size, wide)
+    few = min(rows, _few_rows(hidden_size, wide))
+    return 0 if engine == "triton" else narrow * hidden_size * few
 
 
 def held_by_target_rows(rows: int, hidden_size: int, wide: int, engine: str) -> int:

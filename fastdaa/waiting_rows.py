@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fastdaa.call_size import packs
-from fastdaa.tiles import product_slices
+from fastdaa.tiles import blocks, product_slices
 
 # The largest entry of a row in fp16, whose own largest is 65504.
 _LARGEST = 32768.0
 _SMALLEST, _HUGE = 2.0**-100, 2.0**127
+# Rows are added at their positions in parts of so many bytes of fp32.
+_PART_BYTES = 8 << 20
 
 
 class WaitingRows(NamedTuple):
@@ -106,9 +108,11 @@ class WaitingRows(NamedTuple):
         """The same, added up at the ``positions [N]`` of ``[count, D]``."""
         out = self.entries.new_zeros((count, self.entries.shape[1]), dtype=dtype)
         factors = coefficients * self.scales
-        for part in product_slices(self.entries):
+        few = max(_PART_BYTES // (4 * max(self.entries.shape[1], 1)), 1)
+        for part in blocks(self.entries.shape[0], few):
             values = torch.empty_like(self.entries[part], dtype=dtype)
             out.index_add_(0, positions[part], self.times(part, factors[part], values))
+            del values  # before the next ones are made
         return out
 
     def times(self, rows: slice, factors: Tensor, out: Tensor) -> Tensor:

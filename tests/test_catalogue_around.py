@@ -6,9 +6,14 @@ The numbers are those of ``test_catalogue.py``, which has the others.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
+from unittest.mock import patch
 
 import pytest
 import torch
+from device_memory import META, counted
+from torch._subclasses import FakeTensorMode
 
 from fastdaa import LmHead, Objective, TokenSelection, pair_loss, token_divergence, token_logps
 
@@ -16,18 +21,12 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-from fastdaa.kernels import (  # noqa: E402
-    column_sums,
-    divergence,
-    merge_splits,
-    objective,
-    row_gradient,
-    row_statistics,
-    score,
-)
+from fastdaa import kernels  # noqa: E402
 from fastdaa.kernels.column_sums import sum_columns  # noqa: E402
+from fastdaa.kernels.operands import on_device  # noqa: E402
 from fastdaa.kernels.row_gradient import write_row_gradient  # noqa: E402
 from fastdaa.kernels.row_statistics import take_row_statistics  # noqa: E402
+from fastdaa.kernels.score import score_tokens  # noqa: E402
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -68,7 +67,7 @@ def test_13_grids_have_one_dimension(launches):
         z, targets, rows.m, rows.log_s, rows.logps, torch.ones(n), dtype=torch.float32
     )
     sum_columns(z)
-    score.score_tokens(torch.zeros(n, D), torch.zeros(V, D), targets)
+    score_tokens(torch.zeros(n, D), torch.zeros(V, D), targets)
     assert len(launches) >= 5 and (n,) in launches
     assert all(len(grid) == 1 for grid in launches)
 
@@ -92,7 +91,9 @@ def test_14_scalars_stay_what_they_are_under_a_compiler():
 
 def test_15_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
     """Without a second GPU: inside the guard that makes their device the current one."""
-    inside, launched = [], []
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"fastdaa.kernels.{name}") for name in names]
+    inside, launched = [], {}
 
     @contextlib.contextmanager
     def guard(tensor):
@@ -100,28 +101,46 @@ def test_15_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
         yield
         inside.pop()
 
-    for module in (
-        score, merge_splits, divergence, objective, row_statistics, row_gradient, column_sums
-    ):  # fmt: skip
-        monkeypatch.setattr(module, "on_device", guard)
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: launched.append(list(inside)))
-    hidden, weight = torch.randn(6, D), torch.randn(V, D)
-    targets = torch.zeros(6, dtype=torch.int64)
-    token_logps(hidden, weight, targets, engine="fused")
-    head = LmHead(weight)
-    for kind in ("kl", "js"):
-        token_divergence(hidden, head, hidden, head, kind=kind, engine="fused")
-    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    bias = torch.zeros(V, requires_grad=True)
-    counts = (1, 2, 2, 1)
-    selection = TokenSelection(torch.arange(6), targets, torch.tensor(counts), counts)
-    for loss in ("dpo", "apa"):
-        pair_loss(
-            leaves[0], LmHead(leaves[1], bias), selection, Objective.parse(loss),
-            ref_token_logps=torch.zeros(6), engine="triton",
-        ).loss.backward()  # fmt: skip
-    assert len(launched) >= 9
-    assert all(devices == [torch.device("cpu")] for devices in launched)
+    def launch(kernel, *args, **_):
+        tensors = [getattr(arg, "base", arg) for arg in args]  # of descriptors
+        devices = {t.device for t in tensors if isinstance(t, torch.Tensor)}
+        launched.setdefault(kernel.fn.__name__, []).append((list(inside), devices))
+
+    for module in modules:
+        if hasattr(module, "on_device"):
+            monkeypatch.setattr(module, "on_device", guard)
+    with counted(), patch.object(InterpretedFunction, "run", launch):
+        hidden, weight = (torch.empty(n, D, dtype=torch.bfloat16, device=META) for n in (6, V))
+        bias, ref = torch.empty(V, device=META), torch.empty(6, device=META)
+        targets = torch.empty(6, dtype=torch.int64, device=META)
+        token_logps(hidden, weight, targets, engine="fused")
+        head = LmHead(weight)
+        for kind in ("kl", "js"):
+            token_divergence(hidden, head, hidden, head, kind=kind, engine="fused")
+        leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+        lengths = torch.empty(4, dtype=torch.int64, device=META)
+        selection = TokenSelection(targets, targets, lengths, (1, 2, 2, 1))
+        for loss in ("dpo", "apa"):
+            for impl in ("single_pass", "recompute"):
+                pair_loss(
+                    leaves[0], LmHead(*leaves[1:]), selection, Objective.parse(loss),
+                    ref_token_logps=ref, engine="triton", impl=impl,
+                ).loss.backward()  # fmt: skip
+    all_kernels = {
+        name for module in modules for name, value in vars(module).items()
+        if isinstance(value, InterpretedFunction) and name.endswith("_kernel")
+    }  # fmt: skip
+    assert set(launched) == all_kernels - {"_probe_kernel"}
+    for found in launched.values():
+        assert all(guards == [META] and devices == {META} for guards, devices in found)
+
+
+def test_15_the_guard_makes_another_gpu_the_current_one():
+    with FakeTensorMode():
+        tensor = torch.empty(1, device="cuda:1")
+    with patch.object(torch.cuda, "device") as current:
+        on_device(tensor)
+    current.assert_called_once_with(torch.device("cuda:1"))
 
 
 def tiny_llama():

@@ -15,7 +15,15 @@ from fastdaa.cli import reward, sft, train
 from fastdaa.cli.arguments import TrackArguments, TrainArguments, build_parser, parse
 from fastdaa.cli.building import lora_config
 from fastdaa.cli.options import option_parser
-from fastdaa.cli.other_names import FOREIGN, SAME, SIMILAR, is_idle, own_names, what_instead
+from fastdaa.cli.other_names import (
+    FOREIGN,
+    SAME,
+    SIMILAR,
+    is_idle,
+    own_name,
+    own_names,
+    what_instead,
+)
 from fastdaa.train.config import PreferenceConfig
 from fastdaa.train.stage_config import RewardConfig, SftConfig
 
@@ -181,3 +189,12 @@ def test_defaults_of_trl_are_never_in_the_way(command: str, kind: str) -> None:
     for entry in dataclasses.fields(getattr(trl, kind)):
         if f"--{entry.name}" not in known and entry.name not in SAME:
             assert is_idle(entry.name, entry.default), entry.name
+
+
+@pytest.mark.parametrize("other", ["activation", "gradient"])
+def test_names_of_another_release(other):
+    name = {"activation": "gradient", "gradient": "activation"}[other]
+    known = {f"--{name}_checkpointing"}
+    assert own_name(f"{other}_checkpointing", True, known) == f"{name}_checkpointing"
+    both = {*known, f"--{other}_checkpointing"}
+    assert own_name(f"{other}_checkpointing", True, both) == f"{other}_checkpointing"

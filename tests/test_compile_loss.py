@@ -230,9 +230,12 @@ def test_operators_pass_the_library_check_and_save_no_more_than_an_eager_call(
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", ["dpo", "aot"])
-def test_without_gradients_the_graph_has_the_bits_of_an_eager_call(name, mode):
-    loss = loss_of(tensors(), name)
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [("dpo", "auto"), ("aot", "auto"), ("dpo", "single_pass"), ("slic", "recompute")],
+)
+def test_without_gradients_the_graph_has_the_bits_of_an_eager_call(name, impl, mode):
+    loss = loss_of(tensors(), name, impl=impl)
     with mode():
         assert torch.equal(one_node(loss)(), loss())
 

@@ -101,6 +101,11 @@ def test_gradient_follows_grad_mode_and_never_reaches_the_reference():
         pytest.param({3: LmHead(torch.zeros(5, 24))}, "a vocabulary of 97, got 5", id="vocabulary"),
         pytest.param({3: LmHead(torch.zeros(97, 9))}, r"weight: expected shape", id="ref-width"),
         pytest.param({0: torch.zeros(21, 5)}, r"weight: expected shape", id="policy-width"),
+        pytest.param(
+            {2: torch.zeros(21, 24).to("meta"), 3: LmHead(torch.zeros(97, 24).to("meta"))},
+            "ref_hidden_states: expected device cpu, got meta",
+            id="reference-elsewhere",
+        ),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -241,6 +241,21 @@ def test_products_that_old_versions_of_torch_do_not_add_are_in_the_plan(monkeypa
     assert planned <= 300 * MIB
 
 
+@pytest.mark.parametrize(
+    ("path", "max_mib", "case"),
+    [
+        pytest.param("recompute", 80, {"weight_dtype": torch.float32}, id="one-copy-of-rows"),
+        pytest.param("recompute", 20, {"n": 2048, "via": "pair_loss"}, id="targets-beside-rows"),
+        pytest.param("frozen", 80, {"via": "pair_loss"}, id="rows-to-their-positions"),
+    ],
+)
+def test_narrow_tiles_are_not_all_that_is_held(path, max_mib, case):
+    """Where the vocabulary is small, copies of rows are larger than tiles."""
+    call = {"n": 8192, "v": 256, "d": 4096, **case}
+    found = count(path, engine="torch", max_bytes=max_mib * MIB, **call)
+    assert found.plan.path == path and found.held <= found.plan.extra_bytes + MIB // 2
+
+
 def test_rows_of_targets_of_a_small_vocabulary_are_in_the_plan():
     """Plain torch sorts and sums them beside what is kept, which is less."""
     found = count("single_pass", engine="torch", n=1024, v=1000, d=2048, max_bytes=60 * MIB)

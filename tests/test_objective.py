@@ -31,7 +31,7 @@ REF = PairLogps(torch.tensor([-4.0, -8.5]), torch.tensor([-5.0, -7.5]), *LENGTHS
 
 def test_names_are_for_parse():
     for given in ("dpo", ["dpo"], ("dpo",)):
-        with pytest.raises(TypeError, match="terms: expected a tuple of Terms.*Objective.parse"):
+        with pytest.raises(TypeError, match=r"expected a tuple of Terms.*Objective\.parse"):
             Objective(given)
 
 

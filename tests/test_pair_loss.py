@@ -562,6 +562,15 @@ def test_wrong_arguments(change, error, message):
             lambda s: s._replace(lengths=s.lengths[:-1]), ValueError,
             r"selection.lengths: expected shape \[8\], got \[7\]", id="lengths",
         ),
+        # A kernel would read the memory of another device.
+        pytest.param(
+            lambda s: s._replace(rows=s.rows.to("meta")), ValueError,
+            "selection.rows: expected device cpu, got meta", id="rows-elsewhere",
+        ),
+        pytest.param(
+            lambda s: s._replace(lengths=s.lengths.to("meta")), ValueError,
+            "selection.lengths: expected device cpu, got meta", id="lengths-elsewhere",
+        ),
         pytest.param(
             lambda s: TokenSelection(s.rows[:22], s.targets[:22], s.lengths[:3], (6, 9, 7)),
             ValueError, "selection: expected 2B > 0 sequences, got 3", id="odd",

@@ -30,7 +30,12 @@ def plan(vocab_size=V, device="cpu", *, hidden_grad=True, head_grad=True, **kwar
         pytest.param({"head_grad": False, "loss_inside": True}, "frozen", 2, id="frozen-with-loss"),
         pytest.param({"loss_inside": True}, "single_pass", 3, id="trained-with-loss"),
         pytest.param(
-            {"hidden_grad": False, "loss_inside": True}, "single_pass", 3, id="head-alone"
+            {"hidden_grad": False, "loss_inside": True}, "single_pass", 2, id="head-alone"
+        ),
+        pytest.param({"hidden_grad": False}, "recompute", 3, id="head-alone-loss-outside"),
+        pytest.param(
+            {"hidden_grad": False, "head_grad": False, "impl": "recompute"}, "recompute", 1,
+            id="asked-for-without-gradient",
         ),
         pytest.param({}, "recompute", 4, id="loss-outside"),
         pytest.param({"loss_inside": True, "coupled": True}, "recompute", 4, id="coupled"),
@@ -338,7 +343,9 @@ def test_explain_claims_no_tiles_where_there_are_none(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "units"), [((False, False), 2), ((True, False), 3), ((True, True), 6)], ids=str
+    ("wanted", "units"),
+    [((False, False), 2), ((True, False), 3), ((False, True), 5), ((True, True), 6)],
+    ids=str,
 )
 def test_a_divergence_counts_the_logits_of_both_heads(wanted, units):
     made = plan(hidden_grad=wanted[0], head_grad=wanted[1], divergence=True)

@@ -28,6 +28,14 @@ SAME = {
 }
 """What TRL and transformers call an option of ours: it is read as that."""
 
+RELEASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Names of one release of transformers in another one, which may have them alone."""
+
 SIMILAR = {
     "base_model": "model",
     "model_ref": "ref_model",
@@ -201,7 +209,7 @@ def own_name(name: str, value: Any, known: Collection[str]) -> str:
         known: the spellings of options that the command has.
     """
     plain = name.replace("-", "_")
-    ours = SAME.get(plain, name)
+    ours = {**SAME, **RELEASES}.get(plain, name)
     if f"--{name}" in known or f"--{ours}" not in known:
         return name
     return name if plain == "warmup_ratio" and not _is_share(value) else ours

@@ -265,6 +265,39 @@ def test_a_part_writes_a_row_for_everybody_and_goes_on(
     assert "## Other vocabularies" in table
 
 
+HANGING = """if True:
+    import sys, threading
+    from fastdaa.benchmarks.contenders.fastdaa import Fastdaa
+    from fastdaa.benchmarks.gpu import measure
+    from fastdaa.benchmarks.roof import Roof
+
+    prepare = Fastdaa.prepare
+    def hang(self, inputs):
+        return threading.Event().wait if self.name == "fastdaa-recompute" else prepare(self, inputs)
+    Fastdaa.prepare = hang
+    measure.measure_roof = lambda device, dtypes: Roof({"bfloat16": 1e10, "float32": 1e10}, 1e10)
+    alarm, watched = measure._Alarm, measure.asked.contender("fastdaa-recompute", "cpu")
+    measure._Alarm = lambda contenders, ring: alarm([watched], ring)  # nobody on a CPU
+    measure._HANGS_AFTER = 4.0
+    raise SystemExit(measure.main(sys.argv[1:]))
+"""
+
+
+def test_who_hangs_is_left_out_of_the_next_try(tmp_path: Path, log: Log) -> None:
+    """A kernel that hangs with many tokens was not found out when it ran alone with few."""
+    rows = tmp_path / "rows.jsonl"
+    words = ("paths", "--size", "tiny", "--device", "cpu", "--threads", "1", "--output", str(rows))
+    names = ("fastdaa-score", "fastdaa-recompute")
+    part = Part("paths", (sys.executable, "-c", HANGING, *words), 60.0, rows, names)
+    first, second = gpu_check.check([part], log)
+    assert (first.code, first.lost) == (LOST, {"fastdaa-recompute"})
+    assert "fastdaa-recompute hangs: not done after 4 s" in first.said[-1]
+    assert (second.problem, second.part.contenders) == (None, ("fastdaa-score",))
+    asked = {(row["contender"], row["status"], row["reason"]) for row in written_rows(rows)}
+    assert ("fastdaa-recompute", "failed", "hangs: not done after 4 s") in asked
+    assert ("fastdaa-score", "ok", None) in asked
+
+
 @pytest.mark.usefixtures("known_roof")
 def test_a_used_up_budget_names_what_was_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

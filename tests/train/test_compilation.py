@@ -16,7 +16,7 @@ STEPS = 7
 CASES = {
     "packs of unequal numbers of pairs": {"layout": "prefix_shared", "tokens_per_pack": 40},
     "padded": {"layout": "padded"},
-    "adapter": {"layout": "packed", "use_peft": True, "activation_checkpointing": True},
+    "adapter": {"layout": "packed", "use_peft": True, "gradient_checkpointing": True},
 }
 
 

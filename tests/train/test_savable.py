@@ -41,6 +41,10 @@ def test_a_changed_configuration_that_contradicts_itself_stops_the_run(
 def test_one_as_it_was_loaded_is_saved_as_transformers_does(make_trainer, tiny_model, tmp_path):
     model = tiny_model()
     model.generation_config = loaded(tmp_path)
+    try:
+        model.generation_config.save_pretrained(tmp_path)
+    except ValueError:
+        pytest.skip("this release of transformers does not save it either")
     trainer = make_trainer(model=model, max_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
