@@ -17,6 +17,7 @@ from fastdaa.cli.building import lora_config
 from fastdaa.cli.options import option_parser
 from fastdaa.cli.other_names import (
     FOREIGN,
+    RELEASES,
     SAME,
     SIMILAR,
     is_idle,
@@ -159,7 +160,8 @@ def test_names_do_not_hide_ours() -> None:
         assert f"--{name}" not in known or name == "loss_type"
         assert all(value == value.lower() for value in foreign.idle)
         words = [f"--{word}" for word in re.findall(r"--(\w+)", foreign.instead)]
-        assert all(word in {*known, "--every_answer"} for word in words), name
+        others = ("--every_answer", *(f"--{other}" for other in RELEASES))
+        assert all(word in {*known, *others} for word in words), name
 
 
 def test_ours_are_left_as_they_are() -> None:
