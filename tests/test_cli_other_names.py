@@ -200,3 +200,29 @@ def test_names_of_another_release(other):
     assert own_name(f"{other}_checkpointing", True, known) == f"{name}_checkpointing"
     both = {*known, f"--{other}_checkpointing"}
     assert own_name(f"{other}_checkpointing", True, both) == f"{other}_checkpointing"
+
+
+def test_the_command_line_takes_back_what_a_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("assistant_only_loss: true\n")
+    words = f"{NEEDED} --output_dir o --config {file}".split()
+    for given, every in (([], True), (["--assistant_only_loss", "false"], False)):
+        assert sft.parse([*words, *given])[1].every_answer is every
+
+
+def test_values_that_ask_for_something_are_not_passed_over() -> None:
+    known = build_parser()._option_string_actions
+    for argv in (["--cpo_alpha", "0.0"], ["--loss", "f_dpo", "--f_divergence_type", "reverse_kl"]):
+        assert own_names(argv, known) == argv
+    assert own_names(["--f_divergence_type", "reverse_kl"], known) == []
+    with pytest.raises(ValueError, match="expected one of --max_length and --max_seq_length"):
+        own_names(["--max_seq_length", "5", "--max-length", "6"], known)
+
+
+def test_a_share_of_all_steps_is_no_number_of_steps() -> None:
+    from fastdaa.cli.online_arguments import parse as parse_online
+
+    with pytest.raises(ValueError, match="warmup_ratio"):
+        parse_online(
+            ["--model", "m", "--dataset", "d", "--output_dir", "o", "--warmup_ratio", "0.1"]
+        )

@@ -15,6 +15,7 @@ import pytest
 from fastdaa.data import DataError, load_pairs, read_pairs
 from fastdaa.data.examples import EXAMPLES, PROMPTS
 from fastdaa.data.named_columns import NamedColumns
+from fastdaa.data.validate import normalise_pair
 
 datasets = pytest.importorskip("datasets")
 
@@ -572,3 +573,18 @@ def test_skipped_examples_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, "fastdaa"):
         EXAMPLES.load(path, on_bad_row="skip")
     assert "1 example kept, 1 row left out: 1 wrong messages (first: " in caplog.text
+
+
+def test_answers_that_are_json_stay_text():
+    shown = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    other = [*shown[:1], {"role": "assistant", "content": "bah"}]
+    pair = {"chosen": json.dumps(shown), "rejected": json.dumps(other)}
+    # A conversation, and an answer that shows one.
+    assert normalise_pair({**pair, "prompt": "hi"})["chosen"] == shown[1:]
+    assert normalise_pair({**pair, "prompt": "Show a chat"}) == {"prompt": "Show a chat", **pair}
+    for text in (
+        '[{"role": "admin", "content": "x"}]', '[{"from": "USD", "value": 3}]',
+        '[{"a": ' + "1" * 5000 + "}]", '[{"a": ' + "[" * 5000,
+    ):  # fmt: skip
+        row = {"prompt": "p", "chosen": text, "rejected": "no"}
+        assert normalise_pair(row)["chosen"] == text

@@ -95,7 +95,7 @@ FOREIGN = {
     "desirable_weight": Foreign("--loss_kwargs '{\"desirable_weight\": 1.5}'", ("1", "1.0")),
     "undesirable_weight": Foreign("--loss_kwargs '{\"undesirable_weight\": 1.5}'", ("1", "1.0")),
     "simpo_gamma": Foreign("--loss simpo --loss_kwargs '{\"gamma\": 0.5}'"),
-    "cpo_alpha": Foreign("--loss simpo sft --loss_weights 1 ALPHA", ("0", "0.0")),
+    "cpo_alpha": Foreign("--loss simpo sft --loss_weights 1 ALPHA"),
     "rpo_alpha": Foreign("--loss dpo sft --loss_weights 1 ALPHA", ("none",)),
     "reference_free": Foreign("--loss simpo, orpo and cpo need no reference", _OFF),
     "force_use_ref_model": Foreign("leave it out: --ref_model is used where given", _OFF),
@@ -174,12 +174,13 @@ def own_names(argv: Sequence[str], known: Collection[str]) -> list[str]:
 
     Args:
         argv: behind the command.
-        known: the spellings of options that the command has.
+        known: the spellings of options that the command has, perhaps with their actions.
 
     Raises:
         ValueError: an option under both names.
     """
     words: list[str] = []
+    in_file = any(_plain(word) == "__config" for word in argv)
     place = 0
     while place < len(argv):
         behind = place + 1
@@ -190,14 +191,19 @@ def own_names(argv: Sequence[str], known: Collection[str]) -> list[str]:
         option, equals, value = given.partition("=")
         if option.startswith("--") and option not in known:
             asked = value if equals else " ".join(values) or "true"
-            if is_idle(option[2:], asked):
-                continue
             ours = f"--{own_name(option[2:], asked, known)}"
-            if ours != option and any(word.split("=")[0] == ours for word in argv):
+            # One that is ours under another name may take back what a file says.
+            if is_idle(option[2:], asked, " ".join(argv)) and (ours == option or not in_file):
+                continue
+            if ours != option and any(_plain(word) == _plain(ours) for word in argv):
                 raise ValueError(f"expected one of {ours} and {option}, which mean the same")
             given = f"{ours}{equals}{value}"
         words += [given, *values]
     return words
+
+
+def _plain(word: str) -> str:
+    return word.partition("=")[0].replace("-", "_")
 
 
 def own_name(name: str, value: Any, known: Collection[str]) -> str:
@@ -212,15 +218,22 @@ def own_name(name: str, value: Any, known: Collection[str]) -> str:
     ours = {**SAME, **RELEASES}.get(plain, name)
     if f"--{name}" in known or f"--{ours}" not in known:
         return name
-    return name if plain == "warmup_ratio" and not _is_share(value) else ours
+    if plain == "warmup_ratio":
+        steps = known["--warmup_steps"] if isinstance(known, Mapping) else None
+        return ours if _is_share(value) and getattr(steps, "type", None) is not int else name
+    return ours
 
 
-def is_idle(name: str, value: Any) -> bool:
+def is_idle(name: str, value: Any, beside: str = "") -> bool:
     """Whether an option of others asks for nothing beside what is done anyway.
 
-    The arguments are those of :func:`own_name`.
+    Args:
+        name, value: as of :func:`own_name`.
+        beside: the other options, as text.
     """
     plain = name.replace("-", "_")
+    if plain == "f_divergence_type" and "f_dpo" in beside:
+        return False  # whose default is another one
     if plain == "dataset_text_field":
         # TRL's default, also for data without such a column; here it is recognised.
         return bool(value == "text")

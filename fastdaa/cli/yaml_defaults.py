@@ -46,7 +46,7 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
     content = {
         key: value
         for key, value in content.items()
-        if f"--{key}" in options or not is_idle(str(key), value)
+        if f"--{key}" in options or not is_idle(str(key), value, str(content))
     }
     known = {
         key: options.get(f"--{own_name(str(key), value, options)}")

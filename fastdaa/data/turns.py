@@ -61,12 +61,19 @@ def _out_of_json(field: str, text: str) -> Any:
         return text
     try:
         read = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         if _SHOWN_BY_PYTHON.match(text):
             got = "a list of messages as Python shows it; write it with json.dumps"
             raise bad_field("wrong messages", field, "text or a list of messages", got) from None
         return text
-    return read if all(map(is_message, read)) else text
+    return read if all(map(_has_role, read)) else text
+
+
+def _has_role(value: Any) -> bool:
+    """Whether a value is a message of somebody who is known, not any object with those fields."""
+    if not is_message(value):
+        return False
+    return value.get("role") in ROLES or value.get("from") in [*_SHAREGPT_ROLES]
 
 
 def is_message(value: Any) -> bool:

@@ -44,7 +44,8 @@ def normalise_pair(record: Any) -> dict[str, Any]:
             elif record and "rejected" not in record and field == "chosen":
                 got += "; chosen_column and rejected_column say which columns hold the answers"
             raise bad_field("missing field", field, "text or a list of messages", got)
-    pair = {field: _read_side(field, record[field]) for field in ("chosen", "rejected")}
+    asked = record.get("prompt")
+    pair = {field: _read_side(field, record[field], asked) for field in ("chosen", "rejected")}
     conversational = isinstance(pair["chosen"], list)
     if isinstance(pair["rejected"], list) != conversational:
         raise mixed_formats("rejected", pair["rejected"], "as in 'chosen'")
@@ -123,9 +124,13 @@ def _with_prompt(pair: dict[str, Any], prompt: Any, conversational: bool) -> dic
     return pair
 
 
-def _read_side(field: str, value: Any) -> str | list[dict[str, Any]]:
+def _read_side(field: str, value: Any, prompt: Any) -> str | list[dict[str, Any]]:
     # A single message is a list of one.
     turns = read_turns(field, [value] if isinstance(value, Mapping) else value)
+    if isinstance(value, str) and isinstance(turns, list) and isinstance(prompt, str):
+        first = next((turn.get("content") for turn in turns if turn["role"] == "user"), prompt)
+        if first != prompt and isinstance(read_turns("prompt", prompt), str):
+            turns = value  # an answer that shows a conversation, to another question
     if not turns:
         raise bad_field("empty completion", field, "an answer with content", "an empty one")
     if isinstance(turns, list):

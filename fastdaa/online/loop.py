@@ -129,7 +129,7 @@ class OnlineTrainer:
             "reward": getattr(rewards, "fact", None),
             "gold_reward": getattr(getattr(evaluate, "gold", None), "fact", None),
         }
-        begin_alike(policy, self.models.critic)
+        begin_alike(self.models.critic)
         self.updater = Updater(policy, self.models.critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic, copy_of
+from fastdaa.online.ranks import begin_alike
 from fastdaa.online.seeds import Purpose, seed_of
 from fastdaa.train.adapters import (
     check_adapters,
@@ -17,6 +18,7 @@ from fastdaa.train.adapters import (
     is_fresh,
     peft_model,
     starting_point,
+    trained_base,
 )
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.offload import check_offload
@@ -83,9 +85,10 @@ def prepare_models(
             compute_as_in_training(model)
     if is_adapted(policy):
         check_adapters(policy)
+    begin_alike(policy)  # before there are copies of it
     if reference is not None:
         check_reference(reference, policy, same_vocabulary=True)
-    elif not (is_adapted(policy) and is_fresh(peft_model(policy))):
+    elif not _begins_as_its_base(policy):
         reference = copy_of(policy)
     if reference is not None:
         reference.eval().requires_grad_(False)
@@ -104,6 +107,14 @@ def prepare_models(
     if config.disable_dropout:
         disable_dropout(critic)
     return Models(policy, reference, critic)
+
+
+def _begins_as_its_base(policy: nn.Module) -> bool:
+    """Whether the policy without its adapter is, and stays, what it is now."""
+    if not is_adapted(policy):
+        return False
+    peft = peft_model(policy)
+    return len(peft.active_adapters) == 1 and is_fresh(peft) and not trained_base(peft)
 
 
 def _prepare(model: nn.Module, config: OnlineConfig) -> None:

@@ -93,14 +93,19 @@ def check_frozen_base(model: Any) -> None:
             "model: expected one active adapter, since the reference is the model without it, got "
             f"{', '.join(active)}; merge the others into the base, or give a ref_model"
         )
-    own = _weights(model, model.active_adapter)
-    moved = [name for name, p in model.named_parameters() if p.requires_grad and name not in own]
+    moved = trained_base(model)
     if moved:
         raise ValueError(
             "model: expected a frozen base under the adapter, since the base is the reference, got "
             f"{counted(len(moved), 'trained weight')} of it, {moved[0]} first (as bias='all' of a "
             "LoraConfig has it); freeze them or give a ref_model"
         )
+
+
+def trained_base(model: Any) -> list[str]:
+    """Names of the weights of a PEFT model that are trained and are not its adapter's."""
+    own = _weights(model, model.active_adapter)
+    return [name for name, p in model.named_parameters() if p.requires_grad and name not in own]
 
 
 def check_prompt_learning(config: Any) -> None:

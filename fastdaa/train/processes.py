@@ -25,6 +25,7 @@ _ANSWER = datetime.timedelta(seconds=20)
 _POLL_SECONDS = 0.05
 # Longer than it takes to print a line.
 _SPEAKING_SECONDS = 0.5
+_TOLD = "_fastdaa_told"
 _meetings = itertools.count()
 
 
@@ -88,7 +89,9 @@ def run_together(work: Callable[[], int]) -> int:
             # A launcher passes on the Ctrl-C that its workers got from the terminal, too.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = INTERRUPTED if stopped else _FAILED
-        if _first_to_fail(code):
+        if _is_told(error) or _first_to_fail(code):
+            with contextlib.suppress(AttributeError):
+                error.__dict__[_TOLD] = True
             raise
     # The launcher stops all processes when the first one ends.
     time.sleep(_SPEAKING_SECONDS)
@@ -97,6 +100,15 @@ def run_together(work: Callable[[], int]) -> int:
 
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether an error, or its cause, has come out of :func:`run_together` before: that of a stage
+    of a command is raised once more by the command."""
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, _TOLD, False):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _first_to_fail(code: int) -> bool:

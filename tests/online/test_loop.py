@@ -173,6 +173,15 @@ def test_a_new_adapter_needs_no_copy_as_its_reference(tiny_policy: Any, dropout:
         assert first[name] == second[name], name
 
 
+def test_a_base_that_is_trained_is_no_reference(tiny_policy: Any) -> None:
+    peft = pytest.importorskip("peft")
+    policy = peft.get_peft_model(tiny_policy(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    policy.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer = _trainer(policy, _config(None))
+    norm = trainer.models.reference.base_model.model.model.norm.weight
+    assert norm is not policy.base_model.model.model.norm.weight and not norm.requires_grad
+
+
 def test_an_adapter_that_is_trained_further_has_its_start_as_reference(tiny_policy: Any) -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)

@@ -154,6 +154,13 @@ def test_an_error_in_one_process_ends_all(files, tmp_path):
     assert "no such service" in said[1] and "error" not in said[0]
 
 
+def test_an_error_of_a_stage_is_said(files, tmp_path):
+    options = {"pipeline": True, "reward": None, "test_size": 50}
+    codes, said = end(start_two(files, tmp_path / "out", **options))
+    assert codes == [2, 2]
+    assert "".join(said).count("error: stage sft: test_size: expected fewer") == 1, said
+
+
 def test_all_stages_in_two_processes(files, tmp_path):
     stage = json.dumps({"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01})
     options = {"pipeline": True, "sft_options": stage, "reward_options": stage}
