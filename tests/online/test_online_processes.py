@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -152,6 +154,40 @@ def test_an_error_in_one_process_ends_all(files, tmp_path):
     codes, said = end(start_two(files, tmp_path / "out", reward=failing))
     assert codes == [2, 2], said
     assert "no such service" in said[1] and "error" not in said[0]
+
+
+ALIKE = """
+import sys
+import torch
+from torch import distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+from fastdaa.online.config import OnlineConfig
+from fastdaa.online.models import prepare_models
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+policy = LlamaForCausalLM(LlamaConfig(vocab_size=24, intermediate_size=32, **sizes))
+config = OnlineConfig(output_dir=None, disable_tqdm=True)
+models = prepare_models(policy, None, None, config, 4)
+whose = (models.policy.model, models.reference.model, models.critic.backbone)
+print(*(float(model.layers[0].mlp.up_proj.weight.sum()) for model in whose))
+dist.barrier()
+"""
+
+
+def test_new_weights_are_the_first_process_s_before_they_are_copied():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **meeting(2)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALIKE], env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(said[0]) == 3 and len({*said[0], *said[1]}) == 1, said
 
 
 def test_an_error_of_a_stage_is_said(files, tmp_path):
