@@ -35,6 +35,7 @@ from fastdaa.train.prepare import choose_layout, disable_dropout, prepare_model
 from fastdaa.train.savable import check_can_be_saved
 from fastdaa.train.sharding import (
     check_parallelism,
+    keep_results_wide,
     meets_in_packs,
     more_to_come,
     pieces_fact,
@@ -113,6 +114,7 @@ class PackLoop(PairTrainer):
         super().__init__(model=model, callbacks=[*own, *(callbacks or [])], **options)
         load_whole(self.args)
         check_parallelism(self)
+        keep_results_wide(self.accelerator)
         self.frozen_facts |= pieces_fact(self)
         self.compilation = take_over_compilation(self.args, self.accelerator)
         use_progress(self)

@@ -199,6 +199,18 @@ def place_early(model: nn.Module, trainer: PairTrainer) -> None:
         model.to(trainer.args.device)
 
 
+def keep_results_wide(accelerator: Accelerator) -> None:
+    """Have FSDP2 return log-probs and losses from a forward as they are, before it cuts a model.
+
+    With mixed precision, accelerate has it round all that a forward returns to 16 bits: a log-prob
+    of -300 nats to a whole number.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
 def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Place a frozen model: on the device, or sharded as the policy is."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -46,10 +46,10 @@ def train(package: Any, name: str, settings: dict[str, Any], lora: Any, folder: 
         more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **lora)
     args = getattr(trl, f"{name}Config")(
         output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
-        bf16=False, optim="sgd", learning_rate=0.1, logging_steps=1, save_strategy="no",
+        optim="sgd", learning_rate=0.1, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, ddp_backend="gloo", fsdp=True,
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-        **settings,
+        **{"bf16": False, **settings},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     data = load_dataset(

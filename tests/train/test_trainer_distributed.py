@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 import pytest
@@ -139,3 +140,14 @@ def test_fsdp2_is_one_process_with_twice_the_batch(run, run_two, tmp_path, pairs
     assert run(tmp_path / "one", per_device_train_batch_size=8, **alone) == 0
     assert run_two(tmp_path / "two", **fsdp(), **common) == [0, 0]
     assert_agree(tmp_path / "two", tmp_path / "one")
+
+
+def test_fsdp2_rounds_no_log_probs(run_two, tmp_path, pairs):
+    """Its mixed precision casts what a model's forward returns."""
+    options = {"pairs": pairs(24).to_list(), "save_strategy": "no", "bf16": True, "max_steps": 1}
+    assert run_two(tmp_path, **fsdp(), **options) == [0, 0]
+    (row,) = (row for row in rows_of(tmp_path) if "loss" in row)
+    assert row["rewards/margins"] == 0, row
+    assert row["loss"] == pytest.approx(math.log(2), rel=1e-7)
+    logps = row["logps/chosen"]
+    assert logps != float(torch.tensor(logps).bfloat16()), row

@@ -16,6 +16,7 @@ from trl.trainer.utils import hash_module
 
 from fastdaa.drop_in.trl.head import add_head
 from fastdaa.drop_in.trl.refusals import check_arguments, check_trainer
+from fastdaa.train.sharding import keep_results_wide
 from fastdaa.train.zero3 import gathered, holds_cut
 from fastdaa.validation import check_positive
 
@@ -70,6 +71,7 @@ class OnHead(Trainer):
             nonlocal heads
             if not heads:
                 check_trainer(name, self)
+                keep_results_wide(self.accelerator)
             # Its hooks would offload what is kept.
             keep = not getattr(self.args, "activation_offloading", False)
             bonus = self.has_entropy_bonus()
