@@ -96,7 +96,7 @@ def load_model(
     from fastdaa.train.adapter_files import load_causal_lm
 
     try:
-        quantized = quantized_options(source, arguments, device) or {}
+        quantized = quantized_options(source, arguments, device, revision) or {}
         options = {**model_options(arguments), **(revision or {}), **quantized}
         return load_causal_lm(source, **options)
     except (OSError, ValueError) as error:
@@ -161,21 +161,30 @@ def model_options(arguments: ModelArguments) -> dict[str, Any]:
     return options
 
 
-def model_revision(arguments: ModelArguments) -> dict[str, str]:
-    """What ``from_pretrained`` of ``--model`` needs beside :func:`model_options`."""
-    revision = getattr(arguments, "model_revision", None)
-    local = Path(arguments.model).expanduser().is_dir()
-    return {} if revision is None or local else {"revision": revision}
+def model_revision(arguments: ModelArguments, name: str = "model") -> dict[str, str]:
+    """What ``from_pretrained`` of ``--model`` needs beside :func:`model_options`.
+
+    Args:
+        name: of the option that names the model: ``model`` or ``ref_model``.
+    """
+    revision = getattr(arguments, f"{name}_revision", None)
+    if revision is None or Path(getattr(arguments, name)).expanduser().is_dir():
+        return {}
+    return {"revision": revision}
 
 
 def quantized_options(
-    source: str, arguments: ModelArguments, device: Any = None
+    source: str,
+    arguments: ModelArguments,
+    device: Any = None,
+    revision: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """What ``--load_in_4bit`` and its like add to :func:`model_options`; None without them.
 
     Args:
         source: what is loaded: ``--dtype auto`` asks it for the dtype of products.
         device: of this process.
+        revision: of ``source``, as ``from_pretrained`` takes it.
     """
     if not isinstance(arguments, QuantizationOptions) or arguments.quantizes is None:
         return None
@@ -189,9 +198,8 @@ def quantized_options(
 
         adapter = find_adapter(source)
         base = source if adapter is None else adapter.base
-        revision = model_revision(arguments) if source == arguments.model else {}
         found = {} if adapter is None else adapter.base_options
-        options = {"trust_remote_code": arguments.trust_remote_code, **revision, **found}
+        options = {"trust_remote_code": arguments.trust_remote_code, **(revision or {}), **found}
         config = AutoConfig.from_pretrained(base, **options)
         dtype = config.get_text_config().dtype or torch.float32
     wanted: dict[str, Any] = {"quantization_config": arguments.quantization_config(dtype)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -75,7 +76,8 @@ def train_online(
     """
     from fastdaa.train.full_disk import full_disk_named
 
-    with full_disk_named(str(config.output_dir), "what the run writes"):
+    writing = full_disk_named(str(config.output_dir), "what the run writes")
+    with writing, _loading_everywhere():
         return _train_online(arguments, config, argv, main_process)
 
 
@@ -105,8 +107,8 @@ def _train_online(
         if result is not None:
             part()
         return INTERRUPTED
+    trainer.save_model(str(config.output_dir))
     if main_process:
-        trainer.save_model(str(config.output_dir))
         _print_summary(result.metrics, str(config.output_dir))
     part()
     return 0
@@ -118,13 +120,45 @@ def _as_launched(config: OnlineConfig) -> OnlineConfig:
     Raises:
         ValueError: that is something that on-policy training does not have.
     """
-    check_whole_models()
+    from accelerate.utils import parse_flag_from_env
+
+    from fastdaa.train.trainer_options import launched_processes
+
+    check_whole_models("DEEPSPEED")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision: expected no or bf16 by `accelerate launch`, got {asked}"
         )
-    return replace(config, bf16=True) if asked == "bf16" else config
+    config = replace(config, bf16=True) if asked == "bf16" else config
+    # For one process, accelerate does not look at it either.
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or launched_processes() == 1:
+        return config
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"fsdp_version: expected 2 by `accelerate launch`, got {version}")
+    for name in ("offload_params", "activation_checkpointing"):
+        if parse_flag_from_env(f"FSDP_{name.upper()}"):
+            raise ValueError(
+                f"fsdp_{name}: expected false by `accelerate launch`, got true, which on-policy "
+                "training does not have"
+            )
+    return replace(config, fsdp=True)
+
+
+@contextmanager
+def _loading_everywhere() -> Iterator[None]:
+    """Every process loads the weights: transformers would have the first one alone load them, and
+    leave it to FSDP to pass them on."""
+    name, asked = "FSDP_CPU_RAM_EFFICIENT_LOADING", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = asked
 
 
 def _check_together(arguments: OnlineArguments) -> None:
@@ -200,9 +234,11 @@ def build(
     )  # fmt: skip
     policy, reference = _on(device, policy), None
     if arguments.ref_model is not None:
-        reference = _on(
-            device, building.load_model(arguments.ref_model, arguments, "ref_model", device=device)
-        )
+        reference = building.load_model(
+            arguments.ref_model, arguments, "ref_model", device=device,
+            revision=building.model_revision(arguments, "ref_model"),
+        )  # fmt: skip
+        reference = _on(device, reference)
     peft_config = building.lora_config(arguments)
     if peft_config is not None:
         from peft import get_peft_model

@@ -50,6 +50,10 @@ class OnlineArguments(AdapterArguments):
     ref_model: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the policy at the start."}
     )
+    ref_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of REF_MODEL on the hub. Default: its main one."},
+    )
     max_prompt_length: int | None = field(
         default=512, metadata={"help": "Longer prompts are left out."}
     )

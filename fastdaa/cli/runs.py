@@ -33,11 +33,15 @@ def command_run(*, main_process: bool = True) -> Iterator[None]:
         _leave_process_group()
 
 
-def check_whole_models() -> None:
-    """Raise ``ValueError`` for a launcher that wants models cut into pieces."""
+def check_whole_models(*names: str) -> None:
+    """Raise ``ValueError`` for a launcher that wants models cut into pieces.
+
+    Args:
+        names: of the ways of cutting that a command does not know; none for all.
+    """
     from accelerate.utils import parse_flag_from_env
 
-    for name in ("FSDP", "DEEPSPEED"):
+    for name in names or ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"expected processes that each hold the whole model, got {name} by `accelerate "
@@ -107,6 +111,8 @@ def log_lines(*, main_process: bool = True) -> Iterator[None]:
         with no_bars_in_files(), warnings.catch_warnings():
             # peft 0.21 reads this property of transformers 5 models by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            # Of GPT-2, whose hidden states nothing changes in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
             yield
     finally:
         logger.removeHandler(handler)

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdaa.counted import counted
 from fastdaa.online.config import CONFIG_FILE, OnlineConfig
 from fastdaa.online.models import Models
+from fastdaa.online.pieces import is_cut, load_state, whole_state
 from fastdaa.online.ranks import number
 from fastdaa.online.types import Experience, Rollouts
 from fastdaa.train import checkpoints
@@ -35,7 +36,7 @@ STATE_FILE, COMPLETE_FILE = "state.pt", "trainer_state.json"
 _FREE = {
     *("output_dir", "iterations", "logging_steps", "save_steps", "save_total_limit"),
     *("stop_on_collapse", "disable_tqdm", "tokens_per_pack", "attention", "impl"),
-    *("head_engine", "head_max_bytes"),
+    *("head_engine", "head_max_bytes", "fsdp"),
 }
 
 
@@ -62,6 +63,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint beside its place and moves it there; older ones beyond the limit go.
 
+    All processes call it, and the first one writes.
+
     Args:
         models: of which the policy and the critic are saved.
         state: what else goes on, of tensors and plain values.
@@ -72,15 +75,12 @@ def save_checkpoint(
         raise ValueError("output_dir: expected a folder for the checkpoint, got None")
     target = checkpoints.folder(config.output_dir, place.steps)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    policy: Any = models.policy
-    save = _save_trained if is_quantized(policy) else save_model
-    save(policy, str(partial / "model.safetensors"), metadata={"format": "pt"})
-    save(models.critic, str(partial / "critic.safetensors"))
-    # An adapter also as PEFT saves it: the weights that it has together with its base have other
-    # names than those of a model, which would be loaded without them.
-    (policy if is_adapted(policy) else causal_lm(policy).config).save_pretrained(partial)
+    if number() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _save_weights(models, partial)
+    if number() != 0:
+        return target
     config.save(partial)
     content = {
         **state,
@@ -104,10 +104,56 @@ def save_checkpoint(
     return target
 
 
+def _save_weights(models: Models, folder: Path) -> None:
+    """Of policy and critic, and what tells the policy's form; the first process writes."""
+    policy: Any = models.policy
+    save = _save_trained if is_quantized(policy) else save_model
+    state = _save(policy, folder / "model.safetensors", save, metadata={"format": "pt"})
+    if number() == 0:
+        # An adapter also as PEFT saves it: the weights that it has together with its base have
+        # other names than those of a model, which would be loaded without them.
+        if is_adapted(policy):
+            policy.save_pretrained(folder, state_dict=state)
+        else:
+            causal_lm(policy).config.save_pretrained(folder)
+    del state
+    _save(models.critic, folder / "critic.safetensors", save_model)
+
+
+def _save(
+    model: nn.Module, path: Path, save: Callable[..., None], **options: Any
+) -> dict[str, Tensor] | None:
+    """Writes weights in the first process; of a model in pieces the whole state, which it returns.
+
+    Args:
+        save: for a model that is whole.
+        options: of it.
+    """
+    if is_cut(model):
+        state = whole_state(model)
+        if number() == 0:
+            # Of names for one tensor the first.
+            first = {id(value): name for name, value in reversed(state.items())}
+            save_file({name: state[name] for name in first.values()}, path, **options)
+        return state
+    if number() == 0:
+        save(model, str(path), **options)
+    return None
+
+
 def _save_trained(model: nn.Module, path: str, metadata: dict[str, str] | None = None) -> None:
     """What a quantised base carries: the base itself is loaded and compared when a run goes on."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, path, metadata=metadata)
+
+
+def _load(model: nn.Module, path: str, device: str, *, load_trained: bool = False) -> None:
+    if is_cut(model):
+        load_state(model, load_file(path))
+    elif load_trained:
+        _load_trained(model, path, device)
+    else:
+        load_model(model, path, device=device)
 
 
 @torch.no_grad()
@@ -158,9 +204,9 @@ def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) ->
         raise FileNotFoundError(f"resume: expected a complete checkpoint, got {folder}")
     _check_config(folder, config)
     device = str(causal_lm(models.policy).device)
-    load = _load_trained if is_quantized(models.policy) else load_model
-    load(models.policy, str(folder / "model.safetensors"), device=device)
-    load(models.critic, str(folder / "critic.safetensors"), device=device)
+    quantized = is_quantized(models.policy)
+    _load(models.policy, str(folder / "model.safetensors"), device, load_trained=quantized)
+    _load(models.critic, str(folder / "critic.safetensors"), device)
     content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     random_of = content.pop("random")
     restore_random_states(random_of[number() % len(random_of)])

@@ -172,6 +172,13 @@ class OnlineConfig(HeadOptions, PackOptions):
         default=True, metadata={"help": "Set all dropout probabilities to 0."}
     )
     bf16: bool = field(default=False, metadata={"help": "bf16 mixed precision."})
+    fsdp: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut weights, gradients and optimizer states into as many parts as there are "
+            "processes (FSDP2)."
+        },
+    )
 
     seed: int = field(default=0, metadata={"help": "Seed of prompts, rollouts and minibatches."})
     logging_steps: int = field(default=1, metadata={"help": "Iterations between logged rows."})

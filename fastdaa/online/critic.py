@@ -36,7 +36,7 @@ class ValueHead(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Values of the states that the rows stand for."""
         dtype = next(self.parameters()).dtype
-        return self.layers(rows.to(dtype)).squeeze(-1).float()
+        return self.layers(rows.to(dtype)).sum(-1).float()  # of one; FSDP2 warns of a view
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -13,7 +13,8 @@ from fastdaa.counted import counted
 from fastdaa.online.advantages import gae
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.models import Models
-from fastdaa.online.packs import make_packs
+from fastdaa.online.packs import packs_of_process
+from fastdaa.online.pieces import whole
 from fastdaa.online.ranks import add_up, of_the_first, processes, share
 from fastdaa.online.rewards import RunningStd, sequence_sums, shape_scores, token_rewards
 from fastdaa.online.scoring import TokenScores, score_tokens, score_values
@@ -36,7 +37,8 @@ def sample(
     Raises:
         ValueError: not one completion of at least one token for every prompt.
     """
-    completions = source.sample(policy, prompts, seed)
+    with whole(policy):
+        completions = source.sample(policy, prompts, seed)
     found = len(completions.completion_ids)
     if found != len(prompts) or len(completions.finished) != found:
         raise ValueError(
@@ -121,11 +123,11 @@ def assess(
     policy, critic = models.policy, models.critic
     device = causal_lm(policy).device
     lengths = rollouts.lengths
-    packs = make_packs(
+    packs = packs_of_process(
         rollouts.prompt_ids, rollouts.completion_ids,
         # Without gradient nothing is kept: what a minibatch needs at once is enough.
         tokens_per_pack=config.tokens_per_pack or _minibatch_tokens(rollouts, config),
-        attention=config.attention, device=device, only=share(rollouts.sizes),
+        attention=config.attention, device=device, in_step=config.fsdp,
     )  # fmt: skip
     options: dict[str, Any] = {
         "temperature": config.temperature,

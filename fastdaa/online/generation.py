@@ -65,7 +65,10 @@ class TransformersRollouts:
         with undisturbed(model), torch.no_grad():
             for batch in range(number(), len(batches), processes()):
                 asked = [prompts[place] for place in batches[batch]]
-                answers = sample_batch(model, asked, self.sampling, seed=seed, batch=batch)
+                # Weights are whole, if need be by the loop: nobody waits for the others.
+                answers = sample_batch(
+                    model, asked, self.sampling, seed=seed, batch=batch, synced=False
+                )
                 mine |= zip(batches[batch], answers, strict=True)
         found = {place: one for part in collect_objects(mine) for place, one in part.items()}
         drawn = [found[place] for place in range(len(prompts))]

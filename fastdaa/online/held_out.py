@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fastdaa.online.experience import raw_scores, sample
 from fastdaa.online.generation import seed_all, undisturbed
-from fastdaa.online.packs import make_packs
-from fastdaa.online.ranks import share
+from fastdaa.online.packs import packs_of_process
 from fastdaa.online.rewards import sequence_sums
 from fastdaa.online.scoring import score_tokens
 from fastdaa.online.types import Completions, RewardSource
@@ -84,12 +83,11 @@ class HeldOut:
         self.begin(trainer)
         completions = self._sample(trainer, policy)
         lengths = torch.tensor([len(ids) for ids in completions.completion_ids])
-        sizes = [len(ids) + int(n) for ids, n in zip(self.prompts, lengths, strict=True)]
-        packs = make_packs(
+        packs = packs_of_process(
             self.prompts, completions.completion_ids,
             tokens_per_pack=trainer.config.tokens_per_pack or _TOKENS_PER_PACK,
             attention=trainer.config.attention, device=causal_lm(policy).device,
-            only=share(sizes),
+            in_step=trainer.config.fsdp,
         )  # fmt: skip
         temperature = trainer.config.temperature
         logps = [score_tokens(policy, packs, lengths, temperature=temperature).logps]

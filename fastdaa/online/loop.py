@@ -24,15 +24,17 @@ from fastdaa.online.controllers import AdaptiveKL, FixedKL, KLController
 from fastdaa.online.critic import Critic
 from fastdaa.online.experience import collect
 from fastdaa.online.models import prepare_models
+from fastdaa.online.pieces import is_cut, whole_state
 from fastdaa.online.progress import Progress
 from fastdaa.online.prompts import prompts_fact
-from fastdaa.online.ranks import begin_alike, collect_objects, number
+from fastdaa.online.ranks import any_of, collect_objects, number
 from fastdaa.online.record import Record
 from fastdaa.online.rewards import RunningStd
 from fastdaa.online.seeds import Purpose, prompts_of, seed_of
 from fastdaa.online.types import Experience, RewardSource, RolloutSource
 from fastdaa.online.update import Updater, minibatches
 from fastdaa.train import checkpoints
+from fastdaa.train.adapters import adapter_words
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.finite import all_finite
 from fastdaa.train.folder_lock import lock_folder
@@ -42,6 +44,7 @@ from fastdaa.train.run_record import remove_record
 # What may not change while a run is interrupted, beside its settings, and what decides it.
 _FACTS = {
     "reference": "the model (and ref_model)",
+    "adapter": "the lora_ options",
     "prompts": "the data",
     "reward": "the reward",
     "gold_reward": "the gold_reward",
@@ -84,8 +87,9 @@ class OnlineTrainer:
 
     Policy, reference and critic run on packed sequences, without padding, through the head's
     engine, without logits. Where a launcher has started several processes (and the process group
-    is there), each with a device and all models of its own, they share the work, and every one
-    of them has to make this object and call :meth:`train`; see :mod:`fastdaa.online.ranks`.
+    is there), each with a device, they share the work, and every one of them has to make this
+    object and call :meth:`train`; see :mod:`fastdaa.online.ranks`. Each is given all models, which
+    it keeps whole or, with ``config.fsdp``, in pieces (:mod:`fastdaa.online.pieces`).
 
     Args:
         policy: a causal language model of transformers, on its device, or PEFT's wrapping of one.
@@ -124,12 +128,12 @@ class OnlineTrainer:
         asked = [*prompts, *getattr(evaluate, "prompts", ())]
         self.models = prepare_models(policy, reference, critic, config, max(map(len, asked)))
         self._facts = {
-            "reference": self.models.reference_fact(),
+            "reference": self.models.reference_fact,
+            "adapter": adapter_words(policy),
             "prompts": prompts_fact(prompts),
             "reward": getattr(rewards, "fact", None),
             "gold_reward": getattr(getattr(evaluate, "gold", None), "fact", None),
         }
-        begin_alike(self.models.critic)
         self.updater = Updater(policy, self.models.critic, config)
         self.controller: KLController = FixedKL(config.kl_coef)
         if config.kl_controller == "adaptive":
@@ -178,9 +182,15 @@ class OnlineTrainer:
         )  # fmt: skip
 
     def save_model(self, folder: str | Path) -> None:
-        """The policy as ``save_pretrained`` writes it, and the tokenizer where there is one."""
+        """The policy as ``save_pretrained`` writes it, and the tokenizer where there is one.
+
+        All processes call it, and the first one writes.
+        """
         policy: Any = self.models.policy
-        policy.save_pretrained(folder)
+        state = whole_state(policy) if is_cut(policy) else None
+        if number() != 0:
+            return
+        policy.save_pretrained(folder, state_dict=state)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -253,7 +263,8 @@ class OnlineTrainer:
         self._report(record, progress)
 
     def _check_weights(self) -> None:
-        if not (all_finite(self.models.policy) and all_finite(self.models.critic)):
+        finite = all_finite(self.models.policy) and all_finite(self.models.critic)
+        if any_of(not finite, causal_lm(self.models.policy).device):
             raise FloatingPointError(
                 f"iteration {self.place.iteration + 1}: expected finite weights after its updates, "
                 "got some that are infinite or not a number; a lower learning_rate may help"
@@ -275,9 +286,7 @@ class OnlineTrainer:
     def _save(self) -> None:
         if self.config.output_dir is None:
             return
-        random_of = collect_objects(random_states())
-        if number() == 0:
-            self._write_checkpoint(random_of)
+        self._write_checkpoint(collect_objects(random_states()))
         meet()  # or a launcher would end the process that writes with the first of the others
 
     def _write_checkpoint(self, random_of: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic, copy_of
+from fastdaa.online.pieces import check_pieces, cut
 from fastdaa.online.ranks import begin_alike
 from fastdaa.online.seeds import Purpose, seed_of
 from fastdaa.train.adapters import (
@@ -38,6 +39,8 @@ class Models(NamedTuple):
     reference: nn.Module | None
     """None for the policy without its adapter."""
     critic: Critic
+    reference_fact: str | None = None
+    """Which weights the reference has, as :func:`prepare_models` found them."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -47,12 +50,6 @@ class Models(NamedTuple):
             return
         with starting_point(self.policy):
             yield self.policy
-
-    def reference_fact(self) -> str:
-        """Which weights the reference has."""
-        if self.reference is not None:
-            return weights_fact(self.reference)
-        return weights_fact(self.policy, trainable=False)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of policy and critic; the reference stays in evaluation."""
@@ -100,13 +97,31 @@ def prepare_models(
     )  # fmt: skip
     for model in models:
         _prepare(model, config)
+    fact = weights_fact(models[-1], trainable=reference is not None)
+    if config.fsdp:
+        check_pieces({"ref_model" if model is reference else "model": model for model in models})
+    if reference is not None and config.fsdp:
+        cut(causal_lm(reference), bf16=config.bf16)  # before there is one more whole model
+    critic = _prepared_critic(critic, policy, config)
+    if config.fsdp:
+        cut(causal_lm(policy), bf16=config.bf16)
+    return Models(policy, reference, critic, fact)
+
+
+def _prepared_critic(critic: Critic | None, policy: nn.Module, config: OnlineConfig) -> Critic:
+    """The critic, the same in every process, of a policy that is whole."""
     if critic is None:
         shared = config.critic == "shared"
         seed = seed_of(config.seed, 0, Purpose.CRITIC)
         critic = Critic(policy, config.critic_head, shared=shared, seed=seed)
     if config.disable_dropout:
         disable_dropout(critic)
-    return Models(policy, reference, critic)
+    begin_alike(critic)
+    if config.fsdp:
+        for part in (critic.backbone, critic.head):
+            if part is not None:
+                cut(part, bf16=config.bf16)
+    return critic
 
 
 def _begins_as_its_base(policy: nn.Module) -> bool:

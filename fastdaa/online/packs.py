@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdaa.data.packing import pack_by_length
 from fastdaa.data.packs import packed
+from fastdaa.online.ranks import most, share
 
 
 def make_packs(
@@ -50,6 +51,31 @@ def make_packs(
         pack = packed([prompts[i] for i in group], [completions[i] for i in group])
         pack["segments"]["backend"] = attention
         packs.append((torch.tensor(group), to_device(pack, device)))
+    return packs
+
+
+def packs_of_process(
+    prompt_ids: Sequence[Tensor],
+    completion_ids: Sequence[Tensor],
+    *,
+    device: torch.device,
+    in_step: bool,
+    **options: Any,
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """As :func:`make_packs`, of this process's share of the sequences.
+
+    Args:
+        in_step: every process gets as many packs, since each is a collective. What a process has
+            too many is marked ``"counted": False``; the shortest sequence does for that.
+    """
+    sizes = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    options |= {"device": device}
+    packs = make_packs(prompt_ids, completion_ids, only=share(sizes), **options)
+    lacking = most(len(packs), device) - len(packs) if in_step else 0
+    if lacking:
+        shortest = min(range(len(sizes)), key=sizes.__getitem__)
+        ((sequences, pack),) = make_packs(prompt_ids, completion_ids, only=[shortest], **options)
+        packs += [(sequences, {**pack, "counted": False})] * lacking
     return packs
 
 

@@ -1,8 +1,8 @@
 """Several processes of one run: each does a share of the work, and all of them know everything.
 
-Every process has all models. It answers some of the prompts, scores some of the completions, and
-computes the gradients of some sequences of a minibatch. What they find is put together, so that
-all take the same decisions and the same steps. A single process does all of it.
+Every process has all models, or pieces of them. It answers some of the prompts, scores some of the
+completions, and computes the gradients of some sequences of a minibatch. What they find is put
+together, so that all take the same decisions and the same steps. A single process does all of it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ def add_up_by_name(
     total = torch.stack([values.get(name, zero).float() for name in names])
     dist.all_reduce(total)
     return dict(zip(names, total.unbind(), strict=True))
+
+
+def any_of(mine: bool, device: torch.device) -> bool:
+    """Whether something is so in any of the processes."""
+    return bool(add_up(torch.tensor(float(mine)), device))
+
+
+def most(mine: int, device: torch.device) -> int:
+    """The largest number that a process has."""
+    if processes() == 1:
+        return mine
+    number_of = torch.tensor(mine, device=device)
+    dist.all_reduce(number_of, dist.ReduceOp.MAX)
+    return int(number_of)
 
 
 def collect_objects(mine: Any) -> list[Any]:

@@ -49,7 +49,7 @@ def score_tokens(
 
     Args:
         model: with ``install_head_task``, in evaluation mode.
-        packs: see :func:`fastdaa.online.packs.make_packs`; with several processes each has some.
+        packs: see :func:`fastdaa.online.packs.packs_of_process`.
         lengths: ``[S]`` int64, completion tokens of every sequence, on the CPU.
         critic: a shared one, whose values are wanted.
     """
@@ -70,7 +70,8 @@ def score_tokens(
             return found if critic is None else [*found, critic.head(rows)]
 
         found = run_head_task(model, pack, task).result
-        scores[:, token_index(lengths, sequences)] = torch.stack(found).float().cpu()
+        if pack.get("counted", True):
+            scores[:, token_index(lengths, sequences)] = torch.stack(found).float().cpu()
     return TokenScores(*add_up(scores, core.device))
 
 
@@ -79,5 +80,7 @@ def score_values(critic: Critic, packs: Packs, lengths: Tensor) -> Tensor:
     """``[N]`` fp32 on the CPU: values by a critic with a backbone of its own."""
     values = torch.zeros(int(lengths.sum()))
     for sequences, pack in packs:
-        values[token_index(lengths, sequences)] = critic(pack).float().cpu()
+        found = critic(pack)
+        if pack.get("counted", True):
+            values[token_index(lengths, sequences)] = found.float().cpu()
     return add_up(values, next(critic.parameters()).device)

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from fastdaa.online.advantages import whiten, whiten_with_padding
 from fastdaa.online.config import OnlineConfig
 from fastdaa.online.critic import Critic
 from fastdaa.online.objectives import TokenData, is_clipped, policy_losses, value_loss
-from fastdaa.online.packs import make_packs, token_index
-from fastdaa.online.ranks import add_gradients, add_up_by_name, share
+from fastdaa.online.packs import packs_of_process, token_index
+from fastdaa.online.pieces import load_optimizer_state, whole_optimizer_state
+from fastdaa.online.ranks import add_gradients, add_up_by_name, processes
 from fastdaa.online.seeds import Purpose, generator
 from fastdaa.online.token_loss import TokenLoss, token_loss
 from fastdaa.online.types import Experience
@@ -64,6 +66,8 @@ class Updater:
     def __init__(self, policy: nn.Module, critic: Critic, config: OnlineConfig) -> None:
         self.policy, self.critic, self.config = policy, critic, config
         self.device = causal_lm(policy).device
+        # FSDP2 takes the mean over processes of what is a sum.
+        self.scale = processes() if config.fsdp else 1
         self.parts = [
             [parameter for parameter in model.parameters() if parameter.requires_grad]
             for model in (policy, critic)
@@ -93,12 +97,12 @@ class Updater:
         old_values, returns = (
             values[tokens].to(self.device) for values in (experience.values, experience.returns)
         )
-        chosen, sizes = batch.sequences.tolist(), rollouts.sizes
-        packs = make_packs(
+        chosen = batch.sequences.tolist()
+        packs = packs_of_process(
             [rollouts.prompt_ids[i] for i in chosen],
             [rollouts.completion_ids[i] for i in chosen],
             tokens_per_pack=config.tokens_per_pack, attention=config.attention,
-            device=self.device, only=share([sizes[i] for i in chosen]),
+            device=self.device, in_step=config.fsdp,
         )  # fmt: skip
         sums: dict[str, Tensor] = {}
         for sequences, pack in packs:
@@ -113,10 +117,13 @@ class Updater:
             loss = policy.loss + config.vf_coef * value
             if aux_loss is not None:
                 loss = loss + aux_loss * (len(here) / len(tokens))
-            loss.backward()
-            _add(sums, _statistics(config, policy, part, value.detach(), len(tokens)))
-        for parameters in self.parts:
-            add_gradients(parameters, self.device)
+            counted = pack.get("counted", True)
+            (loss * (self.scale * counted)).backward()
+            if counted:
+                _add(sums, _statistics(config, policy, part, value.detach(), len(tokens)))
+        if not config.fsdp:
+            for parameters in self.parts:
+                add_gradients(parameters, self.device)
         sums = add_up_by_name(sums, statistics_of(config), self.device)
         sums |= self._clip()
         self.optimizer.step()
@@ -163,9 +170,10 @@ class Updater:
         """Clips the gradients; their norms before that."""
         most = self.config.max_grad_norm or float("inf")
         names = ("grad_norm/policy", "grad_norm/value")
+        norms = (nn.utils.clip_grad_norm_(parameters, most).detach() for parameters in self.parts)
         return {
-            name: nn.utils.clip_grad_norm_(parameters, most).detach()
-            for name, parameters in zip(names, self.parts, strict=True)
+            name: norm.full_tensor() if isinstance(norm, DTensor) else norm
+            for name, norm in zip(names, norms, strict=True)
         }
 
     def learning_rate(self) -> float:
@@ -173,14 +181,15 @@ class Updater:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and schedule."""
+        """Optimiser and schedule; with ``fsdp`` a collective, and whole in the first process."""
         return {
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()
-        }  # fmt: skip
+            "optimizer": whole_optimizer_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
 

@@ -43,6 +43,8 @@ def adapter_words(model: nn.Module) -> str | None:
         ("dropout", getattr(config, "lora_dropout", None)),
     ):
         words += f", {name} {value:g}" if value is not None else ""
+    for option, name in (("use_rslora", "rank-stabilised"), ("use_dora", "DoRA")):
+        words += f", {name}" if getattr(config, option, False) else ""
     layers = config.target_modules
     if isinstance(layers, str):
         return f"{words}, on {layers}"

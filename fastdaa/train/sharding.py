@@ -206,7 +206,7 @@ def keep_results_wide(accelerator: Accelerator) -> None:
     of -300 nats to a whole number.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and getattr(policy, "output_dtype", None) is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 

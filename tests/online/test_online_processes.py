@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +69,9 @@ def command(files, folder, **options):
     ]
 
 
-def start_two(files, folder, **options):
-    """Two processes of one command, as a launcher starts them."""
-    together, words = meeting(2), command(files, folder, **options)
+def start_two(files, folder, asked=None, **options):
+    """Two processes of one command, as a launcher starts them; ``asked`` is its environment."""
+    together, words = {**meeting(2), **(asked or {})}, command(files, folder, **options)
     said = [folder.with_name(f"{folder.name}_{rank}.txt") for rank in range(2)]
     own = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     processes = [start_command(words, env, file) for env, file in zip(own, said, strict=True)]
@@ -108,8 +109,11 @@ def assert_alike(two, one):
         {"algorithm": "apa"},
         {"algorithm": "ppo", "critic": "shared", "reward_scaling": "running_std"},
         {"algorithm": "awr", "tokens_per_pack": 30, "use_peft": True, "lora_r": 2},
+        {"algorithm": "apa", "fsdp": True, "tokens_per_pack": 30},
+        {"algorithm": "ppo", "critic": "shared", "fsdp": True, "minibatch": 1},
+        {"algorithm": "awr", "use_peft": True, "lora_r": 2, "fsdp": True},
     ],
-    ids=["apa", "ppo", "awr-lora"],
+    ids=["apa", "ppo", "awr-lora", "apa-fsdp", "ppo-fsdp", "awr-lora-fsdp"],
 )
 def test_two_processes_train_as_one_does(files, tmp_path, options):
     if "use_peft" in options:
@@ -120,16 +124,23 @@ def test_two_processes_train_as_one_does(files, tmp_path, options):
     assert "reward of rollouts" in said[0] and said[1].strip() == ""
     scored = [*map(int, (files / "calls").read_text().split())]
     assert scored[:4] == [3, 3, 4, 4]  # held-out prompts, then rollouts
-    assert main(command(files, tmp_path / "one", **options)) == 0
+    alone = {name: value for name, value in options.items() if name != "fsdp"}
+    assert main(command(files, tmp_path / "one", **alone)) == 0
     name = "adapter_model.safetensors" if "use_peft" in options else "model.safetensors"
     for folder in (tmp_path / "two", tmp_path / "one"):
         (folder / name).replace(folder / "model.safetensors")
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
-def test_stopped_together_and_continued_by_one(files, tmp_path):
+@pytest.mark.parametrize(
+    "more", [{}, {"fsdp": True}, {"fsdp": True, "use_peft": True, "lora_r": 2}],
+    ids=["whole", "fsdp", "fsdp-lora"],
+)  # fmt: skip
+def test_stopped_together_and_continued_by_one(files, tmp_path, more):
     two = tmp_path / "two"
-    started = start_two(files, two, iterations=200, save_steps=500, lr_scheduler_type="constant")
+    started = start_two(
+        files, two, iterations=200, save_steps=500, lr_scheduler_type="constant", **more
+    )
     while not (two / "metrics.jsonl").is_file() or len(rows_of(two)) < 2:
         assert all(process.is_alive() for process in started[0])
         time.sleep(0.05)
@@ -141,12 +152,23 @@ def test_stopped_together_and_continued_by_one(files, tmp_path):
     done = json.loads((checkpoint / "trainer_state.json").read_text())
     iterations = done["iteration"] + 1
     options = {"iterations": iterations, "lr_scheduler_type": "constant", "save_steps": 500}
-    again = command(files, two, resume_from_checkpoint=True, **options)
-    assert main(again) == 0
+    if "fsdp" in more:  # as it was begun, too
+        shutil.copytree(two, tmp_path / "two_again")
+        started = start_two(
+            files, tmp_path / "two_again", resume_from_checkpoint=True, **options, **more
+        )
+        codes, said = end(started)
+        assert codes == [0, 0], said
+    options |= {name: value for name, value in more.items() if name != "fsdp"}
+    assert main(command(files, two, resume_from_checkpoint=True, **options)) == 0
     assert main(command(files, tmp_path / "one", **options)) == 0
-    got, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("two", "one"))
-    for name in got:
-        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
+    weights = "adapter_model" if "use_peft" in more else "model"
+    expected = load_file(tmp_path / "one" / f"{weights}.safetensors")
+    for folder in tmp_path.glob("two*/"):
+        got = load_file(folder / f"{weights}.safetensors")
+        assert got.keys() == expected.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_an_error_in_one_process_ends_all(files, tmp_path):
@@ -222,14 +244,37 @@ def test_what_several_processes_cannot_do(files, tmp_path, capsys, monkeypatch):
 
 def test_what_accelerate_launch_is_asked_for(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # of one process: nothing
     assert main(command(files, tmp_path / "out", iterations=1)) == 0
     (saved,) = (tmp_path / "out").glob("checkpoint-*/online_config.json")
-    assert json.loads(saved.read_text())["bf16"]
+    saved = json.loads(saved.read_text())
+    assert saved["bf16"] and not saved["fsdp"]
+    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
     for name, value, message in (
         ("ACCELERATE_MIXED_PRECISION", "fp16", "expected no or bf16"),
-        ("ACCELERATE_USE_FSDP", "true", "got FSDP by `accelerate launch`"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "got DEEPSPEED by `accelerate launch`"),
+        ("FSDP_VERSION", "1", "fsdp_version: expected 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: expected false"),
     ):
+        before = os.environ.get(name, "false")
         monkeypatch.setenv(name, value)
         assert main(command(files, tmp_path / "other")) == 2
         assert message in capsys.readouterr().err
-        monkeypatch.delenv(name)
+        monkeypatch.setenv(name, before)
+
+
+def test_fsdp_of_accelerate_launch(files, tmp_path):
+    asked = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"
+    }  # fmt: skip
+    codes, said = end(start_two(files, tmp_path / "out", asked=asked, iterations=1))
+    assert codes == [0, 0], said
+    (saved,) = (tmp_path / "out").glob("checkpoint-*/online_config.json")
+    assert json.loads(saved.read_text())["fsdp"]
+
+
+def test_one_process_has_nothing_to_cut(files, tmp_path, capsys):
+    assert main(command(files, tmp_path / "out", fsdp=True)) == 2
+    assert "error: fsdp: expected several processes" in capsys.readouterr().err
