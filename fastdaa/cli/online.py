@@ -98,7 +98,8 @@ def _train_online(
         raise OSError(
             f"the memory of the device is full after iteration {trainer.place.iteration}: expected "
             f"a --generation_batch_size (now {arguments.generation_batch_size}) and --minibatch "
-            f"(now {config.minibatch}) that fit, or --use_peft; {error}"
+            f"(now {config.minibatch}) that fit, --tokens_per_pack, --activation_checkpointing, "
+            f"--fsdp over several GPUs, or --use_peft; {error}"
         ) from error
     if result is None or result.interrupted:
         if main_process:
@@ -137,13 +138,15 @@ def _as_launched(config: OnlineConfig) -> OnlineConfig:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"fsdp_version: expected 2 by `accelerate launch`, got {version}")
-    for name in ("offload_params", "activation_checkpointing"):
-        if parse_flag_from_env(f"FSDP_{name.upper()}"):
-            raise ValueError(
-                f"fsdp_{name}: expected false by `accelerate launch`, got true, which on-policy "
-                "training does not have"
-            )
-    return replace(config, fsdp=True)
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError(
+            "fsdp_offload_params: expected false by `accelerate launch`, got true, which on-policy "
+            "training does not have"
+        )
+    again = parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+    return replace(
+        config, fsdp=True, activation_checkpointing=config.activation_checkpointing or again
+    )
 
 
 @contextmanager

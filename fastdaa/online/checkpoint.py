@@ -36,7 +36,7 @@ STATE_FILE, COMPLETE_FILE = "state.pt", "trainer_state.json"
 _FREE = {
     *("output_dir", "iterations", "logging_steps", "save_steps", "save_total_limit"),
     *("stop_on_collapse", "disable_tqdm", "tokens_per_pack", "attention", "impl"),
-    *("head_engine", "head_max_bytes", "fsdp"),
+    *("head_engine", "head_max_bytes", "activation_checkpointing", "fsdp"),
 }
 
 

@@ -172,6 +172,13 @@ class OnlineConfig(HeadOptions, PackOptions):
         default=True, metadata={"help": "Set all dropout probabilities to 0."}
     )
     bf16: bool = field(default=False, metadata={"help": "bf16 mixed precision."})
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Recompute activations: less memory, slower.",
+            "aliases": ["--gradient_checkpointing"],
+        },
+    )
     fsdp: bool = field(
         default=False,
         metadata={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -102,10 +102,20 @@ def prepare_models(
         check_pieces({"ref_model" if model is reference else "model": model for model in models})
     if reference is not None and config.fsdp:
         cut(causal_lm(reference), bf16=config.bf16)  # before there is one more whole model
+    if config.activation_checkpointing:
+        _checkpoint_activations(causal_lm(policy))
     critic = _prepared_critic(critic, policy, config)
     if config.fsdp:
         cut(causal_lm(policy), bf16=config.bf16)
     return Models(policy, reference, critic, fact)
+
+
+def _checkpoint_activations(core: Any) -> None:
+    """Of the model and of copies that are made of it from now on, in training mode."""
+    enable = getattr(core, "activation_checkpointing_enable", None)
+    if enable is None:  # releases of transformers before 5.20
+        enable = core.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _prepared_critic(critic: Critic | None, policy: nn.Module, config: OnlineConfig) -> Critic:

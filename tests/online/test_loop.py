@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -147,6 +148,34 @@ def test_other_ways_to_run(tiny_policy: Any, changes: dict[str, Any]) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
     assert not all(map(torch.equal, before, policy.parameters()))
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+
+
+def test_activation_checkpointing_computes_layers_again(tiny_policy: Any) -> None:
+    runs, calls = [], []
+    for again in (False, True):
+        trainer = _trainer(tiny_policy(), _config(None, activation_checkpointing=again))
+        counts = {"policy": 0, "critic": 0, "reference": 0}
+
+        def count(layer: Any, _: Any, of: str, counts: dict[str, int] = counts) -> None:
+            counts[of] += layer.training
+
+        models = trainer.models
+        policy, reference = models.policy.model, models.reference.model
+        for of, model in (
+            ("policy", policy),
+            ("critic", models.critic.backbone),
+            ("reference", reference),
+        ):
+            model.layers[0].mlp.register_forward_pre_hook(functools.partial(count, of=of))
+        trainer.train()
+        runs.append(models)
+        calls.append(counts)
+    assert _same_weights(*runs)
+    # Twelve minibatches.
+    assert calls == [
+        {"policy": 12, "critic": 12, "reference": 0},
+        {"policy": 24, "critic": 24, "reference": 0},
+    ]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -293,6 +322,21 @@ def test_resumed_with_another_reward(tiny_policy: Any, tmp_path: Path, changed: 
     with pytest.raises(ValueError, match=said):
         trainer(2, **{changed: _other}).train(resume=True)
     assert trainer(2).train(resume=True).iterations == 2
+
+
+def test_resumed_with_another_factor_of_the_adapter(tiny_policy: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(iterations: int, alpha: int) -> OnlineTrainer:
+        lora = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"])
+        policy = peft.get_peft_model(tiny_policy(), lora)
+        return _trainer(policy, _config(tmp_path, iterations=iterations))
+
+    trainer(1, 8).train()
+    said = "expected the adapter of .* alpha 8.*, got another, .* alpha 64.*; give the lora_"
+    with pytest.raises(ValueError, match=said):
+        trainer(2, 64).train(resume=True)
+    assert trainer(2, 8).train(resume=True).iterations == 2
 
 
 def _timed(name: str) -> bool:

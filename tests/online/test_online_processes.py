@@ -109,7 +109,7 @@ def assert_alike(two, one):
         {"algorithm": "apa"},
         {"algorithm": "ppo", "critic": "shared", "reward_scaling": "running_std"},
         {"algorithm": "awr", "tokens_per_pack": 30, "use_peft": True, "lora_r": 2},
-        {"algorithm": "apa", "fsdp": True, "tokens_per_pack": 30},
+        {"fsdp": True, "tokens_per_pack": 30, "activation_checkpointing": True},
         {"algorithm": "ppo", "critic": "shared", "fsdp": True, "minibatch": 1},
         {"algorithm": "awr", "use_peft": True, "lora_r": 2, "fsdp": True},
     ],
@@ -124,7 +124,8 @@ def test_two_processes_train_as_one_does(files, tmp_path, options):
     assert "reward of rollouts" in said[0] and said[1].strip() == ""
     scored = [*map(int, (files / "calls").read_text().split())]
     assert scored[:4] == [3, 3, 4, 4]  # held-out prompts, then rollouts
-    alone = {name: value for name, value in options.items() if name != "fsdp"}
+    ways = {"fsdp", "activation_checkpointing"}
+    alone = {name: options[name] for name in options.keys() - ways}
     assert main(command(files, tmp_path / "one", **alone)) == 0
     name = "adapter_model.safetensors" if "use_peft" in options else "model.safetensors"
     for folder in (tmp_path / "two", tmp_path / "one"):
@@ -256,7 +257,6 @@ def test_what_accelerate_launch_is_asked_for(files, tmp_path, capsys, monkeypatc
         ("ACCELERATE_USE_DEEPSPEED", "true", "got DEEPSPEED by `accelerate launch`"),
         ("FSDP_VERSION", "1", "fsdp_version: expected 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: expected false"),
     ):
         before = os.environ.get(name, "false")
         monkeypatch.setenv(name, value)
@@ -267,12 +267,14 @@ def test_what_accelerate_launch_is_asked_for(files, tmp_path, capsys, monkeypatc
 
 def test_fsdp_of_accelerate_launch(files, tmp_path):
     asked = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true",
     }  # fmt: skip
     codes, said = end(start_two(files, tmp_path / "out", asked=asked, iterations=1))
     assert codes == [0, 0], said
     (saved,) = (tmp_path / "out").glob("checkpoint-*/online_config.json")
-    assert json.loads(saved.read_text())["fsdp"]
+    saved = json.loads(saved.read_text())
+    assert saved["fsdp"] and saved["activation_checkpointing"]
 
 
 def test_one_process_has_nothing_to_cut(files, tmp_path, capsys):
