@@ -123,6 +123,7 @@ def _as_launched(config: OnlineConfig) -> OnlineConfig:
     """
     from accelerate.utils import parse_flag_from_env
 
+    from fastdaa.online.pieces import check_processes
     from fastdaa.train.trainer_options import launched_processes
 
     check_whole_models("DEEPSPEED")
@@ -132,6 +133,8 @@ def _as_launched(config: OnlineConfig) -> OnlineConfig:
             f"mixed_precision: expected no or bf16 by `accelerate launch`, got {asked}"
         )
     config = replace(config, bf16=True) if asked == "bf16" else config
+    if config.fsdp:
+        check_processes(launched_processes())
     # For one process, accelerate does not look at it either.
     if not parse_flag_from_env("ACCELERATE_USE_FSDP") or launched_processes() == 1:
         return config

@@ -7,19 +7,27 @@ so each runs as many as the others; not so while :func:`whole` keeps a model in 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastdaa.online.ranks import number, processes
 from fastdaa.train.quantization import is_quantized, quantization_of
+
+
+def check_processes(found: int) -> None:
+    """Raise ``ValueError`` where there is only one process."""
+    if found == 1:
+        raise ValueError(
+            "fsdp: expected several processes, over which models are cut, got one; start with "
+            "`torchrun --nproc_per_node` or `accelerate launch --multi_gpu`"
+        )
 
 
 def check_pieces(models: Mapping[str, nn.Module]) -> None:
@@ -28,11 +36,7 @@ def check_pieces(models: Mapping[str, nn.Module]) -> None:
     Raises:
         ValueError: one process, quantised weights, or weights that are trained in several dtypes.
     """
-    if processes() == 1:
-        raise ValueError(
-            "fsdp: expected several processes, over which models are cut, got one; start with "
-            "`torchrun --nproc_per_node` or `accelerate launch --multi_gpu`"
-        )
+    check_processes(processes())
     for name, model in models.items():
         if is_quantized(model):
             raise ValueError(
@@ -53,12 +57,12 @@ def cut(model: nn.Module, *, bf16: bool) -> None:
 
     Args:
         model: a model of transformers, below any wrapper of PEFT, or a small module.
-        bf16: it computes in bf16, from weights and with sums of gradients in their own dtype.
+        bf16: it computes in bf16, from weights in their own dtype; gradients are summed in fp32.
     """
     # What a forward returns keeps its dtype: there are log-probs among it.
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
-        "mesh": _mesh(next(model.parameters()).device.type),
+        "mesh": init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),)),
         "mp_policy": narrow if bf16 else MixedPrecisionPolicy(),
         "reshard_after_forward": True,
     }
@@ -167,8 +171,3 @@ def _like(value: Tensor, weight: Tensor) -> Tensor:
         return value
     placed = value.to(weight.device, weight.dtype)
     return distribute_tensor(placed, weight.device_mesh, weight.placements, src_data_rank=None)
-
-
-@functools.cache
-def _mesh(kind: str) -> DeviceMesh:
-    return init_device_mesh(kind, (dist.get_world_size(),))
