@@ -149,7 +149,7 @@ def _save_trained(model: nn.Module, path: str, metadata: dict[str, str] | None =
 
 def _load(model: nn.Module, path: str, device: str, *, load_trained: bool = False) -> None:
     if is_cut(model):
-        load_state(model, load_file(path))
+        load_state(model, path)
     elif load_trained:
         _load_trained(model, path, device)
     else:
@@ -207,7 +207,10 @@ def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) ->
     quantized = is_quantized(models.policy)
     _load(models.policy, str(folder / "model.safetensors"), device, load_trained=quantized)
     _load(models.critic, str(folder / "critic.safetensors"), device)
-    content = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    # In pieces: no process reads more of the file than it takes.
+    content = torch.load(
+        folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=is_cut(models.policy)
+    )
     random_of = content.pop("random")
     restore_random_states(random_of[number() % len(random_of)])
     saved = content.pop("experience")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastdaa.counted import counted
 from fastdaa.online.ranks import number, processes
 from fastdaa.train.quantization import is_quantized, quantization_of
 
@@ -109,23 +112,28 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Every process takes its pieces of a whole state, which has one name of tied weights.
+def load_state(model: nn.Module, path: str | Path) -> None:
+    """Every process takes its pieces of a whole state, one weight at a time.
+
+    Args:
+        path: a safetensors file, which has one name of weights that are tied.
 
     Raises:
         ValueError: the state is another model's.
     """
     targets = model.state_dict(keep_vars=True)
-    loaded = {id(targets[name]) for name in saved.keys() & targets.keys()}
-    wrong = [name for name in saved if name not in targets]
-    wrong += [name for name, weight in targets.items() if id(weight) not in loaded]
-    if wrong:
-        raise ValueError(
-            f"resume: expected the weights of the model, but only one of it and the checkpoint has "
-            f"{wrong[0]}"
-        )
-    for name, value in saved.items():
-        targets[name].copy_(_like(value, targets[name]))
+    with safe_open(path, framework="pt") as file:
+        names = {*file.keys()}
+        loaded = {id(targets[name]) for name in names & targets.keys()}
+        lacking = {name for name, weight in targets.items() if id(weight) not in loaded}
+        wrong = sorted(lacking | (names - targets.keys()))
+        if wrong:
+            raise ValueError(
+                f"resume: expected the weights of the model in {path}, but only one of them has "
+                f"{counted(len(wrong), 'tensor')}, such as {wrong[0]}"
+            )
+        for name in names:
+            targets[name].copy_(_like(file.get_tensor(name), targets[name]))
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastdaa.online.pieces import check_pieces
 SCRIPT = """
 import json, sys
 import torch
+from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 from fastdaa.online.config import OnlineConfig
@@ -68,12 +69,15 @@ with torch.no_grad():
     for weight in models.policy.parameters():
         weight.mul_(0.0)
 saved = {name: weight for name, weight in before.items() if name != "lm_head.weight"}
-load_state(models.policy, saved)
+path = f"{sys.argv[2]}/{rank}.safetensors"
+save_file(saved, path)
+load_state(models.policy, path)
 with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
     found["loaded"] = torch.equal(score_tokens(models.policy, packs, lengths).logps, scores[0])
 del saved["model.norm.weight"]
+save_file(saved, path)
 try:
-    load_state(models.policy, saved)
+    load_state(models.policy, path)
 except ValueError as error:
     found["error"] = str(error)
 if rank == 0:
@@ -87,11 +91,11 @@ dist.destroy_process_group()
 """
 
 
-def run_two(**options):
+def run_two(folder, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **meeting(2)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(options)],
+            [sys.executable, "-c", SCRIPT, json.dumps(options), str(folder)],
             env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
         )
         for rank in range(2)
@@ -101,8 +105,8 @@ def run_two(**options):
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def test_every_process_has_its_pieces():
-    first, second = run_two()
+def test_every_process_has_its_pieces(tmp_path):
+    first, second = run_two(tmp_path)
     (mine, all_of), (its, _) = first["pieces"], second["pieces"]
     assert mine + its == all_of and abs(mine - its) < 0.05 * all_of
     assert first["pieces_again"] == first["pieces"]
@@ -116,8 +120,8 @@ def test_every_process_has_its_pieces():
     assert "model.norm.weight" in first["error"]
 
 
-def test_mixed_precision_rounds_no_log_probs():
-    first, _ = run_two(bf16=True)
+def test_mixed_precision_rounds_no_log_probs(tmp_path):
+    first, _ = run_two(tmp_path, bf16=True)
     logps = torch.tensor(first["logps"])
     assert first["same"] and not torch.equal(logps, logps.bfloat16().float())
 
