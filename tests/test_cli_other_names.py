@@ -61,6 +61,11 @@ def test_a_file_of_trl(tmp_path: Path) -> None:
     assert (arguments.model, arguments.dataset, arguments.eval_split) == ("m", ["a/b"], "test")
     assert config.warmup_steps == 0.25 and config.loss_type == ["sigmoid"]
     assert read(f"--config {path} --model_name_or_path n")[0].model == "n"
+    path.write_text(f"{path.read_text()}warmup_steps: 0\n")
+    assert read(f"--config {path}")[1].warmup_steps == 0.25
+    path.write_text(path.read_text().replace("warmup_steps: 0\n", "warmup_steps: 5\n"))
+    with pytest.raises(ValueError, match="an option once, got 'warmup_ratio' and 'warmup_steps'"):
+        read(f"--config {path}")
     path.write_text("model: m\nmodel_name_or_path: n\n")
     with pytest.raises(ValueError, match="an option once, got 'model' and 'model_name_or_path'"):
         read(f"--config {path}")

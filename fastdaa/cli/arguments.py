@@ -215,6 +215,10 @@ class TrainArguments(AdapterArguments):
     ref_model: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the policy at the start."}
     )
+    ref_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of REF_MODEL on the hub. Default: its main one."},
+    )
     # Options of their own, read beside these.
     track: TrackArguments = field(init=False, default_factory=TrackArguments)
 

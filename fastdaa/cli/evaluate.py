@@ -60,6 +60,14 @@ class EvaluateArguments(QuantizationOptions, ModelArguments):
             "base."
         },
     )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of MODEL on the hub. Default: its main one."},
+    )
+    ref_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of REF_MODEL on the hub. Default: its main one."},
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "JSON file for the numbers. Default: none.", "metavar": "FILE"},
@@ -78,6 +86,11 @@ class EvaluateArguments(QuantizationOptions, ModelArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("max_samples", self.max_samples, optional=True)
+        if self.ref_model_revision is not None and self.ref_model is None:
+            raise ValueError(
+                "ref_model_revision: expected ref_model beside it, got none; an adapter notes the "
+                "revision of its base"
+            )
         self.max_train_samples = self.max_samples
         self.check_quantization()
 
@@ -160,7 +173,9 @@ def _evaluate(arguments: Any, config: PreferenceConfig) -> int:
     metrics, rows = _measure(trainer), cast("Sized", trainer.eval_dataset)
     if main_process:
         facts = {
-            "model": arguments.model, "ref_model": reference, "dataset": arguments.dataset,
+            "model": arguments.model, "model_revision": arguments.model_revision,
+            "ref_model": reference, "ref_model_revision": arguments.ref_model_revision,
+            "dataset": arguments.dataset,
             trainer.unit: len(rows), f"{trainer.unit}_left_out": len(data) - len(rows),
             "objective": str(config.objective()), "max_length": config.max_length,
             "dtype": arguments.dtype, "bf16": config.bf16,
@@ -182,13 +197,14 @@ def _check_models(arguments: Any, config: PreferenceConfig) -> str | None:
     for name, source in (("model", arguments.model), ("ref_model", reference)):
         if source is None:
             continue
-        paths.check_model(name, source)
+        paths.check_model(name, source, getattr(arguments, f"{name}_revision"))
         adapter = paths.adapter_of(name, source)
         folder = Path(source).expanduser()
         whole = str(folder) if folder.is_dir() else source
-        check_head(name, whole if adapter is None else adapter.base)
+        revision = _revision(arguments, name)
+        check_head(name, whole if adapter is None else adapter.base, **revision)
         if name == "model" and adapter is None:
-            check_stored(name, whole, arguments.quantizes)
+            check_stored(name, whole, arguments.quantizes, **revision)
     check_quantized(arguments)
     return reference
 
@@ -203,11 +219,8 @@ def _load_models(arguments: Any, reference: str | None, config: PreferenceConfig
         if source is None:
             loaded.append(None)
             continue
-        # The reference of an adapter is its base, as the adapter knows it.
-        own = name == "ref_model" and arguments.ref_model is None and adapter is not None
-        revision = adapter.base_options if own else None
         model = building.load_model(
-            source, arguments, name, device=config.device, revision=revision
+            source, arguments, name, device=config.device, revision=_revision(arguments, name)
         )
         loaded.append(model)
         check_finite(name, loaded[-1])
@@ -216,26 +229,24 @@ def _load_models(arguments: Any, reference: str | None, config: PreferenceConfig
     return loaded
 
 
+def _revision(arguments: Any, name: str) -> dict[str, str]:
+    """What ``from_pretrained`` of the model or the reference needs; of an adapter, of its base."""
+    # The reference of an adapter is its base, as the adapter knows it.
+    adapter = paths.adapter_of(name, getattr(arguments, name) or arguments.model)
+    return building.model_revision(arguments, name) if adapter is None else adapter.base_options
+
+
 def _tokenizer_of(source: str, arguments: Any) -> Any:
     """The tokenizer of a reference; None where there is none."""
     from fastdaa.train.tokenizers import load_tokenizer
 
     # Many references are weights alone.
     with contextlib.suppress(OSError):
-        return load_tokenizer(source, "ref_model", trust_remote_code=arguments.trust_remote_code)
+        return load_tokenizer(
+            source, "ref_model", trust_remote_code=arguments.trust_remote_code,
+            **_revision(arguments, "ref_model"),
+        )  # fmt: skip
     return None
-
-
-def _check_processes(config: PreferenceConfig) -> None:
-    """Raise ``ValueError`` for processes that would share more than the pairs."""
-    from accelerate.utils import parse_flag_from_env
-
-    for name in ("FSDP", "DEEPSPEED"):
-        if config.world_size > 1 and parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
-                f"expected processes that each hold the whole model, got {name} by `accelerate "
-                "launch`; start with `accelerate launch --multi_gpu` or `torchrun`"
-            )
 
 
 def _check_loss(config: PreferenceConfig) -> None:

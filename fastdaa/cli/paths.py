@@ -50,9 +50,11 @@ def check_paths(arguments: ModelArguments, output_dir: str, resume: str | None) 
     # The hub is asked last, since it may take its time.
     for name in ("model", "ref_model"):
         value = getattr(arguments, name, None)
+        revision = getattr(arguments, f"{name}_revision", None)
         if value is not None:
-            revision = getattr(arguments, "model_revision", None) if name == "model" else None
             check_model(name, value, revision)
+        elif revision is not None:
+            raise ValueError(f"{name}_revision: expected {name} beside it, got none")
     _check_adapters(arguments, folder)
     _check_no_model(folder, checkpoint)
     check_quantized(arguments)

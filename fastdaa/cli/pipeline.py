@@ -126,7 +126,7 @@ def _run_online(
     if arguments.quantizes is not None:
         kind, nested = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
         words.append(f"{arguments.quantizes} {kind} {nested}")
-    for name in ("gold_reward", "ref_model"):
+    for name in ("gold_reward", "ref_model", "ref_model_revision"):
         if getattr(arguments, name) is not None:
             words.append(f"{name} {getattr(arguments, name)}")
     if _is_done(folder, words, main_process):

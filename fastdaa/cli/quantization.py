@@ -38,9 +38,7 @@ def _check_model(name: str, source: str, arguments: ModelArguments, asked: str |
     folder = Path(source).expanduser()
     whole = str(folder) if folder.is_dir() else source
     base = whole if adapter is None else adapter.base
-    revision = {} if adapter is None else adapter.base_options
-    if name == "model" and adapter is None:
-        revision = model_revision(arguments)
+    revision = model_revision(arguments, name) if adapter is None else adapter.base_options
     stored = stored_quantization(base, **revision)
     if asked is not None and stored is not None:
         raise ValueError(

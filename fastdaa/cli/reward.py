@@ -85,7 +85,7 @@ def _load_model(arguments: RewardArguments, config: Any, start: building.Start) 
         PartialState().wait_for_everyone()
         # The new `score` is drawn as it was before an interruption, whatever else was drawn here.
         set_seed(config.seed)
-    quantized = building.quantized_options(source, arguments, config.device) or {}
+    quantized = building.quantized_options(source, arguments, config.device, revision) or {}
     return load_reward_model(
         source, start.tokenizer, resize=not arguments.use_peft, **options, **revision, **quantized
     )

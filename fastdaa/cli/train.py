@@ -63,8 +63,9 @@ def _train(arguments: TrainArguments, config: PreferenceConfig, argv: Sequence[s
     ref_model = None
     if arguments.ref_model is not None:
         ref_model = building.load_model(
-            arguments.ref_model, arguments, "ref_model", device=config.device
-        )
+            arguments.ref_model, arguments, "ref_model", device=config.device,
+            revision=building.model_revision(arguments, "ref_model"),
+        )  # fmt: skip
     trainer = (_unpaired_trainer_class() if unpaired else _trainer_class())(
         model=model,
         ref_model=ref_model,

@@ -43,6 +43,8 @@ def apply_yaml(parser: OptionParser, path: Path) -> None:
         got = "an empty file" if content is None else type(content).__name__
         raise ValueError(f"{path}: expected 'option: value' lines, got {got}")
     options = parser._option_string_actions
+    if content.get("warmup_ratio") and content.get("warmup_steps") == 0:
+        del content["warmup_steps"]  # files that name both mean the ratio, as for transformers
     content = {
         key: value
         for key, value in content.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from fastdaa.train.adapter_files import tokenizer_source
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import install_head_task, run_head_task
 from fastdaa.train.reward_models import check_reward_model, last_tokens, load_classifier
-from fastdaa.train.run_record import weights_fact
+from fastdaa.train.reward_text import reward_ids
+from fastdaa.train.run_record import read_record, weights_fact
 from fastdaa.train.support import supports_segments
 from fastdaa.validation import check_positive
 
@@ -27,15 +28,17 @@ class ModelReward:
 
     Where the model has the policy's tokenizer it gets the very tokens of prompt and completion, EOS
     included, packed without padding; behind a conversation's EOS comes what its chat template
-    writes there, as in the pairs that it was trained on. Else prompt and completion are text,
-    joined (or rendered by the model's chat template, where it has one), tokenised by its own
-    tokenizer.
+    writes there, as in the pairs that it was trained on. Else it reads what
+    :func:`~fastdaa.train.reward_text.reward_ids` says of their text.
 
     Args:
         model: a sequence classifier with a linear ``score`` of one output.
         tokenizer: its own, where it is not the policy's; None for the policy's tokens.
         original: gives prompts as they are in the data, for chat templates.
         ending: how the policy's chat template closes an answer; None for plain text.
+        end_ids: tokens of the policy that end an answer, for a model with another tokenizer; None
+            where all answers count as ended.
+        joined: that tokenizer's chat template is for conversations alone.
         tokens_per_pack: tokens of one forward.
 
     Raises:
@@ -49,6 +52,8 @@ class ModelReward:
         original: Original | None = None,
         *,
         ending: Ending | None = None,
+        end_ids: Iterable[int] | None = None,
+        joined: bool = False,
         tokens_per_pack: int = 8192,
     ) -> None:
         check_positive("tokens_per_pack", tokens_per_pack)
@@ -61,6 +66,7 @@ class ModelReward:
         self._model: Any = model.eval().requires_grad_(False)
         self._tokenizer, self._original = tokenizer, original
         self._tokens_per_pack, self._ending = tokens_per_pack, ending
+        self._end_ids, self._joined = None if end_ids is None else frozenset(end_ids), joined
         self.fact = weights_fact(model)
 
     @torch.no_grad()
@@ -76,7 +82,7 @@ class ModelReward:
             ValueError: a model with a tokenizer of its own and no texts.
         """
         if self._tokenizer is not None:
-            prompt_ids, completion_ids = self._encode(prompt_ids, texts)
+            prompt_ids, completion_ids = self._encode(prompt_ids, completion_ids, texts)
         elif self._ending is not None and self._ending.tail:
             tail = torch.tensor(self._ending.tail)
             completion_ids = [
@@ -97,23 +103,23 @@ class ModelReward:
         return as_rewards(rewards, len(prompt_ids), "reward model").float()
 
     def _encode(
-        self, prompt_ids: Sequence[Tensor], texts: Sequence[tuple[str, str]] | None
+        self,
+        prompt_ids: Sequence[Tensor],
+        completion_ids: Sequence[Tensor],
+        texts: Sequence[tuple[str, str]] | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens of the model's own: all but the last stand for a prompt, as packs have them."""
         if texts is None:
             raise ValueError("reward: expected a tokenizer of the policy, to give the model text")
-        tokenizer = self._tokenizer
         rows = []
-        for ids, (prompt, completion) in zip(prompt_ids, texts, strict=True):
+        for ids, answer, (prompt, completion) in zip(
+            prompt_ids, completion_ids, texts, strict=True
+        ):
             given = prompt if self._original is None else self._original(ids) or prompt
-            if tokenizer.chat_template is not None:
-                turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
-                messages = [*turns, {"role": "assistant", "content": completion}]
-                text = tokenizer.apply_chat_template(messages, tokenize=False)
-                row = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            else:
-                joined = prompt + completion + (tokenizer.eos_token or "")
-                row = tokenizer(joined, verbose=False)["input_ids"]
+            finished = self._end_ids is None or int(answer[-1]) in self._end_ids
+            row = reward_ids(
+                self._tokenizer, given, completion, finished=finished, joined=self._joined
+            )
             rows.append(torch.tensor(row, dtype=torch.int64))
         return [row[:-1] for row in rows], [row[-1:] for row in rows]
 
@@ -162,6 +168,9 @@ def load_reward(
     shared = same_tokenizer(own, tokenizer) and own.chat_template == tokenizer.chat_template
     try:
         model = load_classifier(given, dtype=dtype, **options)
-        return ModelReward(model.to(device), None if shared else own, original, ending=ending)
+        return ModelReward(
+            model.to(device), None if shared else own, original, ending=ending,
+            end_ids=tokenizer.all_special_ids, joined=read_record(given) is not None,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"reward: {str(error).removeprefix('model: ')}") from error

@@ -131,7 +131,7 @@ def _quality(table: Table, settings: CorrelateSettings) -> list[dict[str, Any]]:
 
 def _correlate(table: Table, x: str, y: str, settings: CorrelateSettings) -> dict[str, Any]:
     """Both correlations of two columns, with intervals or the reason why there are none."""
-    rows = _with(table, x, y)
+    rows = table.known(x, y)
     entry: dict[str, Any] = {
         "x": x,
         "y": y,
@@ -168,7 +168,7 @@ def _length(table: Table, settings: CorrelateSettings) -> list[dict[str, Any]]:
     """R^2 of the log-ratio on the length by size and KL budget."""
     entries = []
     for column in LENGTH_COLUMNS:
-        known = _with(table, column)
+        known = table.known(column)
         if not len(known):
             continue
         ranges = _kl_ranges(known, settings.budgets)
@@ -204,7 +204,7 @@ def _kl_ranges(table: Table, budgets: Sequence[float] | None) -> list[tuple[floa
 
 
 def _likelihood(table: Table, settings: CorrelateSettings) -> list[dict[str, Any]]:
-    known = _with(table, "chosen_logratio", "kl_forward")
+    known = table.known("chosen_logratio", "kl_forward")
     if not len(known):
         return []
     parts: list[tuple[dict[str, Any], Table]] = [({}, known)]
@@ -241,8 +241,3 @@ def _sizes(table: Table) -> list[tuple[Any, Table]]:
 
 def _labels(table: Table, column: str) -> set[Any]:
     return {row.get(column) for row in table}
-
-
-def _with(table: Table, *columns: str) -> Table:
-    """Rows that have a value in all of these columns."""
-    return table.where(lambda row: all(row.get(column) is not None for column in columns))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastdaa.study.seed_noise import margin, standard_error
 
 Row = Mapping[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Row)
 LOSS_ORDER = ("dpo", "ipo", "slic")
 LOSS_NAMES = {
     "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "hinge": "SLiC", "rdpo": "R-DPO",
@@ -100,14 +101,16 @@ def split(rows: Iterable[Row], key: str | Callable[[Row], Any]) -> dict[Any, lis
     return {name: groups[name] for name in sorted(groups, key=rank)}
 
 
-def finals(rows: Iterable[Row]) -> list[Row]:
-    """The row of each run's last checkpoint."""
-    last: dict[Any, Row] = {}
+def finals(rows: Iterable[AnyRow]) -> list[AnyRow]:
+    """The last checkpoint of each run: the highest of those marked ``final``, else of all."""
+    runs: dict[Any, list[AnyRow]] = {}
     for row in rows:
-        seen = last.get(row["run"])
-        if seen is None or row["checkpoint"] > seen["checkpoint"]:
-            last[row["run"]] = row
-    return list(last.values())
+        runs.setdefault(row["run"], []).append(row)
+    # A run that was continued beyond its end has several marked rows.
+    return [
+        max(run, key=lambda row: (bool(row.get("final")), row["checkpoint"]))
+        for run in runs.values()
+    ]
 
 
 def is_offline(row: Row) -> bool:

@@ -140,7 +140,7 @@ def default_group(table: Table) -> tuple[str, ...]:
 
 def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
     """One entry of ``groups``, without its ``group``."""
-    known = table.where(lambda row: row.get(settings.score) is not None)
+    known = table.known("kl", settings.score)
     offset, notes = _offset(known, settings)
     chosen = known.final() if settings.final_only else known
     used = chosen.where(lambda row: distance(row) >= MIN_DISTANCE)

@@ -64,8 +64,8 @@ def _fit(law: Law, intercept: bool, sample: Sample) -> tuple[dict[str, Any], np.
     found = dict.fromkeys(_NAMES, 0.0)
     intervals: dict[str, list[float] | None] = dict.fromkeys(_NAMES)
     for place, name in enumerate(_NAMES[:parameters]):
-        found[name] = float(coefficients[place])
-        ends = interval(samples[:, place], sample.confidence)
+        found[name] = float(coefficients[place]) + 0.0  # never -0
+        ends = interval(samples[:, place] + 0.0, sample.confidence)
         intervals[name] = None if ends is None else list(ends)
     squares, spread = float(residual @ residual), float(((gain - gain.mean()) ** 2).sum())
     fit = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+Named = TypeVar("Named")
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,7 @@ def preset_of(preset: str | Preset) -> Preset:
     Raises:
         ValueError: there is none of that name.
     """
-    if isinstance(preset, Preset):
-        return preset
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    return PRESETS[preset]
+    return preset if isinstance(preset, Preset) else _named("preset", preset, PRESETS)
 
 
 def size_of(size: str | ModelSize) -> ModelSize:
@@ -98,8 +98,10 @@ def size_of(size: str | ModelSize) -> ModelSize:
     Raises:
         ValueError: there is none of that name.
     """
-    if isinstance(size, ModelSize):
-        return size
-    if size not in SIZES:
-        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
-    return SIZES[size]
+    return size if isinstance(size, ModelSize) else _named("size", size, SIZES)
+
+
+def _named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
+    if name not in known:
+        raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]

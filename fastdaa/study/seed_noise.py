@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, stdev
+from statistics import stdev
 
 CONFIDENCE = 0.95
 
@@ -31,20 +31,28 @@ def margin(stderr: float | None, seeds: int) -> float:
 
 
 def student_quantile(p: float, freedom: int) -> float:
-    """The ``p`` quantile of Student's t, for ``p`` of 0.5 to 0.99, within 0.5 %.
+    """The ``p`` quantile of Student's t with ``freedom`` of at least 1, for ``p`` of 0.5 to 1."""
+    wanted = 2 * p - 1
+    low, high = 0.0, 1.0
+    while _probability_within(high, freedom) < wanted:
+        low, high = high, 2 * high
+    while low < (middle := 0.5 * (low + high)) < high:
+        if _probability_within(middle, freedom) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high
 
-    Exact for 1 and 2 degrees of freedom, else the expansion around the normal quantile
-    (Abramowitz and Stegun, 26.7.5).
-    """
-    if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:
-        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+def _probability_within(t: float, freedom: int) -> float:
+    """Of -t to t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    odd = freedom % 2
+    angle = math.atan2(t, math.sqrt(freedom))
+    cosine = math.cos(angle)
+    term = cosine if odd else 1.0
+    total = 0.0 if freedom == 1 else term
+    for divisor in range(2 + odd, freedom - 1, 2):
+        term *= (divisor - 1) / divisor * cosine * cosine
+        total += term
+    inside = math.sin(angle) * total
+    return 2 / math.pi * (angle + inside) if odd else inside

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from fastdaa.counted import counted
 from fastdaa.study.columns import OPTIONAL, REQUIRED, Row, check_row, is_number
+from fastdaa.study.curves import finals
 from fastdaa.study.table_files import rows_of
 from fastdaa.validation import check_choice
 from fastdaa.whole_file import naming, whole_file
@@ -98,13 +100,12 @@ class Table(Sequence[Row]):
         return {key: Table(groups[key]) for key in sorted(groups, key=_sortable)}
 
     def final(self) -> Table:
-        """The last checkpoint of every run: the highest of those marked ``final``, else of all."""
-        chosen = []
-        for run in self.by("run").values():
-            # A run that was continued beyond its end has several marked rows.
-            marked = [row for row in run if row.get("final")]
-            chosen.append(max(marked or run, key=lambda row: row["checkpoint"]))
-        return Table(chosen)
+        """The rows of :func:`fastdaa.study.curves.finals`."""
+        return Table(finals(self._rows))
+
+    def known(self, *columns: str) -> Table:
+        """Rows that have a value in all of these columns; NaN is none."""
+        return self.where(lambda row: all(_is_known(row.get(name)) for name in columns))
 
     def numbers(self, column: str) -> np.ndarray:
         """A column as fp64 ``[rows]``, NaN where it is unknown.
@@ -120,7 +121,11 @@ class Table(Sequence[Row]):
 
 
 def read_table(
-    paths: Paths, *, columns: Mapping[str, str] | None = None, duplicates: str = "error"
+    paths: Paths,
+    *,
+    columns: Mapping[str, str] | None = None,
+    score: str = "score",
+    duplicates: str = "error",
 ) -> Table:
     """Read and check one or more tables.
 
@@ -128,6 +133,7 @@ def read_table(
         paths: files and folders as :func:`fastdaa.study.table_files.rows_of` takes them. Half a row
             at the end of a ``.jsonl`` file is left out, with a note on stderr.
         columns: names in the files by the names here, e.g. ``{"kl": "objective/kl"}``.
+        score: column that is also taken as ``score``, in the rows that have a value of it.
         duplicates: what to do with a second row of the same run and checkpoint: ``"error"``, or
             ``"last"`` to keep the later one (a resumed run that repeats its checkpoints).
 
@@ -144,12 +150,20 @@ def read_table(
     files = [Path(path) for path in paths]
     for file in files:
         for where, raw in rows_of(file):
-            row = check_row(_rename(raw, renamed, where), where)
+            row = _rename(raw, renamed, where)
+            if not {score, "score"} & row.keys() and score != "score":
+                raise ValueError(_no_column(score, row, where))
+            if row.get(score) is not None:
+                row["score"] = row[score]
+            row = check_row(row, where)
             key = (row["run"], row["checkpoint"])
             if key in kept and duplicates == "error":
+                first = kept[key][0]
+                # Folders are called `out` easily.
+                hint = "" if first.startswith(str(file)) else "; two runs need names of their own"
                 raise ValueError(
                     f"{where}: expected one row for each run and checkpoint, got run {key[0]!r} "
-                    f"checkpoint {key[1]} again (first at {kept[key][0]})"
+                    f"checkpoint {key[1]} again (first at {first}){hint}"
                 )
             kept[key] = where, row
     if not kept:
@@ -193,6 +207,10 @@ def write_table(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         partial.write_bytes(content)
 
 
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
 def _sortable(key: tuple[Any, ...]) -> list[tuple[bool, bool, Any]]:
     return [
         (value is None, not is_number(value), value if is_number(value) else str(value))
@@ -204,13 +222,15 @@ def _rename(raw: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> R
     """The row under our names; a column of ours that another one replaces is dropped."""
     for theirs in renamed:
         if theirs not in raw:
-            raise ValueError(
-                f"{where}: expected a column {theirs}, got the columns {', '.join(raw) or 'none'}"
-            )
+            raise ValueError(_no_column(theirs, raw, where))
     taken = set(renamed.values())
     row = {name: value for name, value in raw.items() if name not in taken}
     # A source column is kept under its own name too: it may serve two purposes.
     return row | {ours: raw[theirs] for theirs, ours in renamed.items()}
+
+
+def _no_column(name: str, row: Mapping[str, Any], where: str) -> str:
+    return f"{where}: expected a column {name}, got the columns {', '.join(row) or 'none'}"
 
 
 def _line(row: Mapping[str, Any], where: str) -> bytes:

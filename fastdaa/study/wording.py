@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 NO_VALUE = "n/a"
+_LEAST = 1e-4
+"""What is smaller is shown as 0."""
 
 
 def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number with a fixed count of decimals, and never ``-0.00``."""
+    """A number with a fixed count of decimals, and never ``-0.00``.
+
+    Two digits of one that is smaller than the last decimal, and whole ones from 10,000 on.
+    """
     if value is None:
         return NO_VALUE
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
+    plus = "+" if sign else ""
+    if _LEAST <= abs(value) < 10**-digits:
+        return f"{value:{plus}.2g}"
+    if abs(value) >= 1e4:
+        return f"{value:{plus},.0f}"
+    return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:

@@ -21,29 +21,31 @@ _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswer
 _SHOWN = 3
 
 
-def check_head(name: str, source: str) -> None:
+def check_head(name: str, source: str, **options: Any) -> None:
     """Raise ``ValueError`` for a model without an LM head: loading would make a random one.
 
     Args:
         name: of the option.
         source: a whole model: a folder or hub id, of which only the configuration is read.
+        options: of ``from_pretrained``, such as ``revision``.
     """
-    config, _ = PretrainedConfig.get_config_dict(source)
+    config, _ = PretrainedConfig.get_config_dict(source, **options)
     stored = config.get("architectures") or []
     other = [kind for kind in stored if any(head in kind for head in _OTHER_HEADS)]
     if other:
         raise ValueError(f"{name}: expected a causal language model, {source} is a {other[0]}")
 
 
-def check_stored(name: str, source: str, asked: str | None) -> None:
+def check_stored(name: str, source: str, asked: str | None, **options: Any) -> None:
     """Raise ``ValueError`` for a whole model of few bits, of which only the configuration is read.
 
     Args:
         name: of the option.
         source: a whole model: a folder or hub id.
         asked: the option that quantises it.
+        options: of ``from_pretrained``, such as ``revision``.
     """
-    stored = stored_quantization(source)
+    stored = stored_quantization(source, **options)
     if asked is not None or stored is not None:
         what = f"{source} ({stored})" if stored else f"{source} with {asked}"
         raise ValueError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdaa.train.json_lines import json_lines, put_aside, replace_text
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _SUMMARY_KEY = "train_runtime"
@@ -84,7 +85,7 @@ def metrics_path(args: TrainingArguments) -> Path:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``, without a line that was cut off; none without the file."""
-    return [row for _, row in _lines(Path(path))]
+    return [row for _, row in json_lines(Path(path))]
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -92,36 +93,25 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [
-        line for line, row in _lines(path) if row.get("step", 0) <= step and _SUMMARY_KEY not in row
+        line
+        for line, row in json_lines(path)
+        if row.get("step", 0) <= step and _SUMMARY_KEY not in row
     ]
-    _replace(path, "".join(kept))
+    replace_text(path, "".join(kept))
 
 
 def forget_evaluation(path: Path, step: int) -> None:
     """Removes the rows of evaluations at ``step`` from the file at once."""
     rows = [
         (line, row.get("step") == step and any(name.startswith("eval_") for name in row))
-        for line, row in _lines(path)
+        for line, row in json_lines(path)
     ]
     if any(evaluation for _, evaluation in rows):
-        _replace(path, "".join(line for line, evaluation in rows if not evaluation))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # A process that is killed may leave half a line.
-            continue
-        if isinstance(row, dict):
-            yield line + "\n", row
+        replace_text(path, "".join(line for line, evaluation in rows if not evaluation))
 
 
 def _put_aside(path: Path, ours: str) -> None:
-    """Give what an earlier run has drawn and logged a number that is still free for both.
+    """Give what an earlier run has drawn and logged a number.
 
     Args:
         path: of the rows.
@@ -131,28 +121,10 @@ def _put_aside(path: Path, ours: str) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text == ours:
             return
-        _replace(path, text.removesuffix(ours))
-    folder, names = path.parent, (METRICS_FILE, CURVES_FILE)
-    found = [folder / name for name in names if (folder / name).is_file()]
-    number = 1
-    while any((folder / _numbered(name, number)).exists() for name in names):
-        number += 1
-    for old in found:
-        if old.stat().st_size:
-            old.rename(folder / _numbered(old.name, number))
+        replace_text(path, text.removesuffix(ours))
+    put_aside([path, path.with_name(CURVES_FILE)])
     if ours:
-        _replace(path, ours)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _numbered(name: str, number: int) -> str:
-    stem, suffix = name.split(".")
-    return f"{stem}.{number}.{suffix}"
+        replace_text(path, ours)
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from fastdaa.head import LmHead
 from fastdaa.train.adapter_files import load_causal_lm
 from fastdaa.train.attention import enable_segments
 from fastdaa.train.backbone import backbone_of, causal_lm, install_head_task
+from fastdaa.train.eval_mode import in_eval_mode
 from fastdaa.train.quantization import compute_as_in_training, is_quantized
 from fastdaa.train.support import supports_segments
 from fastdaa.train.zero3 import check_whole
@@ -160,18 +161,13 @@ def check_head(model: nn.Module) -> None:
     if not _has_weights(core):
         return  # nothing can be run yet
     vocabulary = LmHead.from_model(core).vocab_size
-    training = [module for module in core.modules() if module.training]
-    core.eval()
-    try:
+    with in_eval_mode(core):
         tokens = torch.arange(1, _PROBE_TOKENS + 1, device=core.device)[None] % vocabulary
         expected = core(input_ids=tokens, use_cache=False).logits.float()
         hidden = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state
         got = LmHead.from_model(core).logits(hidden).float()
         tokens[0, -1] = (tokens[0, -1] + 1) % vocabulary  # what came before it must not notice
         moved = backbone_of(core)(input_ids=tokens, use_cache=False).last_hidden_state - hidden
-    finally:
-        for module in training:
-            module.training = True
     scale = expected.abs().amax().clamp(min=1.0)
     error = float((got - expected).abs().amax() / scale)
     tolerance = 1e-4 if core.dtype == torch.float32 else 5e-2

@@ -16,6 +16,7 @@ from transformers import (
 from fastdaa.online.prompts import Ending
 from fastdaa.online.reward_functions import FunctionReward, as_rewards, load_function
 from fastdaa.online.reward_sources import ModelReward, load_reward, same_tokenizer
+from fastdaa.train.run_record import new_record, write_record
 
 WORDS = ["<pad>", "</s>", "why", "good", "bad", "so", "very", "<user>", "<assistant>"]
 CHAT = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> ' }}{% endfor %}"
@@ -73,6 +74,39 @@ def test_another_tokenizer_reads_text(tmp_path):
     torch.testing.assert_close(ModelReward(model, other).score(PROMPTS, ANSWERS, spaced), expected)
     with pytest.raises(ValueError, match="expected a tokenizer of the policy"):
         ModelReward(model, other).score(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_a_cut_answer_ends_with_its_own_text(template, tmp_path):
+    """As one that is truncated in the training of reward models; the third is cut."""
+    model, words = classifier(), WORDS[:2] + WORDS[2:][::-1]
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words, template).save_pretrained(tmp_path)
+    source = load_reward(str(tmp_path), make_tokenizer())
+    form = "{} {} </s>" if template is None else "<user> {} </s> <assistant> {} </s>"
+    texts = [form.format(*pair) for pair in TEXTS]
+    texts[2] = texts[2].removesuffix(" </s>")
+    expected = scores(model, [[words.index(word) for word in text.split()] for text in texts])
+    spaced = [(p, f" {a} ") for p, a in TEXTS]
+    torch.testing.assert_close(source.score(PROMPTS, ANSWERS, spaced), expected)
+
+
+def test_text_has_no_template_where_it_had_none_in_training(tmp_path):
+    """Tokenizers of base models often have one that no training has seen."""
+    model, words = classifier(), WORDS[:2] + WORDS[2:][::-1]
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words, CHAT).save_pretrained(tmp_path)
+    write_record(tmp_path, new_record({}))
+    source = load_reward(str(tmp_path), make_tokenizer())
+    rows = [[words.index(word) for word in f"{p} {a} </s>".split()] for p, a in TEXTS[:2]]
+    found = source.score(PROMPTS[:2], ANSWERS[:2], [(p, f" {a} ") for p, a in TEXTS[:2]])
+    torch.testing.assert_close(found, scores(model, rows))
+
+
+def test_conversations_need_the_models_template():
+    source = ModelReward(classifier(), make_tokenizer(), lambda ids: [{"role": "user"}])
+    with pytest.raises(ValueError, match="expected a chat template in its tokenizer"):
+        source.score(PROMPTS, ANSWERS, TEXTS)
 
 
 def test_a_chat_template_gets_the_messages_of_the_data():

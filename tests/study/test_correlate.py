@@ -214,6 +214,15 @@ def test_settings_out_of_range(settings, message):
         CorrelateSettings(**settings)
 
 
+def test_nan_is_no_value():
+    table = rows()
+    table[5]["accuracy"] = table[7]["score"] = float("nan")
+    entry = correlate_table(Table(table))["quality"][0]
+    others = [row for place, row in enumerate(rows()) if place not in (5, 7)]
+    expected = correlate_table(Table(others))["quality"][0]
+    assert entry["n"] == 46 and entry["pearson"] == expected["pearson"]
+
+
 def test_command(tmp_path, capsys):
     write_table(tmp_path / "points.jsonl", rows())
     assert main(["study", "correlate", str(tmp_path), "--budgets", "1", "--bootstrap", "200"]) == 0
@@ -222,4 +231,4 @@ def test_command(tmp_path, capsys):
     content = json.loads((tmp_path / "correlations.json").read_text())
     assert content["settings"]["budgets"] == [1.0]
     assert main(["study", "correlate", str(tmp_path), "--score", "gold"]) == 2
-    assert "expected a column gold" in capsys.readouterr().err
+    assert "got gold" in capsys.readouterr().err

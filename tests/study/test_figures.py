@@ -395,7 +395,8 @@ def test_two_runs_of_one_setting_are_told_apart(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_long_names_of_runs_stay_on_the_figure(layout: Layout) -> None:
-    folders = [f"/home/somebody/experiments/with/a/long/path/lambda-{n}" for n in range(4)]
+    """The legend is below the panel, however many lines it has."""
+    folders = [f"/home/somebody/experiments/with/a/very/long/path/lambda-{n}" for n in range(12)]
     rows = Table(
         {"run": run, "checkpoint": n, "kl": 0.2 * n, "score": float(n)}
         for run in folders for n in range(3)
@@ -406,8 +407,39 @@ def test_long_names_of_runs_stay_on_the_figure(layout: Layout) -> None:
     legend = figure.legends[0]
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    panel = figure.axes[0].get_tightbbox()
+    assert box.y0 >= 0 and box.y1 <= panel.y0 and panel.height > 0.3 * figure.bbox.width
     shown = [text.get_text() for text in legend.get_texts()]
-    assert all(any(name.endswith(f"lambda-{n}") for name in shown) for n in range(4))
+    assert [name.rpartition("-")[2] for name in shown[:12]] == [str(n) for n in range(12)]
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 12])
+def test_runs_of_a_panel_do_not_look_alike(count: int) -> None:
+    rows = [row | {"run": f"run{n}"} for n in range(count) for row in tracked()]
+    (picture,) = hump.pictures(Results(rows=Table(rows)))
+    lines = [line for line in render(picture, "wide").axes[0].lines if len(line.get_xdata()) == 3]
+    lines = [line for line in lines if str(line.get_label()).startswith("run")]
+    assert [line.get_label() for line in lines] == [f"run{n}" for n in range(count)]
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == count
+
+
+def test_many_checkpoints_leave_the_line_to_be_seen() -> None:
+    (picture,) = hump.pictures(Results(rows=Table(tracked(200))))
+    ax = render(picture, "wide").axes[0]
+    sizes = [max(points.get_sizes()) for points in ax.collections if hasattr(points, "get_sizes")]
+    assert sorted(sizes)[0] <= 2
+
+
+def test_a_point_at_the_reference_is_whole() -> None:
+    rows = Table([
+        {"run": f"b{beta}", "loss": "dpo", "beta": beta, "checkpoint": n, "kl": 0.2 * n * beta,
+         "score": float(n)}
+        for beta in (1.0, 2.0) for n in range(3)
+    ])  # fmt: skip
+    (picture,) = hump.pictures(Results(rows=rows))
+    assert render(picture, "wide").axes[0].get_xlim()[0] < 0
+    (picture,) = hump.pictures(Results(rows=rows.where(lambda row: row["kl"] > 0)))
+    assert render(picture, "wide").axes[0].get_xlim()[0] == 0
 
 
 def test_one_seed_has_no_mean_and_the_law_says_what_it_is_fitted_to() -> None:

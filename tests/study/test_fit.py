@@ -215,6 +215,27 @@ def test_rows_without_the_score_are_counted():
     assert (group["points"], group["unknown"]) == (29, 1)
 
 
+@pytest.mark.parametrize("column", ["score", "kl"])
+def test_nan_is_no_measurement(column):
+    """Neither among the points nor as the reference's score; files cannot hold it."""
+    rows = [row | {"score": row["score"] + 3} for row in law_points()]
+    start = [rows[0] | {"checkpoint": n, "kl": 0.0, "score": 3.0} for n in (50, 51)]
+    broken = [row | {column: math.nan} for row in (start[1], rows[3])]
+    rows = [start[0], *rows[:3], *rows[4:], broken[0] | {"checkpoint": 52}, broken[1]]
+    group = only_group(rows, offset=None)
+    assert (group["points"], group["dropped"], group["unknown"]) == (29, 1, 2)
+    assert group["offset"] == 3 and find(group, "log")["rmse"] < 1e-9
+
+
+def test_a_score_that_never_changes():
+    rows = [row | {"score": 1.0} for row in law_points()]
+    group = only_group(rows, offset=1.0)
+    for fit in group["fits"]:
+        assert fit["rmse"] == 0 and fit["peak"] is None and fit["r2"] is None
+        numbers = [*fit["coefficients"].values(), *fit["intervals"]["beta"]]
+        assert [math.copysign(1, number) for number in numbers] == [1.0] * 5
+
+
 @pytest.mark.parametrize(
     ("seeds", "runs", "unit"),
     [(0, 30, "runs"), (1, 30, "runs"), (1, 4, "points"), (2, 30, "runs"), (4, 30, "seeds")],
@@ -307,20 +328,27 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     ]
 
 
-def test_the_table_of_the_command_loses_nothing_in_80_columns(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("scale", [{"score": 9000}, {"kl": 4e5, "score": 150}], ids=str)
+def test_the_table_of_the_command_loses_nothing_in_80_columns(tmp_path, capsys, monkeypatch, scale):
+    """Small scales make long numbers."""
     monkeypatch.setenv("COLUMNS", "80")
-    path = tmp_path / "points.jsonl"
-    # A small scale makes long numbers.
-    write_table(path, [row | {"score": row["score"] / 9000} for row in law_points(noise=0.05)])
+    path, points = tmp_path / "points.jsonl", law_points(noise=0.05)
+    write_table(path, [row | {k: row[k] / by for k, by in scale.items()} for row in points])
     assert main(["study", "fit", str(path), "--offset", "0"]) == 0
     table = capsys.readouterr().out.split("in brackets")[0]
     assert max(map(len, table.splitlines())) <= 80
     (group,) = json.loads((tmp_path / "fits.json").read_text())["groups"]
     words = table.split()
+
+    def short(end):
+        if end is None:
+            return "open"
+        return f"{end:.0f}" if 99.5 <= abs(end) < 1e5 else f"{end:.2g}"
+
     for fit in group["fits"]:
-        low, high = fit["intervals"]["beta"]
-        shown = [f"{fit['coefficients']['beta']:.3g}", f"({low:.2g},", f"{high:.2g})"]
-        low, high = ("open" if d is None else f"{d:.2g}" for d in fit["peak"]["d_interval"])
+        low, high = map(short, fit["intervals"]["beta"])
+        shown = [f"{fit['coefficients']['beta']:.3g}", f"({low},", f"{high})"]
+        low, high = map(short, fit["peak"]["d_interval"])
         shown += [f"{fit['peak']['d']:.3g}", f"({low},", f"{high})"]
         assert [word for word in shown if word not in words] == []
 
@@ -335,6 +363,19 @@ def test_command_on_somebody_elses_csv(tmp_path, capsys):
     content = json.loads((tmp_path / "log_fits.json").read_text())
     assert content["groups"][0]["offset"] == 3
     assert find(content["groups"][0], "log")["coefficients"]["beta"] == pytest.approx(0.8)
+
+
+def test_command_on_a_second_scorer_that_has_failed_once(tmp_path, capsys):
+    """Such a row of a tracked run has the reward as its score, and no win-rate."""
+    rows = [row | {"win_rate": row["score"] / 9 + 0.5} for row in law_points()]
+    del rows[3]["win_rate"]
+    write_table(tmp_path / "track.jsonl", rows)
+    assert main(["study", "fit", str(tmp_path), "--score", "win_rate"]) == 0
+    (group,) = json.loads((tmp_path / "fits.json").read_text())["groups"]
+    assert (group["points"], group["unknown"], group["offset"]) == (29, 1, 0.5)
+    assert find(group, "log")["coefficients"]["beta"] == pytest.approx(0.8 / 9)
+    assert "1 row without win_rate was left out" in " ".join(capsys.readouterr().out.split())
+    assert main(["study", "fit", str(tmp_path), "--score", "judge"]) == 2
 
 
 def test_tables_of_one_folder_keep_their_fits(tmp_path):

@@ -20,6 +20,7 @@ from fastdaa.study.page import Page, PageFigure, PageTable, render_page
 from fastdaa.study.report import FIGURES, build_report
 from fastdaa.study.results import read_results
 from fastdaa.study.table import Table
+from fastdaa.study.wording import number
 
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic_study.py")))
 
@@ -324,3 +325,17 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_work(study: Path, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=f"output: expected a folder, {tmp_path / 'file'}"):
         build_report(study, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "n/a"), (0.0, "0.00"), (-0.0, "0.00"), (-3e-8, "0.00"), (0.5, "0.50"),
+        (0.0054, "0.0054"), (-0.0004, "-0.0004"), (0.99999, "1.00"), (9999.5, "9999.50"),
+        (1134914.445, "1,134,914"), (-29871.7, "-29,872"),
+    ],
+)  # fmt: skip
+def test_numbers_of_any_scale_say_something(value, shown):
+    assert number(value) == shown
+    if value is not None and value > 0:
+        assert number(value, sign=True) == f"+{shown}"

@@ -10,10 +10,12 @@ from fastdaa.study.online_words import Setting, winners
 from fastdaa.study.seed_noise import margin, student_quantile
 
 
-@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.99])
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 100])
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.975, 0.99, 0.99975])
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 100, 999])
 def test_quantiles_are_those_of_students_t(p, freedom):
-    assert student_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=5e-3)
+    assert student_quantile(p, freedom) == pytest.approx(
+        stats.t.ppf(p, freedom), rel=1e-9, abs=1e-12
+    )
 
 
 def test_margins_by_hand():

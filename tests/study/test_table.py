@@ -10,6 +10,7 @@ import os
 import numpy as np
 import pytest
 
+from fastdaa.study.curves import finals
 from fastdaa.study.table import Table, append_rows, read_table, write_table
 
 ROW = {"run": "a", "checkpoint": 10, "kl": 0.25, "score": 1.5}
@@ -199,6 +200,13 @@ def test_a_disk_that_takes_a_part_of_a_line_is_full_and_named(tmp_path, monkeypa
     assert list(read_table(path)) == [ROW]
 
 
+def test_two_runs_of_one_name(tmp_path):
+    for name in ("first", "second"):
+        write_table(tmp_path / name / "track.jsonl", [row()])
+    with pytest.raises(ValueError, match=r"again .*; two runs need names of their own"):
+        read_table([tmp_path / "first", tmp_path / "second"])
+
+
 def test_appending_makes_the_folder(tmp_path):
     append_rows(tmp_path / "new" / "rows.jsonl", [ROW])
     append_rows(tmp_path / "new" / "rows.jsonl", [row(run="b")])
@@ -241,6 +249,8 @@ def test_final_is_what_is_marked_else_the_highest_checkpoint(table):
     assert [entry["checkpoint"] for entry in marked.final()] == [5]
     continued = Table([row(checkpoint=5, final=True), row(checkpoint=10, final=True)])
     assert [entry["checkpoint"] for entry in continued.final()] == [10]
+    # Figures and claims, which take any rows, look at the same ones.
+    assert [entry["checkpoint"] for entry in finals(marked)] == [5]
 
 
 def test_numbers_and_columns():

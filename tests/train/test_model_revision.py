@@ -14,6 +14,7 @@ from fastdaa.cli import (
     arguments,
     building,
     evaluate,
+    main,
     online_arguments,
     paths,
     pipeline,
@@ -98,7 +99,76 @@ def test_the_policy_and_its_adapter(hub, tmp_path, monkeypatch):
     config = type("Config", (), {"device": torch.device("cpu")})
     assert evaluate._load_models(own, adapter.base, config)[1] == {"revision": "it-SFT"}
     own.ref_model = hub
-    assert evaluate._load_models(own, hub, config)[1] is None
+    assert evaluate._load_models(own, hub, config)[1] == {}
+    own.ref_model_revision = "main"
+    assert evaluate._load_models(own, hub, config)[1] == {"revision": "main"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_reference_of_a_run(hub, tmp_path, monkeypatch, named):
+    """Also where it is another revision of the same repository."""
+    given = parsed(hub, "--ref_model", hub, *(["--ref_model_revision", "it-SFT"] if named else []))
+    seen = []
+    monkeypatch.setattr(paths, "check_model", lambda *found: seen.append(found))
+    paths.check_paths(given, str(tmp_path), None)
+    assert seen == [("model", hub, None), ("ref_model", hub, "it-SFT" if named else None)]
+    revision = building.model_revision(given, "ref_model")
+    reference = building.load_model(hub, given, "ref_model", revision=revision)
+    assert torch.equal(embedding(reference), stored(hub, "it-SFT" if named else "main"))
+
+
+def test_a_revision_of_no_reference(hub, tmp_path):
+    given = parsed(hub, "--ref_model_revision", "it-SFT")
+    with pytest.raises(ValueError, match="ref_model_revision: expected ref_model beside it"):
+        paths.check_paths(given, str(tmp_path), None)
+    with pytest.raises(ValueError, match="ref_model_revision: expected ref_model beside it"):
+        evaluate.EvaluateArguments(model=hub, dataset=["d"], ref_model_revision="it-SFT")
+
+
+def test_two_revisions_are_evaluated_against_each_other(hub, tmp_path):
+    """A model against another revision of itself: its reference has other weights."""
+    data = tmp_path / "pairs.jsonl"
+    row = {"prompt": "w1 w2", "chosen": " w3", "rejected": " w4 w5"}
+    data.write_text(json.dumps(row) + "\n")
+    found = {}
+    for name in REVISIONS:
+        output = tmp_path / f"{name}.json"
+        line = ["--model", hub, "--model_revision", "it-SFT", "--ref_model", hub, "--use_cpu"]
+        line += ["--ref_model_revision", name, "--dataset", str(data), "--output", str(output)]
+        assert evaluate.run(line) == 0
+        found[name] = json.loads(output.read_text())
+    assert found["it-SFT"]["metrics"]["rewards/margins"] == 0.0
+    assert found["main"]["metrics"]["rewards/margins"] != 0.0
+    assert found["main"]["ref_model_revision"] == "main"
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_finished_checkpoints_are_measured_against_it(hub, tmp_path, capsys):
+    """Named, or noted by an adapter; against its own weights a model has no KL."""
+    load_causal_lm(hub, revision="it-SFT").save_pretrained(tmp_path / "checkpoint-2")
+    data, table = tmp_path / "pairs.jsonl", tmp_path / "track.jsonl"
+    data.write_text(json.dumps({"prompt": "w1 w2", "chosen": " w3", "rejected": " w4"}) + "\n")
+    (tmp_path / "reward.py").write_text("def score(p, c):\n    return [0.0] * len(c)\n")
+    line = ["study", "track", "--dataset", str(data), "--reward", f"{tmp_path}/reward.py:score"]
+    line += ["--prompts", "1", "--max_new_tokens", "4", "--table", str(table), "--no_start"]
+    line += ["--device", "cpu"]
+
+    def kl(run, *more, folder="checkpoint-2"):
+        code = main([*line, "--model", str(tmp_path / folder), "--run", run, *more])
+        assert code == 0, capsys.readouterr().err
+        return json.loads(table.read_text().splitlines()[-1])["kl"]
+
+    assert kl("main", "--ref_model", hub) > 1e-3
+    assert kl("own", "--ref_model", hub, "--ref_model_revision", "it-SFT") == 0.0
+    assert main([*line, "--model", str(tmp_path), "--ref_model_revision", "it-SFT"]) == 2
+    assert "expected --ref_model beside it" in capsys.readouterr().err
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model = load_causal_lm(hub, revision="it-SFT")
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", revision="it-SFT")
+    get_peft_model(model, adapter).save_pretrained(tmp_path / "a" / "checkpoint-1")
+    assert kl("adapter", folder="a") == 0.0  # a new one changes nothing
 
 
 def test_a_reward_model(hub, tmp_path):

@@ -16,8 +16,9 @@ from fastdaa.counted import counted
 _MANY = 6
 """With more groups than this, fits with intercept are printed only where they are best."""
 
-_COLUMNS = {"law": 8, "alpha": 6, "beta": 20, "RMSE": 7, "left out": 8, "peak d": 12}
-"""With their least widths, so that the groups' tables stand in line on 80 columns."""
+_COLUMNS = {"law": 8, "alpha": 6, "beta": None, "RMSE": 7, "left out": 8, "peak d": None}
+"""With their least widths, so that the groups' tables stand in line; rich would cut what is wider
+than the terminal if columns that can be broken had one, too."""
 
 HELP = "fit laws of quality against KL to a table, with intervals and peaks"
 

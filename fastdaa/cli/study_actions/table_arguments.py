@@ -60,13 +60,8 @@ def read(options: argparse.Namespace) -> Table:
         for name in _RENAMED
         if (given := getattr(options, f"{name}_column")) is not None
     }
-    if options.score != "score":
-        # The table need not have a column `score` beside the one that is asked for.
-        columns.setdefault("score", options.score)
     table = read_table(
-        options.tables,
-        columns=columns,
-        duplicates=options.duplicates,
+        options.tables, columns=columns, score=options.score, duplicates=options.duplicates
     )
     for condition in options.where:
         table = _filtered(table, condition)

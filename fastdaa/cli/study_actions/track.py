@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoints of one run, or its output folder with all checkpoint-*",
     )  # fmt: skip
     what.add_argument("--ref_model", help="where training started (default: an adapter's base)")
+    what.add_argument(
+        "--ref_model_revision", metavar="REVISION", help="branch, tag or commit of it on the hub"
+    )
     what.add_argument("--dataset", required=True, help="pairs that were not trained on")
     what.add_argument("--dataset_split", help="split of the dataset")
     for name in _COLUMNS:
@@ -143,7 +146,6 @@ def _measure(
     more: dict[str, Any],
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from transformers import AutoTokenizer
 
     from fastdaa.data import load_pairs
     from fastdaa.study.track.finished import FinishedRun, default_reference
@@ -154,13 +156,16 @@ def _measure(
         columns={name: column for name, column in named.items() if column is not None},
     )  # fmt: skip
     source = checkpoints[-1].folder
-    reference = options.ref_model
+    reference, given = options.ref_model, options.ref_model_revision
+    if reference is None and given is not None:
+        raise ValueError("ref_model_revision: expected --ref_model beside it, got none")
+    revision = {} if given is None else {"revision": given}
     if reference is None:
-        reference = default_reference(checkpoints[-1])
+        reference, revision = default_reference(checkpoints[-1])
         print(f"reference: {reference}, the base model of the adapter")
-    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(source, reference))
+    tokenizer = _load_tokenizer(source, reference, revision)
     finished = FinishedRun(
-        record, reference, tokenizer, pairs, _settings(options),
+        record, reference, tokenizer, pairs, _settings(options), revision=revision,
         dtype=options.dtype, device=options.device, more=more,
     )  # fmt: skip
     bar = Progress(
@@ -173,14 +178,16 @@ def _measure(
             finished.measure(checkpoint, advance=lambda count: bar.advance(task, count))
 
 
-def _tokenizer_folder(checkpoint: Path, reference: str) -> str:
+def _load_tokenizer(checkpoint: Path, reference: str, revision: dict[str, str]) -> Any:
     """The checkpoint's own tokenizer, else its output folder's, else the reference's."""
+    from transformers import AutoTokenizer
+
     from fastdaa.train.adapter_files import tokenizer_source
 
     for folder in (checkpoint, checkpoint.resolve().parent):
         if (folder / "tokenizer_config.json").is_file():
-            return str(folder)
-    return tokenizer_source(reference)
+            return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(tokenizer_source(reference), **revision)
 
 
 def _check_set(rows: list[dict[str, Any]], more: dict[str, Any], table: str) -> None:

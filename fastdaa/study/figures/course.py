@@ -6,6 +6,7 @@ tables in which no loss was run with two betas, so that there is no curve over b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,7 @@ from fastdaa.study.figures.style import (
     INK,
     MUTED,
     PAPER,
+    STEPS,
     Layout,
     label_axes,
     legend_below,
@@ -48,6 +50,9 @@ MOST_NAMES = 12
 _TOLD = 3
 _START, _DURING, _END = "start of training", "during training", "end of training"
 _SIZES = {_START: 46, _DURING: 20, _END: 46}
+_CROWDED = 60
+"""With more checkpoints than this, those within a run are small, and their bars faint."""
+_DASHES = ("-", (0, (4, 1.5)))
 Curves = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
@@ -66,11 +71,16 @@ def are_single_runs(rows: Sequence[Row]) -> bool:
 
 
 def runs_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Checkpoints of every run by their step."""
+    """Checkpoints of every run by their step; ``run2`` comes before ``run10``."""
+    runs = split(rows, "run")
     return {
-        str(name): sorted(run, key=lambda row: row["checkpoint"])
-        for name, run in split(rows, "run").items()
+        name: sorted(runs[name], key=lambda row: row["checkpoint"])
+        for name in sorted(runs, key=_natural)
     }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
 
 
 def quality_sentence(rows: Sequence[Row]) -> str:
@@ -213,25 +223,34 @@ def _draw_runs(
 ) -> None:
     runs = runs_of(rows)
     one = len(runs) == 1
-    colours = [look_of([name])[name].colour] if one else step_colours(len(runs))
-    for colour, (run_name, run) in zip(colours, runs.items(), strict=True):
+    looks = [(look_of([name])[name].colour, _DASHES[0])] if one else _lines(len(runs))
+    for (colour, dashes), (run_name, run) in zip(looks, runs.items(), strict=True):
         x, y, x_errors, y_errors = points(run)
-        look: Any = {"color": colour, "zorder": 2}
+        crowded = len(run) > _CROWDED
         if x_errors is not None or y_errors is not None:
             ax.errorbar(x, y, yerr=y_errors, xerr=x_errors, fmt="none", ecolor=colour,
-                        elinewidth=0.9, capsize=2.5, alpha=0.6)  # fmt: skip
+                        elinewidth=0.9, capsize=0 if crowded else 2.5,
+                        alpha=0.25 if crowded else 0.6)  # fmt: skip
         label = run_name if not one and len(runs) <= MOST_NAMES else None
-        ax.plot(x, y, linewidth=1.6, label=label, **look)
+        ax.plot(x, y, linewidth=1.6, linestyle=dashes, label=label, color=colour, zorder=2)
         for kind, places in _kinds(run).items():
-            paper = PAPER if kind == _START else colour
-            ax.scatter([x[p] for p in places], [y[p] for p in places], s=_SIZES[kind],
-                       facecolor=paper, edgecolor=colour, linewidth=1.5, zorder=3)  # fmt: skip
+            paper, small = PAPER if kind == _START else colour, crowded and kind == _DURING
+            ax.scatter([x[p] for p in places], [y[p] for p in places],
+                       s=2 if small else _SIZES[kind], facecolor=paper, edgecolor=colour,
+                       linewidth=0.5 if small else 1.5, zorder=3)  # fmt: skip
     # The legend speaks of all runs, so its markers are grey.
     for kind in sorted(
         {kind for run in runs.values() for kind in _kinds(run)}, key=list(_SIZES).index
     ):
         ax.scatter([], [], s=_SIZES[kind], facecolor=PAPER if kind == _START else MUTED,
                    edgecolor=MUTED, linewidth=1.5, label=kind)  # fmt: skip
+
+
+def _lines(count: int) -> list[tuple[str, Any]]:
+    """Colours and dashes of so many runs; where there are names, no two runs look the same."""
+    if not len(STEPS) < count <= MOST_NAMES:
+        return [(colour, _DASHES[0]) for colour in step_colours(count)]
+    return [(STEPS[n % len(STEPS)], _DASHES[n // len(STEPS)]) for n in range(count)]
 
 
 def _kinds(run: Sequence[Row]) -> dict[str, list[int]]:

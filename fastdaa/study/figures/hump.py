@@ -103,7 +103,9 @@ def _drawing(results: Results, preset: Any, rows: Sequence[Row]) -> Callable[[La
                 ax.plot(x, y, color=INK, linewidth=1.1, linestyle=(0, (1, 1.6)), alpha=0.75,
                         label=law_label, zorder=4)  # fmt: skip
             ax.set_title(name)
-        axes[0].set_xlim(left=0)
+        # A point at the reference itself is not cut in half.
+        near, far = min(map(distance, rows)), max(map(distance, rows))
+        axes[0].set_xlim(left=0 if near > 0.02 * far else -0.03 * far or None)
         label_axes(axes, DISTANCE_LABEL, results.score_label)
         legend_below(figure, axes, columns=legend_columns(layout, 6), neutral=True)
         return figure

@@ -69,6 +69,8 @@ _FREE_COLOURS = (PINK, YELLOW, SKY, MUTED)
 _FREE_MARKERS = ("D", "v", "P", "X")
 _POINTS_PER_INCH = 72
 _LEGEND_SIZE = 9.0
+_LEGEND_LINE = 1.7
+"""Height of a line of a legend over its font size."""
 _HANDLE = 4 * _LEGEND_SIZE
 """What an entry of a legend takes beside its text, in points: its line or marker, and gaps."""
 DISTANCE_LABEL = "√KL to the reference (√nats)"
@@ -189,6 +191,8 @@ def legend_below(
 ) -> None:
     """One legend for all panels, below them, each entry once, as wide as the figure at most.
 
+    The figure grows by what the legend has more than two lines.
+
     Args:
         columns: fewer where long entries (names of runs) would not fit.
         neutral: in grey, where the same entry has another colour in each panel.
@@ -201,11 +205,15 @@ def legend_below(
         return
     width = _POINTS_PER_INCH * figure.get_figwidth()
     labels = [_shortened(label, width - _HANDLE) for label in entries]
+    fitting = _columns_that_fit(labels, columns, width)
+    lines = math.ceil(len(labels) / fitting) + bool(title)
+    more = max(0, lines - 2) * _LEGEND_LINE * _LEGEND_SIZE / _POINTS_PER_INCH
+    figure.set_figheight(figure.get_figheight() + more)
     legend = figure.legend(
         list(entries.values()),
         labels,
         loc="outside lower center",
-        ncols=_columns_that_fit(labels, columns, width),
+        ncols=fitting,
         title=title or None,
         fontsize=_LEGEND_SIZE,
         title_fontsize=_LEGEND_SIZE,

@@ -6,20 +6,21 @@ earlier ``b`` with
     mean(score_b - score_c) > z se(score_b - score_c)   and   mean(kl_c - kl_b) > z se(kl_c - kl_b)
 
 where means and standard errors ``se = std / sqrt(n)`` are those of the ``n`` differences, prompt by
-prompt, and ``z`` is the normal quantile of ``1 - 0.025 / m`` for ``m`` earlier measurements
-(Bonferroni: the best of many noisy scores is above the truth). So a run whose quality does not
-change warns at most once in forty measurements by chance, however long it is (as far as means over
-the prompts are normal; with fewer than about 30 prompts the rate is higher).
+prompt, and ``z`` is the quantile of ``1 - 0.025 / m`` of Student's t with ``n - 1`` degrees of
+freedom, for ``m`` earlier measurements (Bonferroni: the best of many noisy scores is above the
+truth). So a run whose quality does not change warns at most once in forty measurements by chance,
+however long it is (as far as means over the prompts are normal).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from fastdaa.counted import counted
+from fastdaa.study.seed_noise import student_quantile
 
 ERROR_RATE = 0.025
 """Chance of a warning at one measurement while nothing changes."""
@@ -60,7 +61,7 @@ def decline(earlier: Sequence[Measured], current: Measured) -> Decline | None:
     """
     if not earlier or len(current.scores) < 2:
         return None
-    z = NormalDist().inv_cdf(1.0 - ERROR_RATE / len(earlier))
+    z = student_quantile(1.0 - ERROR_RATE / len(earlier), len(current.scores) - 1)
     found = []
     for before in earlier:
         fall, fall_stderr = _difference(before.scores, current.scores)

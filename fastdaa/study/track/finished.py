@@ -62,8 +62,8 @@ def find_checkpoints(folders: Sequence[str | Path]) -> list[Checkpoint]:
     return [found[step] for step in sorted(found)]
 
 
-def default_reference(checkpoint: Checkpoint) -> str:
-    """The base model of an adapter.
+def default_reference(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+    """The base model of an adapter, and its revision as ``from_pretrained`` takes it.
 
     Raises:
         ValueError: the checkpoint is a whole model, which does not say where it started, or an
@@ -85,23 +85,20 @@ def default_reference(checkpoint: Checkpoint) -> str:
         )
     adapter = find_adapter(str(checkpoint.folder))
     assert adapter is not None
-    if adapter.base_options:
-        raise ValueError(
-            f"ref_model: expected the model that the training started from, got none; it is "
-            f"{adapter.base} at the revision {adapter.config['revision']}: download that, and give "
-            "its folder"
-        )
-    return adapter.base
+    return adapter.base, adapter.base_options
 
 
-def load_policy(source: str | Path, dtype: str, device: Any) -> nn.Module:
+def load_policy(source: str | Path, dtype: str, device: Any, **options: Any) -> nn.Module:
     """A causal language model, or an adapter on its base model, ready to be measured.
+
+    Args:
+        options: passed on to ``from_pretrained``, such as ``revision``.
 
     Raises:
         OSError, ValueError: it cannot be loaded, or was trained on a base that was quantised then.
         ImportError: an adapter, and PEFT is not installed.
     """
-    model: Any = load_causal_lm(str(source), trainable=False, dtype=dtype)
+    model: Any = load_causal_lm(str(source), trainable=False, dtype=dtype, **options)
     run, quantization = read_record(source), quantization_of(model)
     trained = None if run is None else run.facts.get("quantization")
     if trained not in (None, quantization):
@@ -123,6 +120,7 @@ class FinishedRun:
 
     Args:
         reference: path or hub id of the reference.
+        revision: of the reference, as ``from_pretrained`` takes it.
         tokenizer: the policy's.
         pairs: a ``datasets.Dataset`` of pairs that were not trained on.
         more: columns of every row, e.g. ``loss`` and ``beta``.
@@ -136,13 +134,14 @@ class FinishedRun:
         pairs: Any,
         settings: TrackSettings,
         *,
+        revision: Mapping[str, str] | None = None,
         dtype: str = "auto",
         device: Any = "cpu",
         more: Mapping[str, Any] | None = None,
     ):
         self._record, self._tokenizer, self._settings = record, tokenizer, settings
         self._dtype, self._device, self._more = dtype, device, dict(more or {})
-        self._ref_model = load_policy(reference, dtype, device)
+        self._ref_model = load_policy(reference, dtype, device, **(revision or {}))
         self.prompts: PromptSet = held_out_prompts(
             pairs, tokenizer, settings,
             longest=longest_prompt(self._ref_model, settings),

@@ -11,7 +11,8 @@ from typing import Any
 from fastdaa.study.table import append_rows
 from fastdaa.study.track.decline import Measured
 from fastdaa.study.track.scoring import Sample, Scores
-from fastdaa.whole_file import naming, whole_file
+from fastdaa.train.json_lines import json_lines, put_aside, replace_text
+from fastdaa.whole_file import naming
 
 TABLE = "track.jsonl"
 """Name of the table in the output folder of a run."""
@@ -38,12 +39,7 @@ class Journal:
 
     def put_aside(self) -> None:
         """Keep the files of an earlier run under a number: ``track.1.jsonl`` and so on."""
-        files = [file for file in self._files() if file.is_file() and file.stat().st_size]
-        number = 1
-        while any(_numbered(file, number).exists() for file in self._files()):
-            number += 1
-        for file in files:
-            file.rename(_numbered(file, number))
+        put_aside([self.table, self.unscored, self.samples])
 
     def forget_after(self, run: str, step: float) -> None:
         """Remove what a run has left behind ``step``, and samples without a row."""
@@ -116,13 +112,6 @@ class Journal:
         else:
             append_rows(self.table, [dict(row)])
 
-    def _files(self) -> tuple[Path, Path, Path]:
-        return self.table, self.unscored, self.samples
-
-
-def _numbered(file: Path, number: int) -> Path:
-    return file.with_name(f"{file.stem}.{number}.jsonl")
-
 
 def _step(row: Mapping[str, Any]) -> int:
     step = row.get("checkpoint", 0)
@@ -134,25 +123,12 @@ def _finite(value: float) -> float | None:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a killed process may have left half a line, which does not count."""
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return [row for _, row in json_lines(file)]
 
 
 def _rewrite(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not file.is_file():
-        return
-    with whole_file(file) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if file.is_file():
+        replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastdaa.study.track.scoring import Sample, ScorerError, Scores
+from fastdaa.train.reward_text import first_line, reward_ids
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +18,9 @@ logger = logging.getLogger(__name__)
 class RewardModel:
     """Scores prompt and answer together, with the model's own tokenizer and chat template.
 
-    A conversation is rendered by the model's chat template with the answer as the assistant's last
-    message; text is prompt and answer joined, with EOS behind an answer that was not cut off, as
-    reward models are trained. The value is the model's single output. Inputs beyond the model's
-    length are cut at their end, which is logged once.
+    It reads what :func:`~fastdaa.train.reward_text.reward_ids` says; one that this library has
+    trained has seen text prompts joined with their answers. The value is the model's single output.
+    Inputs beyond the model's length are cut at their end, which is logged once.
 
     Args:
         path: folder or hub id of a ``AutoModelForSequenceClassification`` with one label.
@@ -38,15 +38,17 @@ class RewardModel:
 
         from fastdaa.train.adapter_files import tokenizer_source
         from fastdaa.train.reward_models import load_classifier
+        from fastdaa.train.run_record import read_record
 
         self.label = path
+        self._joined = read_record(path) is not None
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(path))
             model = load_classifier(path, dtype="auto")
         except Exception as error:
             raise ScorerError(
                 f"reward: expected module:function, path/to/file.py:function, or a sequence "
-                f"classifier with its tokenizer; {path} cannot be loaded: {_first_line(error)}"
+                f"classifier with its tokenizer; {path} cannot be loaded: {first_line(error)}"
             ) from error
         if model.config.num_labels != 1:
             raise ScorerError(
@@ -71,13 +73,13 @@ class RewardModel:
 
     def _encode(self, sample: Sample) -> list[int]:
         """Token ids of prompt and answer."""
-        # A chat template has written its special tokens already.
-        plain, end = self._tokenizer.chat_template is None, self._tokenizer.eos_token_id
-        ids: list[int] = self._tokenizer(
-            self._render(sample), add_special_tokens=plain, verbose=False
-        )["input_ids"]
-        if plain and sample.finished and end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
+        try:
+            ids = reward_ids(
+                self._tokenizer, sample.prompt.text, sample.answer, finished=sample.finished,
+                joined=self._joined,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ScorerError(f"reward model {self.label}: {error}") from error
         if self._longest is not None and len(ids) > self._longest:
             if not self._warned:
                 logger.warning("reward model: cutting inputs to %d tokens", self._longest)
@@ -105,34 +107,9 @@ class RewardModel:
         values: list[float] = output.logits[:, 0].float().tolist()
         return values
 
-    def _render(self, sample: Sample) -> str:
-        prompt, template = sample.prompt.text, self._tokenizer.chat_template
-        if isinstance(prompt, str):
-            if template is None:
-                return prompt + sample.answer
-            prompt = [{"role": "user", "content": prompt}]
-        elif template is None:
-            raise ScorerError(
-                f"reward model {self.label}: expected a chat template in its tokenizer, since the "
-                "prompts are conversations, got none"
-            )
-        messages = [*prompt, {"role": "assistant", "content": sample.answer}]
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:
-            # A template is a program and can fail in any way.
-            raise ScorerError(
-                f"reward model {self.label}: its chat template failed: {_first_line(error)}"
-            ) from error
-
 
 def _longest(tokenizer: Any, config: Any) -> int | None:
     known = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     # Tokenizers without a limit have an astronomic one.
     sane = [int(limit) for limit in known if limit is not None and 0 < limit < 1_000_000]
     return min(sane, default=None)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

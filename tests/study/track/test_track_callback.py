@@ -263,7 +263,8 @@ def test_without_stop_it_only_warns(tracked, caplog):
     with caplog.at_level(logging.WARNING, "fastdaa"):
         trainer.train()
     assert trainer.state.global_step == 4 and callback.stopped is None
-    assert caplog.text.count("over-optimisation") == 4
+    declined = [row for row in read_table(callback.table) if row["declined"]]
+    assert caplog.text.count("over-optimisation") == len(declined) >= 3
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])

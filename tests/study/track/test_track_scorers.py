@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from fastdaa.study.track.reward_function import RewardFunction, reward_scorer
 from fastdaa.study.track.reward_model import RewardModel
 from fastdaa.study.track.scoring import ScorerError
+from fastdaa.train.run_record import new_record, write_record
 
 REWARD = """
 from dataclasses import dataclass
@@ -152,6 +153,22 @@ def test_a_reward_model_renders_conversations_itself(classifier, tokenizer, make
         assert value == pytest.approx(
             alone(folder, tokenizer, "w1 w19 w2 w19", ended=False), abs=1e-5
         )
+
+
+def test_a_cut_answer_of_a_conversation_is_not_closed(classifier, tokenizer, make_sample):
+    folder = classifier(
+        template="{% for m in messages %}{{ m['content'] | trim }} w19 {% endfor %}"
+    )
+    sample = make_sample("w2 w1 ", prompt=[{"role": "user", "content": "w1"}])
+    (value,) = RewardModel(folder)([sample._replace(finished=False)]).values
+    assert value == pytest.approx(alone(folder, tokenizer, "w1 w19 w2 w1", ended=False), abs=1e-5)
+
+
+def test_our_reward_models_have_seen_text_without_a_template(classifier, tokenizer, make_sample):
+    folder = classifier(template="{% for m in messages %}{{ m['content'] }} w19 {% endfor %}")
+    write_record(folder, new_record({}))
+    (value,) = RewardModel(folder)([make_sample(" w2", prompt="w1")]).values
+    assert value == pytest.approx(alone(folder, tokenizer, "w1 w2"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
