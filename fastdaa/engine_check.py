@@ -55,7 +55,10 @@ def triton_obstacle(device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _OBSTACLES:
         if torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is captured before the Triton kernels were tried: call once before"
+            obstacle = "a CUDA graph is captured before the Triton kernels were tried"
+            _warn(f"{obstacle}. The graph will hold plain torch: slower, the same results. Make "
+                  "one call before.")  # fmt: skip
+            return f"{obstacle}: call once before"
         _OBSTACLES[index] = _try_kernels(torch.device("cuda", index))
     return _OBSTACLES[index]
 
@@ -78,12 +81,13 @@ def _try_kernels(device: torch.device) -> str:
     else:
         obstacle = f"the Triton kernels give wrong {', '.join(wrong)} here" if wrong else ""
     if obstacle:
-        warnings.warn(
-            f"fastdaa: {obstacle}. Plain torch takes their place: slower, the same results. "
-            "`fastdaa doctor --kernels` compiles them one by one; please report it.",
-            stacklevel=3,
-        )
+        _warn(f"{obstacle}. Plain torch takes their place: slower, the same results. `fastdaa "
+              "doctor --kernels` compiles them one by one; please report it.")  # fmt: skip
     return obstacle
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fastdaa: {message}", stacklevel=4)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Backward passes that are not differentiable themselves, and say so."""
+"""What has no derivative, and says so: backward passes, and kernels in forward mode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -37,6 +38,17 @@ def first_order(backward: Backward) -> Backward:
         return tuple(t if t is None else _Constant.apply(t.detach(), *behind) for t in made)
 
     return wrapped
+
+
+def check_no_tangents(engine: str, *tensors: Tensor | None) -> None:
+    """Raise ``RuntimeError`` for a tensor with a derivative of forward mode, which kernels would
+    silently lose: their results would be constants."""
+    if any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"engine={engine!r}: expected tensors without tangents, got one of "
+            "torch.autograd.forward_ad; engine='torch' has derivatives in forward mode where none "
+            "are wanted in backward"
+        )
 
 
 def _is_batched(tensor: Tensor) -> bool:

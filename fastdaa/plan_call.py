@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdaa.first_order import check_no_tangents
 from fastdaa.head import LmHead
 from fastdaa.head_plan import HeadPlan
 from fastdaa.planner import plan_head
@@ -45,10 +46,13 @@ def plan_call(
             None where they are all scored.
         counts: of these, those of every sequence, pair-major; empty if not known.
         operand: dtype of the factors of the products, where autocast was seen elsewhere.
+
+    Raises:
+        RuntimeError: kernels would lose the derivatives of forward-mode differentiation.
     """
     grad = torch.is_grad_enabled()
     hidden_grad, head_grad = wanted or (grad and rows.requires_grad, grad and head.trained)
-    return plan_head(
+    plan = plan_head(
         head.planned_width, rows.device, hidden_grad=hidden_grad, head_grad=head_grad,
         loss_inside=loss_inside, coupled=coupled, impl=impl, engine=engine, max_bytes=max_bytes,
         tokens=rows.shape[0] if tokens is None else tokens, hidden_size=rows.shape[1],
@@ -58,3 +62,6 @@ def plan_call(
         sharded=head.shard is not None, entropy=entropy, bonus=bonus, gathered=tokens is not None,
         counts=counts,
     )  # fmt: skip
+    if plan.engine != "torch":
+        check_no_tangents(plan.engine, rows, head.weight, head.bias)
+    return plan

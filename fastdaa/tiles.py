@@ -54,7 +54,7 @@ def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the factors of every product.
 
     On CPU half precision is widened to fp32 (there is no product with a wider result). Elsewhere
-    equal dtypes stay, mixed ones follow autocast if it is on and are widened if not.
+    they follow autocast if it is on, all but fp64; if not, the wider of the two serves both.
     """
     wide = torch.promote_types(hidden_states.dtype, weight.dtype)
     if hidden_states.device.type == "cpu":

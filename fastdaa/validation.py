@@ -14,8 +14,8 @@ from torch import Tensor
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_CHARACTERS = 60
 _UNSHARD_HEAD = (
-    "with fully_shard, leave the head to the module whose forward computes the loss, or call "
-    "unshard() on the head before"
+    "with fully_shard, compute the loss in the forward of the outermost module, which holds the "
+    "head or calls its unshard() first; elsewhere its gradient would be that of one process"
 )
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.operands import on_device
+from fastdaa.kernels.operands import mark_written, on_device
 
 
 # Vectors change with the batch, and one value a program is read of each.
@@ -104,6 +104,7 @@ def scale_hidden_rows(
             HAS_SOURCES=sources is not None, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
+    mark_written(out)
 
 
 def finish_hidden_rows(
@@ -142,3 +143,4 @@ def finish_hidden_rows(
             HAS_PLACES=places is not None, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
+    mark_written(out)

@@ -107,6 +107,15 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def mark_written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel has written to a tensor that it was given.
+
+    PyTorch sees no store through a pointer: what saved the tensor before (selective activation
+    checkpointing keeps results of products) would take the new entries for the old ones.
+    """
+    torch.autograd.graph.increment_version(tensor)
+
+
 def multiprocessors(device: torch.device) -> int:
     """What the programs of a persistent grid share; 3 in the interpreter."""
     return _multiprocessors(device) if device.type == "cuda" else 3

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdaa.kernels.configs import RowConfig, row_config
 from fastdaa.kernels.elementary import exp, expm1, floored
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
-from fastdaa.kernels.operands import on_device
+from fastdaa.kernels.operands import mark_written, on_device
 
 # In place, a row of gradients of 2 bytes begins where its row of logits of 4 bytes begins. Block k
 # of B columns is read from bytes [4kB, 4kB + 4B) and written to [2kB, 2kB + 2B), which lies inside
@@ -159,6 +159,7 @@ def write_row_gradient(
                 HAS_ENTROPY=entropy is not None, HAS_ROWS=rows is not None, IN_PLACE=out is None,
                 BLOCK_V=config.block_v, num_warps=config.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
+        mark_written(target)
     return target
 
 

@@ -26,7 +26,7 @@ from fastdaa.kernels.configs import RowConfig, row_config
 from fastdaa.kernels.elementary import exp
 from fastdaa.kernels.final_logits import finish_logits, load_products, logit_factors
 from fastdaa.kernels.merge_splits import RowStatistics, merge_splits
-from fastdaa.kernels.operands import on_device
+from fastdaa.kernels.operands import mark_written, on_device
 from fastdaa.kernels.row_statistics import take_row_states
 
 LEAST_LOGP = tl.constexpr(-32.0)
@@ -119,4 +119,5 @@ def take_row_slopes(
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, BLOCK_V=block.block_v,
                 num_warps=block.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
+        mark_written(slopes)
     return rows, factors

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdaa.kernels.configs import RowConfig, row_config
-from fastdaa.kernels.operands import on_device
+from fastdaa.kernels.operands import mark_written, on_device
 
 
 # Vectors change with the batch, and are read a few values at a time.
@@ -105,3 +105,4 @@ def add_sorted_rows(
             HAS_LESS=less is not None, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
+    mark_written(out)

@@ -11,6 +11,7 @@ import pytest
 from fastdaa.data import DataError, PairCollator, PairRows, tokenize_pairs
 from fastdaa.data.encode import split_sequences
 from fastdaa.data.reports import TokenizeReport
+from fastdaa.data.tokenise import tokenize_examples
 from fastdaa.data.tokenise_prompts import tokenize_prompts
 
 datasets = pytest.importorskip("datasets")
@@ -145,6 +146,82 @@ def test_a_template_that_writes_the_prompt_differently_alone() -> None:
     assert tokenized(make_tokenizer(template=template), [chat("p", "a", "b")]) == [
         ("<u>|p|<e>|<a>", "a|<e>", "b|<e>")
     ]
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "x"}}]}
+
+
+def test_an_answer_whose_tool_calls_the_template_leaves_out_is_a_bad_row() -> None:
+    """Or an empty answer would be learnt."""
+    called = {**chat("p", "a", "b"), "chosen": [CALLED]}
+    rows = datasets.Dataset.from_list([chat("p", "a", "b"), called])
+    with pytest.raises(DataError, match="row 2: expected a chat template with tool calls"):
+        tokenize_pairs(rows, make_tokenizer())
+    _, report = tokenize_pairs(rows, make_tokenizer(), on_bad_row="skip")
+    assert report.kept == 1 and report.dropped == {"tool calls left out": 1}
+    shown = CHATML.replace("{{ m['content'] }}", "{{ m.content or m.tool_calls[0].function.name }}")
+    assert tokenized(make_tokenizer(template=shown), [called])[0][1] == "x|<e>"
+
+
+def test_a_second_beginning_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Of text that a chat template was put around before."""
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.bos_token = "<b>"
+    rows = [text("<b>pq"), text("pq"), text("<b>pq")]
+    assert tokenized(tokenizer, rows)[0][0] == "<b>|<b>|p|q"
+    assert "In 2 of 3 pairs the text begins with '<b>', which the tokenizer" in caplog.text
+    caplog.clear()
+    tokenized(tokenizer, [text("pq")])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("strings_alone", [False, True])
+def test_arguments_of_calls_in_json_text_are_read(strings_alone: bool) -> None:
+    """OpenAI's form; most templates write an object, and would quote the text once more."""
+    call = "m.tool_calls[0].function.arguments"
+    shown = f"{call} + '.'" if strings_alone else f"{call} | tojson"
+    template = CHATML.replace("m['content']", f"m.content or {shown}")
+    for given in ('{"a":1}', {"a": 1}):
+        called = {**CALLED, "tool_calls": [{"function": {"name": "x", "arguments": given}}]}
+        rows = [{**chat("p", "a", "b"), "chosen": [called]}]
+        if strings_alone and isinstance(given, dict):
+            with pytest.raises(DataError, match="chat template accepts"):
+                tokenized(make_tokenizer(template=template), rows)
+            continue
+        said = tokenized(make_tokenizer(template=template), rows)[0][1].replace("|", "")
+        assert said == ('{"a":1}.<e>' if strings_alone else '{"a": 1}<e>')
+        assert called["tool_calls"][0]["function"]["arguments"] == given
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+TALK = [turn("assistant", "a"), turn("user", "b"), turn("tool", "c"), turn("assistant", "d")]
+
+
+def test_turns_of_others_in_an_answer_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [chat("p", "a", "b"), {**chat("p", "a", "b"), "rejected": TALK}]
+    assert tokenized(make_tokenizer(), rows)[1][2] == "a|<e>|<u>|b|<e>|t|c|<e>|<a>|d|<e>"
+    said = "In 1 of 2 pairs an answer holds turns of others than the model (the first: dataset: row"
+    assert f"{said} 2)" in caplog.text
+    caplog.clear()
+    tokenized(make_tokenizer(), rows[:1])
+    assert not caplog.text
+
+
+def test_with_every_answer_the_turns_of_others_are_not_learnt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": [turn("user", "p")], "completion": TALK}])
+    tokenizer = make_tokenizer()
+    assert len(tokenize_examples(rows, tokenizer)[0]) == 1
+    assert "every_answer" in caplog.text
+    caplog.clear()
+    found, report = tokenize_examples(rows, tokenizer, every_answer=True)
+    answers = [tokenizer.convert_ids_to_tokens(row["completion_ids"]) for row in found]
+    assert answers == [["a", "<e>"], ["d", "<e>"]]
+    assert report.kept == report.pairs == 2 and not caplog.text
 
 
 def test_tools_and_template_options_are_honoured_row_by_row() -> None:
@@ -387,11 +464,6 @@ def test_that_much_is_left_out_is_a_warning(dropped, warned, caplog):
 
 
 def test_every_answer_is_an_example() -> None:
-    from fastdaa.data.tokenise import tokenize_examples
-
-    def turn(role: str, content: str) -> dict:
-        return {"role": role, "content": content}
-
     turns = [turn("system", "s"), turn("user", "q"), turn("assistant", "a")]
     turns += [turn("user", "r"), turn("assistant", "b")]
     tokenizer = make_tokenizer()

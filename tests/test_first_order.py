@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastdaa import (
     FusedLinearDPOLoss,
@@ -78,3 +79,32 @@ def test_a_batch_of_gradients_is_refused(call):
         torch.autograd.grad(
             loss, hidden, torch.ones(3, *loss.shape).double(), is_grads_batched=True
         )
+
+
+# PyTorch's own, at the first dual number of a process.
+IN_FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+
+def _tangents(call):
+    with forward_ad.dual_level():
+        hidden = forward_ad.make_dual(H.float(), torch.ones_like(H).float())
+        return forward_ad.unpack_dual(call(hidden)).tangent
+
+
+@IN_FORWARD_MODE
+def test_forward_mode_is_right_in_plain_torch_where_nothing_is_wanted_in_backward():
+    found = _tangents(lambda h: token_logps(h, W.float(), T, softcap=3.0))
+    want = _tangents(lambda h: token_logps(h, W.float(), T, softcap=3.0, impl="reference"))
+    assert torch.allclose(found, want, atol=1e-5)
+
+
+@IN_FORWARD_MODE
+@pytest.mark.interpreter
+@pytest.mark.parametrize("engine", ["triton", "fused"])
+def test_kernels_do_not_lose_derivatives_of_forward_mode(engine):
+    pytest.importorskip("triton")
+    with pytest.raises(RuntimeError, match="expected tensors without tangents"):
+        _tangents(lambda h: token_logps(h, W.float(), T, engine=engine))
+    with pytest.raises(RuntimeError, match="expected tensors without tangents"):
+        _tangents(lambda h: token_logps(H.float(), W.float(), T, bias=h.T[0].repeat(2)[:11],
+                                        engine=engine))  # fmt: skip

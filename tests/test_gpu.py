@@ -212,24 +212,31 @@ def test_another_device_than_the_current_one(engine: str) -> None:
     assert torch.equal(token_logps(*there, engine=engine).to(DEVICE), want)
 
 
-@pytest.mark.parametrize("impl", ["score", "frozen"])
+@PATHS
 @ENGINES
-def test_log_probs_in_a_cuda_graph(impl: str, engine: str) -> None:
+def test_a_step_in_a_cuda_graph(impl: str, engine: str) -> None:
     hidden, weight, targets = _case(300, 5003, 256, torch.bfloat16)
-    hidden.requires_grad_(impl == "frozen")
+    leaves = [hidden.requires_grad_()] if impl != "score" else []
+    leaves += [weight.requires_grad_()] if impl in ("recompute", "single_pass") else []
+    upstream = torch.linspace(-1, 1, 300, device=DEVICE)
+
+    def step() -> list[torch.Tensor]:
+        logps = token_logps(hidden, weight, targets, impl=impl, engine=engine)
+        return [logps.detach(), *(torch.autograd.grad(logps, leaves, upstream) if leaves else [])]
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        token_logps(hidden, weight, targets, impl=impl, engine=engine)
+        step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = token_logps(hidden, weight, targets, impl=impl, engine=engine)
+        got = step()
     with torch.no_grad():
         hidden.mul_(0.5)
         targets.copy_(targets.flip(0))
     graph.replay()
-    assert torch.equal(got, token_logps(hidden, weight, targets, impl=impl, engine=engine))
+    assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -8,7 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastdaa.kernels.configs import ROW_CONFIGS  # noqa: E402
-from fastdaa.kernels.hidden_rows import finish_hidden_rows  # noqa: E402
+from fastdaa.kernels.hidden_rows import finish_hidden_rows, scale_hidden_rows  # noqa: E402
 from fastdaa.kernels.target_rows import add_sorted_rows  # noqa: E402
 from fastdaa.target_rows import TargetRows, add_target_rows, finish_hidden  # noqa: E402
 from fastdaa.waiting_rows import WaitingRows  # noqa: E402
@@ -73,6 +73,22 @@ def test_other_rows_are_subtracted_before_anything_is_rounded(name, dtype):
     add_sorted_rows(out, hidden, targets, sources, factors, (less, order, entries), config=SMALL)
     unit = {"fp32": 2e-7, "bf16": 2.0**-7, "fp16": 2.0**-11}[dtype]
     assert ((out.double() - want).abs() <= unit * want.abs() + 2e-5).all()
+
+
+def test_what_is_written_counts_as_changed():
+    """Autograd and checkpoints go by the version of a tensor, which a kernel does not move."""
+    out, hidden, *rows = problem(4, 20, torch.bfloat16, TARGETS["one"])
+    product, numbers = torch.zeros(4, 20, device=DEVICE), rows[2]
+    writes = {
+        "weight": (out, lambda: add_sorted_rows(out, hidden, *rows)),
+        "hidden": (product, lambda: finish_hidden_rows(
+            product, numbers, numbers, hidden, rows[0], product)),
+        "factor": (hidden, lambda: scale_hidden_rows(out, numbers, hidden[:4])),
+    }  # fmt: skip
+    for name, (tensor, write) in writes.items():
+        before = tensor._version
+        write()
+        assert tensor._version > before, name
 
 
 def test_only_rows_of_targets_are_written():

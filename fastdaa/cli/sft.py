@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from fastdaa.cli.stage import read_stage, run_stage
 from fastdaa.data.examples import EXAMPLES
 from fastdaa.train.stage_config import SftConfig
 
+logger = logging.getLogger(__name__)
 _WHAT = "Teaches a causal language model the completions of a dataset."
 
 
@@ -47,8 +49,42 @@ def _make_trainer(arguments: Any, config: Any) -> tuple[Any, str | None]:
         arguments, start.tokenizer, str(config.output_dir), start.checkpoint,
         main_process=config.process_index == 0, device=config.device,
     )  # fmt: skip
+    _end_where_answers_do(model, start.tokenizer, start.train[0]["prompt"], arguments)
     trainer = SftTrainer(
         model, config, start.train, start.evaluation,
         processing_class=start.tokenizer, peft_config=peft_config,
     )  # fmt: skip
     return trainer, start.checkpoint
+
+
+def _end_where_answers_do(model: Any, tokenizer: Any, prompt: Any, arguments: Any) -> None:
+    """Have the saved model stop at the token that closes an answer of a conversation.
+
+    That of a base model is often another one, behind which generated answers would go on.
+    """
+    from fastdaa.cli.paths import adapter_of
+    from fastdaa.online.generation import end_tokens
+    from fastdaa.online.prompts import chat_ending
+    from fastdaa.train.backbone import causal_lm
+
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return
+    try:
+        end = chat_ending(tokenizer).end_id
+    except ValueError:
+        return  # the template takes other conversations alone
+    ends = end_tokens(model, tokenizer)
+    if end is None or end in ends:
+        return
+    closing = tokenizer.convert_ids_to_tokens(end)
+    if arguments.use_peft or adapter_of("model", arguments.model) is not None:
+        # What generates with an adapter asks its base.
+        logger.warning(
+            "model: answers end with %r, at which its base does not stop: generate with "
+            "stop_token_ids=[%d] or the like", closing, end,
+        )  # fmt: skip
+        return
+    causal_lm(model).generation_config.eos_token_id = [*ends, end]
+    logger.info(
+        "model: answers end with %r, which becomes an end token of its generation_config", closing
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -144,7 +145,29 @@ def _encode_like_chats(
             problem = f"expected a conversation that the chat template accepts, got {what}"
             return [BadRow("chat template failed", problem)]
         return [_encode_like_chats([row], tokenizer, fields)[0] for row in rows]
-    return _split_all([*prompt_ids, *ids], len(rows))
+    split = _split_all([*prompt_ids, *ids], len(rows))
+    calling = [any(t.get("tool_calls") for field in fields for t in row[field]) for row in rows]
+    if not any(calling) or _shows_calls(rows[calling.index(True)], tokenizer, fields, options):
+        return split
+    problem = "expected a chat template with tool calls, got one that leaves those of an answer out"
+    unseen = BadRow("tool calls left out", problem)
+    return [unseen if calls else row for calls, row in zip(calling, split, strict=True)]
+
+
+def _shows_calls(
+    row: Row, tokenizer: PreTrainedTokenizerBase, fields: Sequence[str], options: Mapping[str, Any]
+) -> bool:
+    """Whether the template renders a row otherwise than without its tool calls."""
+    whole = [row["prompt"] + row[field] for field in fields]
+    bare = [
+        [{"content": "", **{k: v for k, v in turn.items() if k != "tool_calls"}} for turn in turns]
+        for turns in whole
+    ]
+    try:
+        rendered = _apply_template(tokenizer, whole, **options)
+        return rendered != _apply_template(tokenizer, bare, **options)
+    except Exception:
+        return True  # it misses them
 
 
 def _split_all(ids: list[Ids], count: int) -> Sequence[Tokenized]:
@@ -161,6 +184,36 @@ def _template_options(row: Row) -> dict[str, Any]:
 
 
 def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any
+) -> list[Ids]:
+    read = [list(map(_with_arguments, turns)) for turns in conversations]
+    if read != conversations:
+        # A template may take text alone.
+        with contextlib.suppress(Exception):
+            return _render(tokenizer, read, **options)
+    return _render(tokenizer, conversations, **options)
+
+
+def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have objects as arguments where they had JSON text, as OpenAI's have.
+
+    Most chat templates write an object, and would write text once more as JSON.
+    """
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function: Any = call.get("function", call) if isinstance(call, Mapping) else {}
+        with contextlib.suppress(TypeError, ValueError):
+            arguments = json.loads(function.get("arguments"))
+            if isinstance(arguments, dict):
+                function = {**function, "arguments": arguments}
+                call = {**call, "function": function} if "function" in call else function
+        calls.append(call)
+    return {**turn, "tool_calls": calls}
+
+
+def _render(
     tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any
 ) -> list[Ids]:
     if any(isinstance(turn.get("content"), list) for turns in conversations for turn in turns):

@@ -115,16 +115,26 @@ def _noting_repeats(rows: Iterable[CheckedRow], repeats: list[Place]) -> Iterato
         yield place, pair, extra
 
 
+def _turns_of_others(completion: str | list[dict[str, Any]]) -> bool:
+    """Whether others than the model speak in a completion, such as the user or a tool."""
+    return not isinstance(completion, str) and any(
+        turn["role"] not in ANSWERING for turn in completion
+    )
+
+
 def _each_answer(rows: Iterable[CheckedRow], report: TokenizeReport) -> Iterator[CheckedRow]:
     """An example for every answer of a conversation, in their order; further ones are counted."""
     for place, example, extra in rows:
         turns = example["prompt"]
-        for end in range(1, len(turns)) if isinstance(turns, list) else ():
-            if turns[end]["role"] in ANSWERING:
-                report.pairs += 1
-                answer = {"prompt": turns[:end], "completion": [turns[end]]}
-                yield place, {**example, **answer}, extra
-        yield place, example, extra
+        if isinstance(turns, str):
+            yield place, example, extra
+            continue
+        turns = turns + example["completion"]
+        ends = [end for end in range(1, len(turns)) if turns[end]["role"] in ANSWERING]
+        report.pairs += len(ends) - 1
+        for end in ends:
+            answer = {"prompt": turns[:end], "completion": [turns[end]]}
+            yield place, {**example, **answer}, extra
 
 
 def tokenize_examples(
@@ -153,7 +163,9 @@ def tokenize_examples(
             left.
         ValueError: an unknown mode, or a number below 1.
     """
-    run = _Run("example", SEQUENCE_FIELDS, max_length, truncation_mode, num_proc, on_bad_row)
+    lengths = (max_length, truncation_mode, num_proc, on_bad_row)
+    advice = ", but not with every_answer"
+    run = _Run("example", SEQUENCE_FIELDS, *lengths, advice=advice)
     rows = checked_examples(run.noting_sources(dataset), on_bad_row, run.skips)
     if every_answer:
         rows = _each_answer(rows, run.report)
@@ -226,6 +238,8 @@ class _Run:
     on_bad_row: OnBadRow
     labelled: bool = False
     """Rows have labels, which are kept."""
+    advice: str = ""
+    """What can be done about turns of others in completions."""
     report: TokenizeReport = field(default_factory=TokenizeReport)
     skips: SkipReport = field(default_factory=SkipReport)
     advantages: dict[Place, tuple[float, ...]] = field(default_factory=dict)
@@ -234,6 +248,8 @@ class _Run:
     """The same, where rows are ``labelled``."""
     sources: dict[Place, str] = field(default_factory=dict)
     """The same, of the rows of a mixture."""
+    talks: list[Place] = field(default_factory=list)
+    """Of rows whose completions hold turns of others than the model."""
 
     def __post_init__(self) -> None:
         check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
@@ -256,6 +272,8 @@ class _Run:
         for place, row, extra in rows:
             if self.labelled:
                 self.labels[place] = extra[LABEL_FIELD]
+            if any(_turns_of_others(row[name.removesuffix("_ids")]) for name in self.fields[1:]):
+                self.talks.append(place)
             numbers: list[Any] = [extra.get(name) for name in ADVANTAGE_FIELDS]
             if any(number is not None for number in numbers):
                 if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
@@ -277,6 +295,7 @@ class _Run:
         self.report.pairs = len(dataset)
         columns = TokenColumns(self.fields, skip_fields)
         completions = [name.removesuffix("_ids") for name in self.fields[1:]]
+        beginning, begun_twice = [tokenizer.bos_token_id] * 2, 0
         checked = _with_tokenizer_checked(self._noting_numbers(rows), tokenizer, dataset)
         for place, encoded in encode(checked, tokenizer, completions, self.num_proc or 1):
             advantages, source = self.advantages.pop(place, ()), self.sources.pop(place, None)
@@ -291,10 +310,23 @@ class _Run:
             columns.add(kept.ids, kept.skips, advantages, label)
             if source is not None:
                 self.report.sources[source][1] += 1
+            begun_twice += (kept.ids[0] or kept.ids[1])[:2] == beginning
             self.report.truncated += kept.truncated
             self.report.identical += len(kept.ids) > 2 and kept.ids[1] == kept.ids[2]
             self.report.shortened_prompts += encoded.shortened
         self._count(columns)
+        if begun_twice:
+            logger.warning(
+                "In %d of %s the text begins with %r, which the tokenizer adds once more; leave it "
+                "out of the data", begun_twice, counted(self.report.kept, self.unit),
+                tokenizer.bos_token,
+            )  # fmt: skip
+        if self.talks:
+            logger.warning(
+                "In %d of %s an answer holds turns of others than the model (the first: %s), such "
+                "as the user or a tool; their words count as the model's%s",
+                len(self.talks), counted(self.report.pairs, self.unit), self.talks[0], self.advice,
+            )  # fmt: skip
         return columns.to_dataset()
 
     def _count(self, columns: TokenColumns) -> None:

@@ -117,7 +117,7 @@ def _save_weights(models: Models, folder: Path) -> None:
         else:
             causal_lm(policy).config.save_pretrained(folder)
     del state
-    _save(models.critic, folder / "critic.safetensors", save_model)
+    _save(models.critic, folder / "critic.safetensors", save)
 
 
 def _save(
@@ -145,15 +145,6 @@ def _save_trained(model: nn.Module, path: str, metadata: dict[str, str] | None =
     """What a quantised base carries: the base itself is loaded and compared when a run goes on."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, path, metadata=metadata)
-
-
-def _load(model: nn.Module, path: str, device: str, *, load_trained: bool = False) -> None:
-    if is_cut(model):
-        load_state(model, path)
-    elif load_trained:
-        _load_trained(model, path, device)
-    else:
-        load_model(model, path, device=device)
 
 
 @torch.no_grad()
@@ -185,15 +176,18 @@ def tidy(output_dir: str | Path) -> None:
 
 
 class Loaded(NamedTuple):
-    """What :func:`load_checkpoint` read."""
+    """What :func:`read_checkpoint` read."""
 
     place: Place
     state: dict[str, Any]
     experience: Experience | None
 
 
-def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) -> Loaded:
-    """Weights into ``models``, random states into torch, numpy and Python; the rest is returned.
+def read_checkpoint(folder: str | Path, config: OnlineConfig, *, lazily: bool) -> Loaded:
+    """A checkpoint but for its weights; random states go into torch, numpy and Python.
+
+    Args:
+        lazily: no process reads more of the file than it takes.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
@@ -203,19 +197,26 @@ def load_checkpoint(folder: str | Path, config: OnlineConfig, models: Models) ->
     if not checkpoints.is_complete(folder) or not (folder / STATE_FILE).is_file():
         raise FileNotFoundError(f"resume: expected a complete checkpoint, got {folder}")
     _check_config(folder, config)
-    device = str(causal_lm(models.policy).device)
-    quantized = is_quantized(models.policy)
-    _load(models.policy, str(folder / "model.safetensors"), device, load_trained=quantized)
-    _load(models.critic, str(folder / "critic.safetensors"), device)
-    # In pieces: no process reads more of the file than it takes.
     content = torch.load(
-        folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=is_cut(models.policy)
-    )
+        folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily
+    )  # fmt: skip
     random_of = content.pop("random")
     restore_random_states(random_of[number() % len(random_of)])
     saved = content.pop("experience")
     place = Place(*content.pop("place"))
     return Loaded(place, content, None if saved is None else unflatten(saved))
+
+
+def load_weights(folder: str | Path, models: Models) -> None:
+    """The weights of a checkpoint into policy and critic."""
+    device = str(causal_lm(models.policy).device)
+    load = _load_trained if is_quantized(models.policy) else load_model
+    for model, name in ((models.policy, "model"), (models.critic, "critic")):
+        path = str(Path(folder) / f"{name}.safetensors")
+        if is_cut(model):
+            load_state(model, path)
+        else:
+            load(model, path, device=device)
 
 
 def _check_config(folder: Path, config: OnlineConfig) -> None:

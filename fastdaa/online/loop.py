@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastdaa.online.checkpoint import (
     Place,
-    load_checkpoint,
+    load_weights,
     random_states,
+    read_checkpoint,
     save_checkpoint,
     tidy,
 )
@@ -329,7 +330,8 @@ class OnlineTrainer:
             folder = checkpoints.to_continue(output_dir)
         if folder is None:
             return
-        self.place, state, experience = load_checkpoint(folder, self.config, self.models)
+        lazily = is_cut(self.models.policy)
+        self.place, state, experience = read_checkpoint(folder, self.config, lazily=lazily)
         for name, now in self._facts.items():
             then = state.get(name)
             if None not in (then, now) and then != now:
@@ -338,6 +340,7 @@ class OnlineTrainer:
                     f"{_FACTS[name]} that the run began with, or choose another output_dir for a "
                     "new run"
                 )
+        load_weights(folder, self.models)
         self.updater.load_state_dict(state["updater"])
         self.controller.load_state_dict(state["controller"])
         if self.running is not None:

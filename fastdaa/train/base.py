@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from fastdaa.counted import counted
 from fastdaa.data import PairRows
 from fastdaa.train import checkpoints
-from fastdaa.train.adapters import is_adapted, saving_own_adapters
+from fastdaa.train.adapters import adapter_words, is_adapted, saving_own_adapters
 from fastdaa.train.backbone import causal_lm
 from fastdaa.train.best_model import best_model, say_best_model
 from fastdaa.train.callbacks import restore_signals, was_interrupted
@@ -167,6 +167,8 @@ class PairTrainer(Trainer):
     def _begin_run(self, resume: str | bool | None) -> str | None:
         """Find the checkpoint to continue from and put down whose output folder it is."""
         facts = {**self.args.identity(), "data": rows_fact(self.train_dataset), **self.frozen_facts}
+        # No weight shows the factor of an adapter.
+        facts["adapter"] = adapter_words(self.model)
         output_dir, rotates = str(self.args.output_dir), bool(self.args.save_total_limit)
         found: list[Any] = [None, None]
         if self.is_world_process_zero():

@@ -25,7 +25,11 @@ _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pl
 
 
 class NothingLeft(TrainerCallback):
-    """Writes, evaluates and saves nothing anew where a run goes on from its end."""
+    """Writes, evaluates and saves nothing anew where a run goes on from its end.
+
+    Else it does so as often as it is told now: the Trainer would go on with the ``logging_steps``,
+    ``eval_steps`` and ``save_steps`` of the checkpoint.
+    """
 
     _began = 0
 
@@ -33,6 +37,7 @@ class NothingLeft(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began = state.global_step
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,6 +25,7 @@ _TRACKERS = {
     "flyte": ("flytekit", "flytekit"),
 }
 """What transformers and pip call the packages of trackers, where these are other names."""
+_BY_MODULES = ("galore", "apollo")
 _MANY_STEPS = 1_000_000
 
 
@@ -38,6 +39,8 @@ def check_before(args: PackedConfig) -> None:
     _check_intervals(args)
     _check_loading(args)
     _check_metrics(args)
+    # SIGTERM saves a checkpoint anyway; with the Trainer's handler the run would count as done.
+    args.enable_jit_checkpoint = False
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.use_liger_kernel:
         if on_cpu:
@@ -109,6 +112,13 @@ def _check_optimizer(args: PackedConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= check_number(name, getattr(args, name)) < 1:
             raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(args, name)}")
+    optimizer = _word(args.optim)
+    if args.optim_target_modules and not optimizer.startswith(_BY_MODULES):
+        raise ValueError(
+            "optim_target_modules: expected nothing, since only the optimizers "
+            f"{' and '.join(_BY_MODULES)} look at it, got {optimizer!r}; to train some layers "
+            "alone, use LoRA with lora_target_modules"
+        )
     given = args.optim_args
     if isinstance(given, str) and any(part.count("=") != 1 for part in given.split(",")):
         raise ValueError(

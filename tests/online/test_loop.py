@@ -327,8 +327,8 @@ def test_resumed_with_another_reward(tiny_policy: Any, tmp_path: Path, changed: 
 def test_resumed_with_another_factor_of_the_adapter(tiny_policy: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
-    def trainer(iterations: int, alpha: int) -> OnlineTrainer:
-        lora = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"])
+    def trainer(iterations: int, alpha: int, rank: int = 2) -> OnlineTrainer:
+        lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj"])
         policy = peft.get_peft_model(tiny_policy(), lora)
         return _trainer(policy, _config(tmp_path, iterations=iterations))
 
@@ -336,6 +336,8 @@ def test_resumed_with_another_factor_of_the_adapter(tiny_policy: Any, tmp_path: 
     said = "expected the adapter of .* alpha 8.*, got another, .* alpha 64.*; give the lora_"
     with pytest.raises(ValueError, match=said):
         trainer(2, 64).train(resume=True)
+    with pytest.raises(ValueError, match="expected the adapter of .*, got another"):
+        trainer(2, 8, rank=4).train(resume=True)
     assert trainer(2, 8).train(resume=True).iterations == 2
 
 

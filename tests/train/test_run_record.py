@@ -102,6 +102,25 @@ def test_other_data_is_another_run(started, pairs):
         started(True, data=pairs(9), max_steps=2)
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"lora_alpha": 64}, "rank 2, alpha 8.* then, 'LoRA, rank 2, alpha 64"),
+        ({"r": 4}, "rank 2, alpha 8.* then, 'LoRA, rank 4, alpha 8"),
+        ({"use_rslora": True}, ".*dropout 0, on .* then, 'LoRA.*, dropout 0, rank-stabilised, on"),
+        ({"use_dora": True}, ".*dropout 0, on .* then, 'LoRA.*, dropout 0, DoRA, on"),
+    ],
+    ids=["alpha", "rank", "rank-stabilised", "DoRA"],
+)
+def test_another_adapter_is_another_run(started, other, message):
+    """Its weights fit where its factor is another."""
+    lora = pytest.importorskip("peft").LoraConfig
+    options = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
+    started(max_steps=1, peft_config=lora(**options))
+    with pytest.raises(ValueError, match=f"adapter 'LoRA, {message}"):
+        started(True, max_steps=2, peft_config=lora(**{**options, **other}))
+
+
 def changed(model, last=False):
     """With another value in one weight, the first or the last."""
     weight = [*model.parameters()][-1 if last else 0]

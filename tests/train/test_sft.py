@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from fastdaa.cli import main
 from fastdaa.data import DataError, load_pairs, tokenize_pairs
 from fastdaa.data.collate import SequenceCollator
 from fastdaa.data.examples import EXAMPLES, PROMPTS, normalise_example
@@ -239,6 +242,31 @@ def test_conversations_want_a_template(tokenizer):
 def test_errors_before_training(make_sft, options, message):
     with pytest.raises(ValueError, match=message):
         make_sft(**options)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["whole", "LoRA"])
+def test_generation_ends_where_answers_do(tokenizer, tiny_model, tmp_path, capsys, peft):
+    """A base model ends text with another token, behind which its answers would go on."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<s>", unk_token="<unk>", extra_special_tokens=["</s>"], chat_template=CHAT,
+    )  # fmt: skip
+    fast.save_pretrained(tmp_path / "base")
+    model = tiny_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path / "base")
+    rows = [json.dumps({"prompt": ASK, "completion": ANSWER}), json.dumps({"text": "why"})]
+    for name, row, ends in (("chats", rows[0], [1, 2]), ("texts", rows[1], 1)):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+        argv = ["--use_cpu", "--max_steps=1", f"--dataset={tmp_path / name}.jsonl"]
+        argv += ["--save_strategy=no", f"--model={tmp_path / 'base'}", f"--use_peft={peft}"]
+        assert main(["sft", *argv, f"--output_dir={tmp_path / 'out' / name}"]) == 0
+        said = capsys.readouterr().err
+        assert ("answers end with '</s>'" in said) == (name == "chats")
+        assert ("stop_token_ids=[2]" in said) == (name == "chats" and peft)
+        if not peft:
+            saved = GenerationConfig.from_pretrained(tmp_path / "out" / name)
+            assert saved.eos_token_id == ends
 
 
 def test_packs_repeated_for_other_ranks_do_not_count_in_an_evaluation(

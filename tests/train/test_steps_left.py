@@ -86,6 +86,16 @@ def test_a_run_that_ended_within_an_epoch_takes_no_step_more(started, pairs, tmp
     assert "checkpoint-3" in folders and "checkpoint-4" not in folders
 
 
+def test_rows_evaluations_and_checkpoints_come_as_often_as_told_now(started, pairs, tmp_path):
+    started(max_steps=2, logging_steps=2)
+    more = {"logging_steps": 1, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4}
+    rows = started(True, max_steps=8, eval_dataset=pairs(4), **more).state.log_history
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8]
+    folders = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert folders == {f"checkpoint-{step}" for step in (2, 3, 6, 8)}
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "jumps"),
     [("linear", 6, True), ("linear", 4, False), ("constant", 6, False)],

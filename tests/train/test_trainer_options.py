@@ -19,6 +19,9 @@ REFUSED = {
     "logging": ({"logging_steps": -1}, "logging_steps: expected a number above 0, got -1"),
     "saving": ({"save_steps": 0}, "save_steps: expected a number above 0, got 0"),
     "evaluation": ({"eval_strategy": "steps", "eval_steps": -2}, "eval_steps: .* got -2"),
+    "modules of another optimizer": (
+        {"optim_target_modules": ["mlp"]}, "optim_target_modules: .* got 'adamw_torch_fused'"
+    ),
     "columns": ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
     "unequal batches": (
         {"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: expected random"

@@ -122,6 +122,13 @@ def test_a_signal_saves_a_checkpoint(run, whole, tmp_path, number):
     assert_equal(tmp_path, whole())
 
 
+def test_a_checkpoint_in_time_does_not_end_a_run_as_if_it_were_done(run, tmp_path):
+    """The Trainer's own, which would take SIGTERM away from ours."""
+    end = {"step": 3, "number": signal.SIGTERM}
+    assert run(tmp_path, end=end, enable_jit_checkpoint=True) == 130
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
 def test_tokens_are_counted_between_logged_rows_too(run, whole, tmp_path):
     options = {"logging_steps": 3, "save_steps": 2}
     assert run(tmp_path, end={"step": 5, "number": signal.SIGKILL}, **options) == KILLED
