@@ -336,7 +336,7 @@ def test_resumed_with_another_factor_of_the_adapter(tiny_policy: Any, tmp_path: 
     said = "expected the adapter of .* alpha 8.*, got another, .* alpha 64.*; give the lora_"
     with pytest.raises(ValueError, match=said):
         trainer(2, 64).train(resume=True)
-    with pytest.raises(ValueError, match="expected the adapter of .*, got another"):
+    with pytest.raises(ValueError, match=r"expected the adapter of .*, got another"):
         trainer(2, 8, rank=4).train(resume=True)
     assert trainer(2, 8).train(resume=True).iterations == 2
 
