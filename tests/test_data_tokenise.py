@@ -175,6 +175,16 @@ def test_a_second_beginning_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.text
 
 
+def test_arguments_stay_json_text_where_the_template_writes_them_as_they_are() -> None:
+    template = CHATML.replace("m['content']", "m.content or m.tool_calls[0].function.arguments")
+    function = {"name": "x", "arguments": '{"a":1}'}
+    called = {**CALLED, "tool_calls": [{"function": function}]}
+    rows = [{**chat("p", "a", "b"), "chosen": [called]}]
+    assert tokenized(make_tokenizer(template=template), rows)[0][1].replace("|", "") == (
+        '{"a":1}<e>'
+    )
+
+
 @pytest.mark.parametrize("strings_alone", [False, True])
 def test_arguments_of_calls_in_json_text_are_read(strings_alone: bool) -> None:
     """OpenAI's form; most templates write an object, and would quote the text once more."""

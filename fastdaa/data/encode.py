@@ -190,8 +190,19 @@ def _apply_template(
     if read != conversations:
         # A template may take text alone.
         with contextlib.suppress(Exception):
-            return _render(tokenizer, read, **options)
+            if not any(_is_written_raw(turns, tokenizer, options) for turns in read):
+                return _render(tokenizer, read, **options)
     return _render(tokenizer, conversations, **options)
+
+
+def _is_written_raw(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> bool:
+    """Whether the template writes arguments of calls as Python does: ``{'city': ...``."""
+    calls = [call for turn in turns for call in turn.get("tool_calls") or ()]
+    objects = [call.get("function", call).get("arguments") for call in calls]
+    written: Any = objects and tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    return any(isinstance(given, dict) and given and str(given) in written for given in objects)
 
 
 def _with_arguments(turn: dict[str, Any]) -> dict[str, Any]:

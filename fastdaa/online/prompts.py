@@ -101,8 +101,7 @@ def chat_ending(tokenizer: Any) -> Ending:
             f"chat_template: expected one that takes a question and its answer, got {error}"
         ) from error
     ids = rendered["input_ids"]
-    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    special.discard(tokenizer.unk_token_id)
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     answer = tokenizer(turns[1]["content"], add_special_tokens=False)["input_ids"]
     for place in range(len(ids) - 1, -1, -1):
         if ids[place] in special:
@@ -110,3 +109,8 @@ def chat_ending(tokenizer: Any) -> Ending:
         if ids[place] in answer:
             break
     return Ending(None, ())
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """All special tokens, also those that have no name, such as Llama 3's ``<|eot_id|>``."""
+    return {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastdaa.online.packs import make_packs
-from fastdaa.online.prompts import Ending
+from fastdaa.online.prompts import Ending, special_ids
 from fastdaa.online.reward_functions import FunctionReward, Original, as_rewards
 from fastdaa.online.types import RewardSource
 from fastdaa.train.adapter_files import tokenizer_source
@@ -170,7 +170,7 @@ def load_reward(
         model = load_classifier(given, dtype=dtype, **options)
         return ModelReward(
             model.to(device), None if shared else own, original, ending=ending,
-            end_ids=tokenizer.all_special_ids, joined=read_record(given) is not None,
+            end_ids=special_ids(tokenizer), joined=read_record(given) is not None,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"reward: {str(error).removeprefix('model: ')}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -89,6 +89,21 @@ def test_a_cut_answer_ends_with_its_own_text(template, tmp_path):
     expected = scores(model, [[words.index(word) for word in text.split()] for text in texts])
     spaced = [(p, f" {a} ") for p, a in TEXTS]
     torch.testing.assert_close(source.score(PROMPTS, ANSWERS, spaced), expected)
+
+
+def test_an_answer_also_ends_with_a_special_token_that_has_no_name(tmp_path):
+    """Such as the ``<|eot_id|>`` of Llama 3, which closes the answers of chats."""
+    model, words = classifier(), WORDS[:2] + WORDS[2:][::-1]
+    model.save_pretrained(tmp_path)
+    make_tokenizer(words).save_pretrained(tmp_path)
+    policy = make_tokenizer()
+    policy.add_tokens(AddedToken("<end>", special=True), special_tokens=True)
+    end = policy.convert_tokens_to_ids("<end>")
+    assert end not in policy.all_special_ids
+    source = load_reward(str(tmp_path), policy)
+    found = source.score(PROMPTS[:1], [torch.tensor([3, end])], [("why so", " good ")])
+    row = [words.index(word) for word in ["why", "so", "good", "</s>"]]
+    torch.testing.assert_close(found, scores(model, [row]))
 
 
 def test_text_has_no_template_where_it_had_none_in_training(tmp_path):
