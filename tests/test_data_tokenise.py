@@ -161,6 +161,10 @@ def test_an_answer_whose_tool_calls_the_template_leaves_out_is_a_bad_row() -> No
     assert report.kept == 1 and report.dropped == {"tool calls left out": 1}
     shown = CHATML.replace("{{ m['content'] }}", "{{ m.content or m.tool_calls[0].function.name }}")
     assert tokenized(make_tokenizer(template=shown), [called])[0][1] == "x|<e>"
+    # Only where there is no content: a first row that has both decides nothing.
+    both = {**called, "chosen": [{**called["chosen"][0], "content": "words"}]}
+    found = tokenized(make_tokenizer(template=shown), [both, called])
+    assert [row[1] for row in found] == ["w|o|r|d|s|<e>", "x|<e>"]
 
 
 def test_a_second_beginning_is_said(caplog: pytest.LogCaptureFixture) -> None:

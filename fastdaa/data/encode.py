@@ -147,7 +147,9 @@ def _encode_like_chats(
         return [_encode_like_chats([row], tokenizer, fields)[0] for row in rows]
     split = _split_all([*prompt_ids, *ids], len(rows))
     calling = [any(t.get("tool_calls") for field in fields for t in row[field]) for row in rows]
-    if not any(calling) or _shows_calls(rows[calling.index(True)], tokenizer, fields, options):
+    # One is enough: some templates write the calls of a turn only where it has no content.
+    with_calls = [row for row, calls in zip(rows, calling, strict=True) if calls]
+    if not with_calls or any(_shows_calls(row, tokenizer, fields, options) for row in with_calls):
         return split
     problem = "expected a chat template with tool calls, got one that leaves those of an answer out"
     unseen = BadRow("tool calls left out", problem)

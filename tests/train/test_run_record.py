@@ -10,7 +10,14 @@ import torch
 
 from fastdaa.data import PairRows
 from fastdaa.train import checkpoints
-from fastdaa.train.run_record import RUN_FILE, read_record, rows_fact
+from fastdaa.train.run_record import (
+    RUN_FILE,
+    check_same_run,
+    new_record,
+    read_record,
+    rows_fact,
+    write_record,
+)
 from fastdaa.train.stage_config import RewardConfig, SftConfig
 
 
@@ -119,6 +126,16 @@ def test_another_adapter_is_another_run(started, other, message):
     started(max_steps=1, peft_config=lora(**options))
     with pytest.raises(ValueError, match=f"adapter 'LoRA, {message}"):
         started(True, max_steps=2, peft_config=lora(**{**options, **other}))
+
+
+def test_records_of_before_the_adapter_was_a_fact_are_continued(tmp_path):
+    write_record(tmp_path, new_record({"loss": "dpo"}))
+    check_same_run(tmp_path, {"loss": "dpo", "adapter": "LoRA, rank 2"})
+    with pytest.raises(ValueError, match="quantization None then, '4 bits' now"):
+        check_same_run(tmp_path, {"loss": "dpo", "quantization": "4 bits"})
+    write_record(tmp_path, new_record({"loss": "dpo", "adapter": None}))
+    with pytest.raises(ValueError, match="adapter None then, 'LoRA, rank 2' now"):
+        check_same_run(tmp_path, {"loss": "dpo", "adapter": "LoRA, rank 2"})
 
 
 def changed(model, last=False):
