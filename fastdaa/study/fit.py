@@ -142,7 +142,8 @@ def fit_group(table: Table, settings: FitSettings) -> dict[str, Any]:
     """One entry of ``groups``, without its ``group``."""
     known = table.known("kl", settings.score)
     offset, notes = _offset(known, settings)
-    chosen = known.final() if settings.final_only else known
+    # A run whose last score is not known has none; an earlier one is not its last.
+    chosen = table.final().known("kl", settings.score) if settings.final_only else known
     used = chosen.where(lambda row: distance(row) >= MIN_DISTANCE)
     d = np.array([distance(row) for row in used])
     gain = used.numbers(settings.score) - offset

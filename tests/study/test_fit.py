@@ -208,6 +208,13 @@ def test_only_final_checkpoints():
     assert group["points"] == 30 and find(group, "log")["rmse"] < 1e-9
 
 
+def test_a_run_without_its_last_score_has_no_earlier_one_in_its_place():
+    rows = law_points()
+    early = [row | {"checkpoint": 0, "score": 80.0} for row in rows]
+    group = only_group([*early, rows[0] | {"score": None}, *rows[1:]], final_only=True)
+    assert group["points"] == 29 and find(group, "log")["rmse"] < 1e-9
+
+
 def test_rows_without_the_score_are_counted():
     rows = [row | {"win_rate": row["score"] + 0.5} for row in law_points()]
     rows[3]["win_rate"] = None
