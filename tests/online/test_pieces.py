@@ -52,6 +52,9 @@ packs = packs_of_process(
 found["counted"] = [pack.get("counted", True) for _, pack in packs]
 lengths = torch.tensor([len(ids) for ids in answers])
 models.train(False)
+with torch.no_grad():
+    for weight in models.critic.head.parameters():
+        weight.to_local().fill_(0.1)
 with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
     scores = [score_tokens(model, packs, lengths).logps for model in models[:2]]
     found["values"] = score_values(models.critic, packs, lengths).tolist()
@@ -83,8 +86,13 @@ except ValueError as error:
 if rank == 0:
     whole_model = LlamaForCausalLM(policy.config)
     whole_model.load_state_dict(before)
+    rows = []
     with torch.no_grad():
         found["expected"] = whole_model(input_ids=ids).logits.double().tolist()
+        for asked, answer in zip(prompts, answers):
+            logps = whole_model(input_ids=torch.cat([asked, answer])[None]).logits.log_softmax(-1)
+            rows.append(logps[0, len(asked) - 1 : -1].gather(1, answer[:, None])[:, 0])
+        found["expected_logps"] = torch.cat(rows).tolist()
 print(json.dumps(found))
 dist.barrier()
 dist.destroy_process_group()
@@ -113,7 +121,8 @@ def test_every_process_has_its_pieces(tmp_path):
     assert first["counted"] == [True, True] and second["counted"] == [True, False]
     for name in ("logps", "values"):
         assert first[name] == second[name] and len(first[name]) == 9
-    assert first["same"] and all(value < 0 for value in first["logps"])
+    assert first["same"] and len({*first["values"]}) > 1
+    assert first["logps"] == pytest.approx(first["expected_logps"], abs=1e-5)
     torch.testing.assert_close(first["logits"], first["expected"], atol=1e-5, rtol=1e-5)
     assert first["state"] and first["names"] == 30 and second["names"] == 0
     assert first["loaded"] and second["loaded"]
